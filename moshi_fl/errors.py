@@ -1,0 +1,65 @@
+"""One tree of errors; each belongs to the person who can fix it.
+
+A message says what happened and to which thing; the hint says what to do next.
+Only the commands' ``main()`` catches these. Anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """Exit status of both commands."""
+
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    REJECTED = 3
+    MORE_ATTESTATIONS = 4
+    INTERRUPTED = 130
+
+
+class MoshiError(Exception):
+    """Root of all errors that a person can act on.
+
+    Args:
+        message: What happened, and to which thing.
+        hint: What to do next; empty when there is nothing sensible to say.
+    """
+
+    exit_code: Exit = Exit.FAILED
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class HubError(MoshiError):
+    """The hub, or the way to it, failed: unreachable, too slow, refusing, or not a hub."""
+
+
+class UntrustedHub(HubError):
+    """The hub's bytes contradict its records or what this client has seen before."""
+
+
+class CorruptRecord(MoshiError):
+    """Bytes that are not what they claim to be."""
+
+
+class ConfigError(MoshiError):
+    """A setting that cannot be used; names the key and, for files, the line."""
+
+
+class DataError(MoshiError):
+    """Training or evaluation data that cannot be used."""
+
+
+class TrainingError(MoshiError):
+    """Training cannot go on (for example: the loss is not finite)."""
+
+
+class Rejected(MoshiError):
+    """A contribution failed a rule of its hub."""
+
+    exit_code = Exit.REJECTED

@@ -1,0 +1,217 @@
+"""The records of a hub: frozen structs whose canonical JSON bytes are hashed and compared.
+
+Unknown fields, wrong types and non-finite numbers are refused on decoding, with a path such as
+``$.delta.bytes``. ``load`` also demands that encoding the result gives the same bytes again, which
+settles key order, spacing and duplicate keys: one record has exactly one spelling.
+``format`` changes whenever a meaning changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from moshi_fl.errors import CorruptRecord
+
+MAX_RECORD_BYTES = 1 << 20
+
+Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+Oid = Annotated[str, Meta(pattern=r"\A([0-9a-f]{40}|[0-9a-f]{64})\Z")]
+RefName = Annotated[str, Meta(pattern=r"\Arefs/[A-Za-z0-9][A-Za-z0-9._/-]*\Z", max_length=200)]
+FileName = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]*\Z", max_length=100)]
+HubId = Annotated[str, Meta(pattern=r"\A[0-9a-f]{16}\Z")]
+ContributionId = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+Name = Annotated[str, Meta(pattern=r"\A[a-z][a-z0-9_-]*\Z", max_length=40)]
+Text = Annotated[str, Meta(max_length=200)]
+Count = Annotated[int, Meta(ge=0, le=(1 << 53) - 1)]
+RoundNumber = Annotated[int, Meta(ge=0, le=999_999_999)]
+Scalar = bool | int | float | str
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all records: immutable, keyword-only, strict."""
+
+
+class File(Record):
+    """One file of an orphan commit: its name in the tree, size and content hash."""
+
+    name: FileName
+    bytes: Count
+    sha256: Sha256
+
+
+class Location(Record):
+    """Where weights lie in the hub: a ref, the commit it must point to, and the files of its tree."""
+
+    ref: RefName
+    commit: Oid
+    files: tuple[File, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files together."""
+        return sum(file.bytes for file in self.files)
+
+
+class Training(Record):
+    """How a contribution was trained, as its contributor states it."""
+
+    steps: Count
+    batch_size: Count
+    learning_rate: float
+    seed: Count
+    precision: Name
+
+
+class Metrics(Record):
+    """Losses in nats per token as measured on the contributor's own data; never trusted."""
+
+    train_loss: float | None = None
+    held_out_before: float | None = None
+    held_out_after: float | None = None
+
+
+class Contribution(Record):
+    """One contributor's update of one round: a small text; the delta lies beside it on its own ref."""
+
+    format: Literal[1] = 1
+    kind: Literal["contribution"] = "contribution"
+    hub: HubId
+    round: RoundNumber
+    base: Sha256
+    family: Name
+    codec: Name
+    contributor: Text
+    delta: Location
+    num_examples: Annotated[int, Meta(ge=1, le=(1 << 53) - 1)]
+    training: Training
+    metrics: Metrics = Metrics()
+    proposed_characters: Annotated[str, Meta(max_length=1000)] = ""
+    rebased_from: RoundNumber | None = None
+    software: Text
+
+    @property
+    def id(self) -> str:
+        """The contribution id: content-addressed, so nobody can take another's id."""
+        return digest(self)[:32]
+
+
+class Merged(Record):
+    """A contribution's place in a round: its id, the round it was based on, its integer weight."""
+
+    id: ContributionId
+    base_round: RoundNumber
+    weight: Annotated[int, Meta(ge=1, le=(1 << 53) - 1)]
+
+
+class Strategy(Record):
+    """Name and options of the aggregation that made a round."""
+
+    name: Annotated[str, Meta(pattern=r"\A[A-Za-z][A-Za-z0-9_:-]*\Z", max_length=60)]
+    options: dict[str, Scalar] = {}
+    server_learning_rate: float = 1.0
+
+
+class Update(Record):
+    """What leads from the round before to this one.
+
+    ``deltas``: the accepted contributions themselves, to be aggregated again by whoever applies them.
+    ``step``: the aggregated step, losslessly compressed; smaller when there are many contributions.
+    """
+
+    kind: Literal["deltas", "step"]
+    location: Location
+    codec: Name
+    codec_options: dict[str, Scalar] = {}
+
+
+class Growth(Record):
+    """Characters appended to the vocabulary in a round, and the tensors that gain a row for each."""
+
+    characters: Annotated[str, Meta(min_length=1, max_length=100_000)]
+    tensors: tuple[str, ...]
+
+
+class Evaluation(Record):
+    """Held-out loss in nats per token before and after a round, on the hub's own sequences."""
+
+    before: float
+    after: float
+    sequences: Annotated[int, Meta(ge=1)]
+    pool: Sha256
+
+
+class Round(Record):
+    """One published state of the global model, chained to the one before by ``previous``."""
+
+    format: Literal[1] = 1
+    kind: Literal["round"] = "round"
+    hub: HubId
+    round: RoundNumber
+    previous: Sha256 | None
+    weights: Sha256
+    parameters: Count
+    tokenizer: Sha256 | None = None
+    keyframe: Location | None = None
+    update: Update | None = None
+    archive: Location | None = None
+    strategy: Strategy | None = None
+    contributions: tuple[Merged, ...] = ()
+    growth: Growth | None = None
+    evaluation: Evaluation | None = None
+    created: Annotated[str, Meta(pattern=r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ\Z")]
+    software: Text
+
+
+class Manifest(Record):
+    """What a client fetches first: the newest rounds, from a keyframe on, oldest first."""
+
+    format: Literal[1] = 1
+    kind: Literal["manifest"] = "manifest"
+    hub: HubId
+    rounds: Annotated[tuple[Round, ...], Meta(min_length=1)]
+
+    @property
+    def newest(self) -> Round:
+        """The round that is the current global model."""
+        return self.rounds[-1]
+
+
+R = TypeVar("R", bound=Record)
+_encoder = msgspec.json.Encoder(order="sorted")
+
+
+def dump(record: Record) -> bytes:
+    """Canonical bytes: sorted keys, two spaces of indentation for reviewers, one final newline."""
+    return msgspec.json.format(_encoder.encode(record), indent=2) + b"\n"
+
+
+def load(data: bytes, kind: type[R], *, name: str, limit: int = MAX_RECORD_BYTES) -> R:
+    """Decode a record and insist on its canonical spelling.
+
+    Args:
+        data: Bytes from anywhere; hostile until this returns.
+        kind: The struct they claim to be.
+        name: What to call them in an error.
+        limit: Longest accepted input in bytes.
+
+    Raises:
+        CorruptRecord: Too long, not JSON, not of this kind, or spelled differently.
+    """
+    if len(data) > limit:
+        raise CorruptRecord(f"{name}: {len(data)} bytes, the limit for a record is {limit}.")
+    try:
+        record = msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CorruptRecord(f"{name}: {error}.") from error
+    if dump(record) != data:
+        raise CorruptRecord(f"{name}: not in canonical form (key order, spacing or a repeated key).")
+    return record
+
+
+def digest(record: Record) -> str:
+    """SHA-256 of the canonical bytes, in hex."""
+    return hashlib.sha256(dump(record)).hexdigest()
