@@ -1,0 +1,140 @@
+"""The protocol by which a model family plugs in; the federated core knows no model beyond this.
+
+A ``Family`` is a name, presets and a loader. Loading it with a hub's ``[model]`` table and its
+tokenizer file gives a ``Task``: everything that training, evaluation and generation ask for.
+See ``examples/`` for a complete family in one short file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from moshi_fl.weights import Weights
+
+Table = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What ``moshi-hub init --preset`` writes into ``hub.toml``, table by table."""
+
+    model: Table
+    training: Table
+    delta: Table
+    evaluation: Table
+    tokenizer: bytes
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What was taken from the user's paths and what was left, for the user's eyes only."""
+
+    files: int
+    bytes: int
+    tokens: int
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    """Reason to number of files, such as ``{"binary": 3, "looks like a secret": 1}``."""
+    proposed_characters: str = ""
+    """Characters in the data that the vocabulary lacks, most frequent first."""
+
+
+class Corpus(Protocol):
+    """A user's data, split into a training and a held-out part that share no file."""
+
+    @property
+    def summary(self) -> DataSummary:
+        """What was taken."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the training data as read; equal data in equal order, equal fingerprint."""
+        ...
+
+    @property
+    def num_examples(self) -> int:
+        """How many training windows one epoch has."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose the next token. ``temperature=0`` means the most likely one."""
+
+    max_tokens: int = 256
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: Sequence[str] = ()
+
+
+class Task(Protocol):
+    """A configured family, ready to build, train, judge and use its model."""
+
+    @property
+    def vocabulary_tensors(self) -> tuple[str, ...]:
+        """Tensors that gain a row when the vocabulary grows; empty when it cannot."""
+        ...
+
+    def build(self) -> nn.Module:
+        """An untrained module whose parameter names are the names of the global weights."""
+        ...
+
+    def initial_weights(self, seed: int) -> Weights:
+        """Float32 weights of round 0; equal seeds give equal weights on one machine."""
+        ...
+
+    def read(self, paths: Sequence[Path], *, seed: int, max_bytes: int | None = None) -> Corpus:
+        """Read the user's data. Raises ``DataError`` when nothing usable is there."""
+        ...
+
+    def batches(self, corpus: Corpus, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Any]:
+        """Endless training batches; the n-th depends on ``(corpus, batch_size, seed, n)`` alone."""
+        ...
+
+    def loss(self, module: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        """Mean training loss (scalar tensor, nats per token) and the number of tokens it covers."""
+        ...
+
+    def pool(self, corpus: Corpus, sequences: int, *, seed: int, held_out: bool) -> bytes:
+        """Up to this many evaluation sequences as a self-contained, deterministic file."""
+        ...
+
+    def evaluate(self, module: nn.Module, pool: bytes, device: torch.device) -> NDArray[np.float64]:
+        """Loss of each sequence of a pool, in nats per token, shape ``(sequences,)``."""
+        ...
+
+    def generate(self, module: nn.Module, prompt: str, sampling: Sampling) -> Iterator[str]:
+        """Text after the prompt, piece by piece as it is made."""
+        ...
+
+
+class Family(Protocol):
+    """A kind of model."""
+
+    @property
+    def name(self) -> str:
+        """Name in ``hub.toml``."""
+        ...
+
+    @property
+    def presets(self) -> Mapping[str, Preset]:
+        """Ready-made settings by name."""
+        ...
+
+    def load(self, model: Table, tokenizer: bytes) -> Task:
+        """Check the ``[model]`` table (without its ``family`` key) and the tokenizer file.
+
+        Raises:
+            ConfigError: A key is unknown, missing or out of range; the message names it.
+        """
+        ...
