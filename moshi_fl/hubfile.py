@@ -25,7 +25,7 @@ class _Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """A table of the file; a key that it does not declare is an error."""
 
 
-class Hub(_Table, kw_only=True):
+class Hub(_Table, frozen=True, kw_only=True):
     """``[hub]``: who this hub is and where its weights lie."""
 
     format: Literal[1]
@@ -34,7 +34,7 @@ class Hub(_Table, kw_only=True):
     refs: Annotated[str, Meta(pattern=r"\Arefs/[a-z0-9][a-z0-9_/-]*/\Z", max_length=60)] = "refs/moshi/"
 
 
-class TrainingRules(_Table, kw_only=True):
+class TrainingRules(_Table, frozen=True, kw_only=True):
     """``[training]``: the recipe that contributors follow unless they say otherwise."""
 
     steps: Positive = 200
@@ -46,7 +46,7 @@ class TrainingRules(_Table, kw_only=True):
     precision: Literal["fp32", "bf16"] = "fp32"
 
 
-class DeltaRules(_Table, kw_only=True):
+class DeltaRules(_Table, frozen=True, kw_only=True):
     """``[delta]``: the codec of contributions and the limits that ``verify`` enforces."""
 
     codec: Name = "topk"
@@ -55,7 +55,7 @@ class DeltaRules(_Table, kw_only=True):
     max_staleness: Annotated[int, Meta(ge=0)] = 2
 
 
-class AggregationRules(_Table, kw_only=True):
+class AggregationRules(_Table, frozen=True, kw_only=True):
     """``[aggregation]``: how accepted contributions become the next round."""
 
     strategy: str = "fedavg"
@@ -67,7 +67,7 @@ class AggregationRules(_Table, kw_only=True):
     staleness_discount: Fraction = 0.5
 
 
-class StorageRules(_Table, kw_only=True):
+class StorageRules(_Table, frozen=True, kw_only=True):
     """``[storage]``: when whole weights are published, and how long old ones stay."""
 
     keyframes: Literal["auto", "every-round"] = "auto"
@@ -75,20 +75,20 @@ class StorageRules(_Table, kw_only=True):
     """Rounds whose deltas stay for audit; 0 keeps all."""
 
 
-class EvaluationRules(_Table, kw_only=True):
+class EvaluationRules(_Table, frozen=True, kw_only=True):
     """``[evaluation]``: how much held-out data a merge is measured on."""
 
     sequences: Positive = 64
 
 
-class VocabularyRules(_Table, kw_only=True):
+class VocabularyRules(_Table, frozen=True, kw_only=True):
     """``[vocabulary]``: when proposed characters join the vocabulary."""
 
     min_proposals: Positive = 2
     max_size: Annotated[int, Meta(ge=256)] = 4096
 
 
-class HubConfig(_Table, kw_only=True):
+class HubConfig(_Table, frozen=True, kw_only=True):
     """The whole file."""
 
     hub: Hub

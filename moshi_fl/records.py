@@ -35,7 +35,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Base of all records: immutable, keyword-only, strict."""
 
 
-class File(Record, kw_only=True):
+class File(Record, frozen=True, kw_only=True):
     """One file of an orphan commit: its name in the tree, size and content hash."""
 
     name: FileName
@@ -43,7 +43,7 @@ class File(Record, kw_only=True):
     sha256: Sha256
 
 
-class Location(Record, kw_only=True):
+class Location(Record, frozen=True, kw_only=True):
     """Where weights lie in the hub: a ref, the commit it must point to, and the files of its tree."""
 
     ref: RefName
@@ -56,7 +56,7 @@ class Location(Record, kw_only=True):
         return sum(file.bytes for file in self.files)
 
 
-class Training(Record, kw_only=True):
+class Training(Record, frozen=True, kw_only=True):
     """How a contribution was trained, as its contributor states it."""
 
     steps: Count
@@ -66,7 +66,7 @@ class Training(Record, kw_only=True):
     precision: Name
 
 
-class Metrics(Record, kw_only=True):
+class Metrics(Record, frozen=True, kw_only=True):
     """Losses in nats per token as measured on the contributor's own data; never trusted."""
 
     train_loss: float | None = None
@@ -74,7 +74,7 @@ class Metrics(Record, kw_only=True):
     held_out_after: float | None = None
 
 
-class Contribution(Record, kw_only=True):
+class Contribution(Record, frozen=True, kw_only=True):
     """One contributor's update of one round: a small text; the delta lies beside it on its own ref."""
 
     format: Literal[1] = 1
@@ -99,7 +99,7 @@ class Contribution(Record, kw_only=True):
         return digest(self)[:32]
 
 
-class Merged(Record, kw_only=True):
+class Merged(Record, frozen=True, kw_only=True):
     """A contribution's place in a round: its id, the round it was based on, its integer weight."""
 
     id: ContributionId
@@ -107,7 +107,7 @@ class Merged(Record, kw_only=True):
     weight: Annotated[int, Meta(ge=1, le=(1 << 53) - 1)]
 
 
-class Strategy(Record, kw_only=True):
+class Strategy(Record, frozen=True, kw_only=True):
     """Name and options of the aggregation that made a round."""
 
     name: Annotated[str, Meta(pattern=r"\A[A-Za-z][A-Za-z0-9_:-]*\Z", max_length=60)]
@@ -115,7 +115,7 @@ class Strategy(Record, kw_only=True):
     server_learning_rate: float = 1.0
 
 
-class Update(Record, kw_only=True):
+class Update(Record, frozen=True, kw_only=True):
     """What leads from the round before to this one.
 
     ``deltas``: the accepted contributions themselves, to be aggregated again by whoever applies them.
@@ -128,14 +128,14 @@ class Update(Record, kw_only=True):
     codec_options: dict[str, Scalar] = {}
 
 
-class Growth(Record, kw_only=True):
+class Growth(Record, frozen=True, kw_only=True):
     """Characters appended to the vocabulary in a round, and the tensors that gain a row for each."""
 
     characters: Annotated[str, Meta(min_length=1, max_length=100_000)]
     tensors: tuple[str, ...]
 
 
-class Evaluation(Record, kw_only=True):
+class Evaluation(Record, frozen=True, kw_only=True):
     """Held-out loss in nats per token before and after a round, on the hub's own sequences."""
 
     before: float
@@ -144,7 +144,7 @@ class Evaluation(Record, kw_only=True):
     pool: Sha256
 
 
-class Round(Record, kw_only=True):
+class Round(Record, frozen=True, kw_only=True):
     """One published state of the global model, chained to the one before by ``previous``."""
 
     format: Literal[1] = 1
@@ -166,7 +166,7 @@ class Round(Record, kw_only=True):
     software: Text
 
 
-class Manifest(Record, kw_only=True):
+class Manifest(Record, frozen=True, kw_only=True):
     """What a client fetches first: the newest rounds, from a keyframe on, oldest first."""
 
     format: Literal[1] = 1
