@@ -31,7 +31,9 @@ class Hub(_Table, frozen=True, kw_only=True):
     format: Literal[1]
     id: HubId
     name: Text
-    refs: Annotated[str, Meta(pattern=r"\Arefs/[a-z0-9][a-z0-9_/-]*/\Z", max_length=60)] = "refs/moshi/"
+    refs: Annotated[str, Meta(pattern=r"\Arefs/[a-z0-9][a-z0-9_/-]*/\Z", max_length=60)] = (
+        "refs/moshi/"
+    )
 
 
 class TrainingRules(_Table, frozen=True, kw_only=True):
@@ -129,7 +131,7 @@ def parse_hubfile(text: str, *, name: str = "hub.toml") -> HubConfig:
     except msgspec.ValidationError as error:
         raise _located(str(error), text, name) from error
     if not isinstance(config.model.get("family"), str):
-        raise ConfigError(f"{name}: [model] needs family = \"…\".")
+        raise ConfigError(f'{name}: [model] needs family = "…".')
     return config
 
 

@@ -44,7 +44,7 @@ class File(Record, frozen=True, kw_only=True):
 
 
 class Location(Record, frozen=True, kw_only=True):
-    """Where weights lie in the hub: a ref, the commit it must point to, and the files of its tree."""
+    """Where weights lie: a ref, the commit it must point to, and the files of its tree."""
 
     ref: RefName
     commit: Oid
@@ -75,7 +75,7 @@ class Metrics(Record, frozen=True, kw_only=True):
 
 
 class Contribution(Record, frozen=True, kw_only=True):
-    """One contributor's update of one round: a small text; the delta lies beside it on its own ref."""
+    """One contributor's update: a small text; the delta lies beside it on its own ref."""
 
     format: Literal[1] = 1
     kind: Literal["contribution"] = "contribution"
@@ -118,7 +118,7 @@ class Strategy(Record, frozen=True, kw_only=True):
 class Update(Record, frozen=True, kw_only=True):
     """What leads from the round before to this one.
 
-    ``deltas``: the accepted contributions themselves, to be aggregated again by whoever applies them.
+    ``deltas``: the accepted contributions themselves, aggregated again by whoever applies them.
     ``step``: the aggregated step, losslessly compressed; smaller when there are many contributions.
     """
 
@@ -129,7 +129,7 @@ class Update(Record, frozen=True, kw_only=True):
 
 
 class Growth(Record, frozen=True, kw_only=True):
-    """Characters appended to the vocabulary in a round, and the tensors that gain a row for each."""
+    """Characters appended to the vocabulary, and the tensors that gain a row for each."""
 
     characters: Annotated[str, Meta(min_length=1, max_length=100_000)]
     tensors: tuple[str, ...]
@@ -208,7 +208,9 @@ def load(data: bytes, kind: type[R], *, name: str, limit: int = MAX_RECORD_BYTES
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CorruptRecord(f"{name}: {error}.") from error
     if dump(record) != data:
-        raise CorruptRecord(f"{name}: not in canonical form (key order, spacing or a repeated key).")
+        raise CorruptRecord(
+            f"{name}: not in canonical form (key order, spacing or a repeated key)."
+        )
     return record
 
 

@@ -1,7 +1,7 @@
 """Named tensors on disk: safetensors in and out, canonical order, digests.
 
-Knows the container only; what the tensors mean is up to models and codecs. Reading is by memory map,
-so opening a model costs nothing and aggregating many costs the memory of a block.
+Knows the container only; what tensors mean is up to models and codecs. Reading is by memory map, so
+opening a model costs nothing and aggregating many costs the memory of a block.
 
 The header is parsed here rather than by the safetensors library because files come from strangers:
 every length is bounded before it is believed, and a repeated key, a gap, an overlap or a trailing
@@ -27,7 +27,7 @@ from moshi_fl.errors import CorruptRecord
 
 Array = NDArray[Any]
 Weights = Mapping[str, Array]
-"""Tensor name to array. Global weights are float32; iterate with ``sorted``: that is canonical order."""
+"""Tensor name to array. Global weights are float32; canonical order is that of ``sorted``."""
 
 MAX_HEADER_BYTES = 1 << 20
 MAX_NAME_LENGTH = 200
@@ -129,7 +129,9 @@ def _tensor_spec(key: str, value: object, name: str) -> TensorSpec:
         raise CorruptRecord(f"{name}: entry {key!r} must have dtype, shape and data_offsets.")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CorruptRecord(f"{name}: {key!r} has dtype {str(dtype)[:20]!r}, which is not accepted.")
+        raise CorruptRecord(
+            f"{name}: {key!r} has dtype {str(dtype)[:20]!r}, which is not accepted."
+        )
     if not _naturals(shape) or len(shape) > MAX_DIMENSIONS:
         raise CorruptRecord(f"{name}: {key!r} has an unusable shape.")
     if not _naturals(offsets) or len(offsets) != 2:
@@ -150,7 +152,9 @@ def _check_layout(tensors: dict[str, TensorSpec], length: int, name: str) -> Non
             raise CorruptRecord(f"{name}: tensors overlap or leave a gap at byte {position}.")
         position = spec.stop
     if position != length:
-        raise CorruptRecord(f"{name}: {length} bytes of data where the header describes {position}.")
+        raise CorruptRecord(
+            f"{name}: {length} bytes of data where the header describes {position}."
+        )
 
 
 def read_header(path: Path) -> Header:
@@ -188,17 +192,23 @@ def open_weights(path: Path) -> dict[str, Array]:
     if path.stat().st_size < 8:
         raise CorruptRecord(f"{path.name}: {path.stat().st_size} bytes is too short.")
     mapped = np.memmap(path, dtype=np.uint8, mode="r")
-    return tensors_in(memoryview(mapped), name=path.name)
+    return tensors_in(mapped.data, name=path.name)
 
 
-def serialize(tensors: Weights, metadata: Mapping[str, str] | None = None) -> Iterable[bytes | memoryview]:
-    """Bytes of a safetensors file in canonical order, tensor by tensor: equal input, equal bytes."""
+def serialize(
+    tensors: Weights, metadata: Mapping[str, str] | None = None
+) -> Iterable[bytes | memoryview]:
+    """Pieces of a safetensors file in canonical order: equal input, equal bytes."""
     table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for name in sorted(tensors):
         array = tensors[name]
         offsets = [position, position + array.nbytes]
-        table[name] = {"dtype": dtype_name(array), "shape": list(array.shape), "data_offsets": offsets}
+        table[name] = {
+            "dtype": dtype_name(array),
+            "shape": list(array.shape),
+            "data_offsets": offsets,
+        }
         position = offsets[1]
     header = json.dumps(table, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
@@ -209,7 +219,7 @@ def serialize(tensors: Weights, metadata: Mapping[str, str] | None = None) -> It
 
 def _bytes_of(array: Array) -> memoryview:
     little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-    return memoryview(little.reshape(-1).view(np.uint8))
+    return little.reshape(-1).view(np.uint8).data
 
 
 def save_weights(path: Path, tensors: Weights, metadata: Mapping[str, str] | None = None) -> None:

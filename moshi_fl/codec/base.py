@@ -46,7 +46,7 @@ class Codec(Protocol):
         ...
 
     def add(self, entry: Array, shape: Shape, start: int, total: F64, weight: float) -> None:
-        """``total += weight * decode(entry)[start : start + len(total)]``, flat, in float64, in place.
+        """``total += weight * decode(entry)[start:][:len(total)]``, flat, float64, in place.
 
         Bit for bit what that expression gives with numpy ufuncs, but without decoding the rest.
         """

@@ -97,7 +97,9 @@ class Task(Protocol):
         """Read the user's data. Raises ``DataError`` when nothing usable is there."""
         ...
 
-    def batches(self, corpus: Corpus, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Any]:
+    def batches(
+        self, corpus: Corpus, batch_size: int, *, seed: int, start: int = 0
+    ) -> Iterator[Any]:
         """Endless training batches; the n-th depends on ``(corpus, batch_size, seed, n)`` alone."""
         ...
 
