@@ -1,0 +1,1 @@
+"""The maintainer's side: create a hub, verify contributions, merge them into rounds."""

@@ -1,0 +1,33 @@
+"""``moshi-hub``: what a hub's maintainer types."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from moshi_fl.cli import group, run
+
+COMMANDS = {
+    "init": ("moshi_hub.commands.init:init", "Create a hub and publish round 0."),
+    "verify": ("moshi_hub.commands.verify:verify", "Check contributions against the hub's rules."),
+    "merge": ("moshi_hub.commands.merge:merge", "Aggregate accepted contributions into a round."),
+    "publish": ("moshi_hub.commands.publish:publish", "Make a prepared round the current one."),
+    "doctor": ("moshi_hub.commands.doctor:doctor", "Check a hub's repository and its settings."),
+}
+
+root = group(
+    "moshi-hub",
+    COMMANDS,
+    "Run a hub: a Git repository in which a model is trained together.\n\n"
+    "\b\nTo begin:\n"
+    "  moshi-hub init ./hub.git --family char --preset tiny",
+)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run ``moshi-hub``; returns the exit status."""
+    return run(root, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

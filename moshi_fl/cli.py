@@ -1,0 +1,171 @@
+"""The frame of both commands: a group that loads its subcommands lazily, and one ``main``.
+
+``--help`` imports no subcommand, so it answers at once although training needs torch.
+``run`` is the only place where errors are caught.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import click
+
+from moshi_fl import __version__
+from moshi_fl.console import Console
+from moshi_fl.errors import Exit, MoshiError
+
+F = TypeVar("F", bound=Callable[..., Any])
+Table = Mapping[str, tuple[str, str]]
+"""Name of a subcommand to ``("package.module:function", "What it does in one line.")``."""
+
+# What a person can repair; every other OSError is a bug and keeps its traceback.
+_REPAIRABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+class LazyGroup(click.Group):
+    """A click group whose subcommands are imported only when they are called."""
+
+    def __init__(self, *args: Any, table: Table, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._table = table
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order of the table, which is the order in which people need them."""
+        return list(self._table)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one subcommand."""
+        if cmd_name not in self._table:
+            return None
+        target, short_help = self._table[cmd_name]
+        module, _, function = target.partition(":")
+        command = getattr(importlib.import_module(module), function)
+        assert isinstance(command, click.Command), target
+        command.short_help = short_help
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the subcommands from the table, importing none."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in self._table.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find a subcommand; an unknown one is answered with the nearest."""
+        name = args[0]
+        if name in self._table or name.startswith("-"):
+            return super().resolve_command(ctx, args)
+        near = difflib.get_close_matches(name, self._table, n=1)
+        ending = f" Did you mean {near[0]!r}?" if near else ""
+        raise click.UsageError(f"No such command {name!r}.{ending}", ctx)
+
+
+def group(name: str, table: Table, help_text: str) -> LazyGroup:
+    """A command line's root, with ``--help`` and ``--version``."""
+    root = LazyGroup(
+        name,
+        table=table,
+        help=help_text,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    )
+    return click.version_option(__version__, "-V", "--version", prog_name=name)(root)
+
+
+def output_options(function: F) -> F:
+    """``--json`` and ``--quiet``; the function gets the console as its first argument."""
+
+    def switch(name: str) -> Callable[[click.Context, click.Parameter, bool], None]:
+        def callback(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+            console = ctx.find_object(Console)
+            assert console is not None
+            setattr(console, name, getattr(console, name) or value)
+
+        return callback
+
+    passing = click.make_pass_decorator(Console)(function)
+    for flags, name, help_text in (
+        (("-q", "--quiet"), "quiet", "No notes and no progress; only data, warnings and errors."),
+        (("--json",), "json_mode", "Print one JSON document instead of text."),
+    ):
+        passing = click.option(
+            *flags,
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=switch(name),
+            help=help_text,
+        )(passing)
+    return passing  # type: ignore[return-value]
+
+
+def hub_option(function: F) -> F:
+    """``--hub``: which hub; the settings supply it when it is not given."""
+    return click.option(
+        "--hub", metavar="URL", help="URL or path of the hub. [default: the setting 'hub']"
+    )(function)
+
+
+def run(root: click.Group, args: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit status; errors become sentences here, only here."""
+    args = list(sys.argv[1:] if args is None else args)
+    console = Console()
+    try:
+        status = _invoke(root, args, console)
+        console.finish()
+    except BrokenPipeError:
+        _forget_stdout()
+        return int(Exit.FAILED)
+    return status
+
+
+def _invoke(root: click.Group, args: list[str], console: Console) -> int:
+    try:
+        status = root.main(args, prog_name=root.name, obj=console, standalone_mode=False)
+        return int(status) if isinstance(status, int) else int(Exit.DONE)
+    except MoshiError as error:
+        return _report(console, str(error), error.hint, error.exit_code)
+    except click.UsageError as error:
+        console.json_mode = console.json_mode or "--json" in args
+        command = error.ctx.command_path if error.ctx else root.name
+        return _report(console, error.format_message(), f"{command} --help", Exit.USAGE)
+    except click.ClickException as error:
+        return _report(console, error.format_message(), "", Exit.FAILED)
+    except click.Abort:
+        hint = console.resume_command and f"{console.resume_command}   (continues where it stopped)"
+        return _report(console, "interrupted.", hint, Exit.INTERRUPTED)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.errno not in _REPAIRABLE:
+            _confess(root, console)
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        return _report(console, f"{where}{error.strerror}.", "", Exit.FAILED)
+    except Exception:
+        _confess(root, console)
+        raise
+
+
+def _report(console: Console, message: str, hint: str, exit_code: Exit) -> int:
+    console.error(message, hint=hint, exit_code=exit_code)
+    return int(exit_code)
+
+
+def _confess(root: click.Group, console: Console) -> None:
+    console.error(
+        "this is a bug in moshi-fl; the lines below say where.",
+        hint=f"Report them together with the output of `{root.name} doctor --json`.",
+    )
+    console.finish()
+
+
+def _forget_stdout() -> None:
+    """Nobody reads our output any more (``| head``): keep the interpreter from complaining."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,337 @@
+"""A user's settings: where each value comes from, and how ``config.toml`` is changed.
+
+Everything that moshi-fl keeps for a user lies in one folder: ``MOSHI_FL_HOME`` or ``~/.moshi-fl``
+(cached rounds, unfinished work, ``config.toml``), readable by its owner alone.
+
+A value is taken from the first of: command-line flag, ``MOSHI_FL_*`` variable, ``config.toml``,
+the hub's own rules, the default. ``Settings.origin`` says which it was.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import secrets
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from moshi_fl.errors import ConfigError
+
+MAX_CONFIG_BYTES = 1 << 18
+MAX_CONTRIBUTOR_LENGTH = 200  # what a record accepts
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("must be text")
+    if not value.isprintable():
+        raise ValueError("must be one printable line")
+    return value
+
+
+def _contributor(value: Any) -> str:
+    name = _text(value).strip()
+    if not name or len(name) > MAX_CONTRIBUTOR_LENGTH:
+        raise ValueError(f"must have 1 to {MAX_CONTRIBUTOR_LENGTH} characters")
+    return name
+
+
+def _paths(value: Any) -> tuple[str, ...]:
+    parts = value.split(os.pathsep) if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+        raise ValueError(f"must be paths (several on one line are separated by {os.pathsep!r})")
+    return tuple(part for part in parts if part)
+
+
+def _device(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,2})?", value):
+        raise ValueError("must be auto, cpu, mps, cuda or cuda:N")
+    return value
+
+
+def _precision(value: Any) -> str:
+    if value not in ("fp32", "bf16"):
+        raise ValueError("must be fp32 or bf16")
+    return str(value)
+
+
+def _whole(low: int, high: int) -> Callable[[Any], int]:
+    def parse(value: Any) -> int:
+        number = int(value) if isinstance(value, str) and value.strip().isdigit() else value
+        if type(number) is not int or not low <= number <= high:
+            raise ValueError(f"must be a whole number from {low} to {high}")
+        return number
+
+    return parse
+
+
+def _size(value: Any) -> int:
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,3})?)\s*([KMGT]?B?)", str(value).strip().upper())
+    if isinstance(value, bool) or not match:
+        raise ValueError("must be a size such as 500MB or 5GB")
+    unit = match[2] if match[2].endswith("B") or not match[2] else match[2] + "B"
+    return int(float(match[1]) * _UNITS[unit])
+
+
+def _setting(default: Any, help_text: str, parse: Callable[[Any], Any]) -> Any:
+    return field(default=default, metadata={"help": help_text, "parse": parse})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user may set once and for all; every field is a key of ``config.toml``."""
+
+    hub: str = _setting("", "URL or path of the hub", _text)
+    contributor: str = _setting("", "your name in contribution records; public", _contributor)
+    data: tuple[str, ...] = _setting((), "files and folders to train on", _paths)
+    device: str = _setting("auto", "auto, cpu, mps, cuda or cuda:N", _device)
+    precision: str = _setting("fp32", "fp32 or bf16", _precision)
+    threads: int = _setting(0, "CPU threads for training; 0 lets torch choose", _whole(0, 1024))
+    keep_rounds: int = _setting(2, "rounds kept in the cache per hub", _whole(1, 100_000))
+    cache_size: int = _setting(10 * 10**9, "largest size of the cache, such as 5GB", _size)
+    _origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+    def origin(self, name: str) -> str:
+        """Where a value comes from: a flag, a variable, a line of the file, the hub, or ``default``."""
+        return self._origins.get(name, "default")
+
+    def with_policy(self, **policy: object) -> Settings:
+        """The hub's values where the user said nothing; only once the hub's rules are known."""
+        unset = {k: _checked(k, v, "hub.toml") for k, v in policy.items() if self._is_unset(k)}
+        return replace(self, **unset, _origins={**self._origins, **dict.fromkeys(unset, "hub")})
+
+    def _is_unset(self, name: str) -> bool:
+        return self.origin(name) == "default"
+
+
+SETTINGS: dict[str, str] = {f.name: f.metadata["help"] for f in fields(Settings) if f.metadata}
+"""Name of each setting to what it means."""
+_PARSERS: dict[str, Callable[[Any], Any]] = {
+    f.name: f.metadata["parse"] for f in fields(Settings) if f.metadata
+}
+
+
+def home() -> Path:
+    """The folder of everything that moshi-fl keeps; it need not exist yet."""
+    return Path(os.environ.get("MOSHI_FL_HOME") or "~/.moshi-fl").expanduser().absolute()
+
+
+def ensure_home() -> Path:
+    """The same, created with mode 0700 when it is missing.
+
+    Raises:
+        ConfigError: It cannot be created, or something else has its name.
+    """
+    path = home()
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot create {path}: {error.strerror}.",
+            hint="Set MOSHI_FL_HOME to a folder that you can write to.",
+        ) from error
+    return path
+
+
+def config_path() -> Path:
+    """Where the settings file lies; it need not exist."""
+    return home() / "config.toml"
+
+
+def load_settings(**flags: object) -> Settings:
+    """Settings from all sources.
+
+    Args:
+        flags: Values from the command line; ``None`` (or an empty tuple) means not given.
+
+    Raises:
+        ConfigError: A key or a value cannot be used; names the flag, the variable or the line.
+    """
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for name, (value, origin) in _given(flags).items():
+        values[name] = _checked(name, value, origin)
+        origins[name] = origin
+    if "contributor" not in values:
+        values["contributor"] = _pseudonym(ensure_home())
+    return Settings(**values, _origins=origins)
+
+
+def _given(flags: Mapping[str, object]) -> dict[str, tuple[object, str]]:
+    given = {name: (value, where) for name, (value, where) in _from_file(config_path()).items()}
+    for name in _PARSERS:
+        variable = f"MOSHI_FL_{name.upper()}"
+        if os.environ.get(variable):
+            given[name] = (os.environ[variable], variable)
+    for name, value in flags.items():
+        if value is not None and value != ():
+            given[name] = (value, f"--{name.replace('_', '-')}")
+    return given
+
+
+def _from_file(path: Path) -> dict[str, tuple[object, str]]:
+    text = _read(path)
+    try:
+        table = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: {error}.") from error
+    return {name: (value, _place(path, text, name)) for name, value in table.items()}
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_CONFIG_BYTES + 1)
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}.") from error
+    if len(data) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path}: longer than {MAX_CONFIG_BYTES} bytes.")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}).") from error
+
+
+def _place(path: Path, text: str, name: str) -> str:
+    for number, line in enumerate(text.splitlines(), 1):
+        if _assigns(line, name):
+            return f"{path.name}, line {number}"
+    return path.name
+
+
+def _assigns(line: str, name: str) -> bool:
+    return (
+        re.match(rf"""\s*(["']?){re.escape(name)}\1\s*[=.\]]|\s*\[+\s*{re.escape(name)}\b""", line)
+        is not None
+    )
+
+
+def _checked(name: str, value: object, origin: str) -> Any:
+    parse = parser_of(name, origin)
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise ConfigError(f"{origin}: {name} {error}, not {value!r}.") from error
+
+
+def parser_of(name: str, origin: str = "") -> Callable[[Any], Any]:
+    """What checks a setting's value (it raises ``ValueError``).
+
+    Raises:
+        ConfigError: There is no such setting; suggests the nearest.
+    """
+    if name in _PARSERS:
+        return _PARSERS[name]
+    near = difflib.get_close_matches(name.replace("-", "_"), _PARSERS, n=1)
+    hint = f"Did you mean {near[0]}?" if near else f"Settings: {', '.join(_PARSERS)}."
+    raise ConfigError(f"{origin + ': ' if origin else ''}unknown setting {name!r}.", hint=hint)
+
+
+def _pseudonym(folder: Path) -> str:
+    """A stable name that tells nothing about its bearer, made on first use.
+
+    Records are public and permanent, so a name from the system or from Git's settings
+    is never used unasked.
+    """
+    path = folder / "pseudonym"
+    try:
+        if not path.exists():
+            fresh = folder / f".tmp-{secrets.token_hex(8)}"
+            fresh.write_text(f"anonymous-{secrets.token_hex(4)}\n", encoding="utf-8")
+            try:
+                path.hardlink_to(fresh)  # of two first runs at the same moment, one wins
+            except FileExistsError:
+                pass
+            finally:
+                fresh.unlink()
+        return _contributor(path.read_text(encoding="utf-8").strip())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"cannot use {path}: {error}.", hint="moshi-fl config set contributor NAME"
+        ) from error
+
+
+# Changing the file: one line at a time, so that comments and order stay.
+
+
+def set_value(name: str, words: Sequence[str]) -> Any:
+    """Write one setting to ``config.toml``, given as on a command line; returns the parsed value.
+
+    Paths become absolute: the next command may run in another folder.
+
+    Raises:
+        ConfigError: Unknown name, unusable value, or a file that is broken already.
+    """
+    if name == "data":
+        words = [str(Path(word).expanduser().absolute()) for word in words]
+    elif len(words) > 1:
+        raise ConfigError(f"{name} takes one value, not {len(words)}.")
+    value = _checked(name, words if name == "data" else words[0], "config set")
+    _from_file(config_path())
+    lines = _read(config_path()).splitlines()
+    start, stop = _span(lines, name) or (_end_of_keys(lines),) * 2
+    lines[start:stop] = [f"{name} = {_toml(value)}"]
+    _write(lines)
+    return value
+
+
+def unset_value(name: str) -> bool:
+    """Remove one setting from ``config.toml``; False when it was not there.
+
+    Raises:
+        ConfigError: Unknown name, or a file that is broken already.
+    """
+    parser_of(name)
+    lines = _read(config_path()).splitlines()
+    span = _span(lines, name)
+    if not span:
+        return False
+    del lines[span[0] : span[1]]
+    _write(lines)
+    return True
+
+
+def _span(lines: list[str], name: str) -> tuple[int, int] | None:
+    """First line and line after the last of a key's value, which may go on over several lines."""
+    start = next((i for i, line in enumerate(lines) if _assigns(line, name)), None)
+    if start is None:
+        return None
+    for stop in range(start + 1, len(lines) + 1):
+        try:
+            tomllib.loads("\n".join(lines[start:stop]))
+        except tomllib.TOMLDecodeError:
+            continue
+        return start, stop
+    return start, start + 1
+
+
+def _end_of_keys(lines: list[str]) -> int:
+    return next((i for i, line in enumerate(lines) if line.lstrip().startswith("[")), len(lines))
+
+
+def _write(lines: list[str]) -> None:
+    from moshi_fl.weights import write_atomic
+
+    text = "\n".join(lines) + "\n" if lines else ""
+    tomllib.loads(text)  # what we are about to write must read back
+    ensure_home()
+    try:
+        write_atomic(config_path(), text.encode())
+    except OSError as error:
+        raise ConfigError(f"cannot write {config_path()}: {error.strerror}.") from error
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML; a string in TOML's basic form is a string in JSON's."""
+    import json
+
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return str(value) if isinstance(value, int) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,1 @@
+"""One module per subcommand of ``moshi-fl``; loaded only when called."""
