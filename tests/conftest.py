@@ -1,0 +1,48 @@
+"""What every test stands on: a home of its own, a Git without the user's settings, one thread."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("dev", deadline=None, max_examples=50)
+settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True, database=None)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+ENVIRONMENT = {
+    # Git as on a machine where nobody ever configured it.
+    "GIT_CONFIG_GLOBAL": os.devnull,
+    "GIT_CONFIG_NOSYSTEM": "1",
+    "GIT_TERMINAL_PROMPT": "0",
+    "GIT_AUTHOR_NAME": "Test",
+    "GIT_AUTHOR_EMAIL": "test@example.org",
+    "GIT_COMMITTER_NAME": "Test",
+    "GIT_COMMITTER_EMAIL": "test@example.org",
+    # Read by torch, when a test imports it; also holds in the commands that tests start.
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "NO_COLOR": "1",
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name in [n for n in os.environ if n.startswith(("MOSHI_FL_", "GIT_"))]:
+        del os.environ[name]
+    os.environ.update(ENVIRONMENT)
+    folder = tempfile.TemporaryDirectory(prefix="moshi-fl-tests-")
+    config.add_cleanup(folder.cleanup)
+    os.environ["MOSHI_FL_HOME"] = os.environ["FLWR_HOME"] = folder.name
+
+
+@pytest.fixture(autouse=True)
+def moshi_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's folder, fresh for each test."""
+    home = tmp_path / "moshi-home"
+    monkeypatch.setenv("MOSHI_FL_HOME", str(home))
+    return home
