@@ -100,11 +100,15 @@ class Contribution(Record, frozen=True, kw_only=True):
 
 
 class Merged(Record, frozen=True, kw_only=True):
-    """A contribution's place in a round: its id, the round it was based on, its integer weight."""
+    """A contribution's place in a round: who, on which base, with which integer weight.
+
+    ``missing_rows``: rows of the vocabulary tensors that were appended after its base.
+    """
 
     id: ContributionId
     base_round: RoundNumber
     weight: Annotated[int, Meta(ge=1, le=(1 << 53) - 1)]
+    missing_rows: Count = 0
 
 
 class Strategy(Record, frozen=True, kw_only=True):
@@ -129,10 +133,14 @@ class Update(Record, frozen=True, kw_only=True):
 
 
 class Growth(Record, frozen=True, kw_only=True):
-    """Characters appended to the vocabulary, and the tensors that gain a row for each."""
+    """Characters appended to the vocabulary in a round; each adds a row to the vocabulary tensors.
+
+    A new row starts as the mean of the rows of the character's UTF-8 bytes, which begin at
+    ``byte_row``.
+    """
 
     characters: Annotated[str, Meta(min_length=1, max_length=100_000)]
-    tensors: tuple[str, ...]
+    byte_row: Count
 
 
 class Evaluation(Record, frozen=True, kw_only=True):
@@ -154,7 +162,8 @@ class Round(Record, frozen=True, kw_only=True):
     previous: Sha256 | None
     weights: Sha256
     parameters: Count
-    tokenizer: Sha256 | None = None
+    tokenizer: Sha256
+    vocabulary_tensors: tuple[str, ...] = ()
     keyframe: Location | None = None
     update: Update | None = None
     archive: Location | None = None

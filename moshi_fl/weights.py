@@ -274,3 +274,14 @@ def weights_digest(weights: Weights) -> str:
 def count_parameters(weights: Weights) -> int:
     """How many numbers the weights hold."""
     return sum(array.size for array in weights.values())
+
+
+def sha256_bytes(data: bytes) -> str:
+    """SHA-256 of some bytes, in hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

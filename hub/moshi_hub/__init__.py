@@ -1,1 +1,1 @@
-"""The maintainer's side: create a hub, verify contributions, merge them into rounds."""
+"""The hub's side: create a hub, verify contributions, merge rounds, publish them."""

@@ -1,0 +1,154 @@
+"""Fetches what contributors offer, without trusting it: the edge around ``moshi_hub.verify``.
+
+Nothing is checked out. A branch is fetched under a size cap and compared entry by entry with main;
+the delta is fetched only when its record passed, and never more of it than the codec can make.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from moshi_fl.errors import HubError, MoshiError
+from moshi_fl.history import DELTA_FILE, Refs, contribution_path, read_contributions, read_rounds
+from moshi_fl.hubfile import HubConfig
+from moshi_fl.records import Location, Round
+from moshi_fl.replica import Replica
+from moshi_fl.rules import Shapes, shapes_before_growth
+from moshi_fl.store import HubRepo
+from moshi_fl.weights import write_atomic
+from moshi_hub.verify import (
+    MAX_CONTRIBUTION_BYTES,
+    Base,
+    Rules,
+    Submission,
+    Verdict,
+    branch_place,
+    delta_limit,
+    precheck,
+    verify,
+)
+
+BRANCHES = "refs/heads/contribute/*"
+MAX_BRANCH_PACK = 1 << 20
+PACK_OVERHEAD = 1 << 16
+
+
+def open_branches(repo: HubRepo) -> dict[str, str]:
+    """Branches that claim to be contributions, with their commits, in order of name."""
+    return dict(sorted(repo.remote_refs(BRANCHES).items()))
+
+
+def make_rules(
+    config: HubConfig, refs: Refs, rounds: list[Round], shapes: Shapes, seen: Mapping[str, str]
+) -> Rules:
+    """Rules of the open round.
+
+    Args:
+        config: The hub's settings.
+        refs: Names of the hub's refs.
+        rounds: Records from the oldest acceptable base to the newest round, in order.
+        shapes: Shapes of the newest round's tensors.
+        seen: Hash of each delta contributed so far, to its contribution id.
+    """
+    newest, bases, missing = rounds[-1], {}, 0
+    for record in reversed(rounds):
+        own = shapes_before_growth(shapes, newest.vocabulary_tensors, missing)
+        bases[record.round] = Base(record.round, record.weights, own, missing)
+        missing += len(record.growth.characters) if record.growth else 0
+    return Rules(config, refs, newest.round, bases, seen)
+
+
+def judge(
+    repo: HubRepo, scratch: HubRepo, main: str, branches: Mapping[str, str], rules: Rules, out: Path
+) -> Iterator[tuple[Verdict, Submission]]:
+    """Collect and verify each branch, one after the other.
+
+    Args:
+        repo: The replica's store, which holds main.
+        scratch: A throw-away store for deltas.
+        main: Commit of main.
+        branches: Branch to commit, as ``open_branches`` found them.
+        rules: What the open round accepts.
+        out: Folder for the delta files, one per contribution.
+    """
+    seen = dict(rules.seen)
+    for branch, commit in branches.items():
+        now = replace(rules, seen=seen)
+        submission = _fetch_branch(repo, main, branch, commit)
+        verdict = precheck(submission, now)
+        if verdict.accepted and verdict.contribution:
+            target = out / f"{verdict.contribution.id}.safetensors"
+            limit = delta_limit(now, verdict.contribution.round)
+            submission = _fetch_delta(scratch, submission, verdict.contribution.delta, limit, target)
+            verdict = verify(submission, now)
+        if verdict.accepted and verdict.contribution:
+            seen[verdict.contribution.delta.files[0].sha256] = verdict.contribution.id
+        yield verdict, submission
+
+
+def _fetch_branch(repo: HubRepo, main: str, branch: str, commit: str) -> Submission:
+    place = branch_place(branch)
+    if place is None:
+        return Submission(branch, "", ())
+    local = f"refs/moshi-fl/contribute/{place[0]}/{place[1]}"
+    try:
+        repo.fetch({branch: local}, max_bytes=MAX_BRANCH_PACK, expect={branch: commit})
+        return _read_branch(repo, main, branch, commit)
+    except MoshiError as error:
+        return Submission(branch, f"the branch could not be read: {error}", ())
+    finally:
+        repo.delete_refs(local)
+
+
+def _read_branch(repo: HubRepo, main: str, branch: str, commit: str) -> Submission:
+    parents = repo.parents(commit)
+    if len(parents) != 1 or not repo.is_ancestor(parents[0], main):
+        return Submission(branch, "the branch is not one commit on top of main.", ())
+    changes = tuple(repo.changes(parents[0], commit))
+    place = branch_place(branch)
+    path = contribution_path(*place) if place else ""
+    record = None
+    if [entry.path for entry in changes] == [path]:
+        entry = changes[0]
+        if entry.kind == "blob" and (entry.size or 0) <= MAX_CONTRIBUTION_BYTES:
+            record = repo.read(commit, path, limit=MAX_CONTRIBUTION_BYTES)
+    return Submission(branch, "", changes, record)
+
+
+def _fetch_delta(
+    scratch: HubRepo, submission: Submission, location: Location, limit: int, target: Path
+) -> Submission:
+    found = scratch.remote_refs(location.ref).get(location.ref)
+    if found != location.commit:
+        return replace(submission, delta_commit=found)
+    local = f"refs/moshi-fl/delta/{target.stem}"
+    try:
+        scratch.prepare()
+        scratch.fetch({location.ref: local}, max_bytes=limit + PACK_OVERHEAD)
+        entries = tuple(scratch.entries(found))
+        plain = [(entry.path, entry.mode) for entry in entries] == [(DELTA_FILE, "100644")]
+        if plain and (entries[0].size or 0) <= limit:
+            with target.open("wb") as file:
+                scratch.stream(found, DELTA_FILE, file, limit=limit)
+            return replace(submission, delta_commit=found, delta_entries=entries, delta=target)
+    except HubError:
+        entries = ()
+    return replace(submission, delta_commit=found, delta_entries=entries)
+
+
+def known_deltas(replica: Replica, main: str, newest: Round) -> dict[str, str]:
+    """Hash of each delta that main's records name, to the contribution that brought it.
+
+    Kept in the replica's folder and extended by new rounds only: main never goes back.
+    """
+    path = replica.folder / "known-deltas.json"
+    stored = json.loads(path.read_text()) if path.exists() else {"round": 0, "deltas": {}}
+    table: dict[str, str] = stored["deltas"]
+    for record in read_rounds(replica.repo, main, stored["round"] + 1, newest.round):
+        for contribution in read_contributions(replica.repo, main, record).values():
+            table[contribution.delta.files[0].sha256] = contribution.id
+    write_atomic(path, json.dumps({"round": newest.round, "deltas": table}).encode())
+    return table

@@ -1,0 +1,162 @@
+"""Makes a hub: settings, tokenizer, random weights of round 0, and one atomic first push."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import msgspec
+
+from moshi_fl.errors import HubError
+from moshi_fl.history import HUB_FILE, MAIN, PREFIXES, TOKENIZER_FILE, Refs, round_path
+from moshi_fl.hubfile import parse_hubfile
+from moshi_fl.models.family import Preset
+from moshi_fl.records import Manifest, Round, dump
+from moshi_fl.replica import Replica, Snapshot
+from moshi_fl.store import Author, HubRepo, PushRejected, RefUpdate, create_hub, is_local
+from moshi_fl.weights import count_parameters, sha256_bytes, weights_digest
+from moshi_hub.heldout import store_pool
+from moshi_hub.propose import keyframe_files, software, utc_now
+from moshi_hub.publish import author, commit_files, commit_latest, put_all, seconds
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``moshi-hub init`` is asked for."""
+
+    url: str
+    family: str
+    preset: str
+    name: str
+    seed: int = 0
+    prefix: str = PREFIXES[0]
+    eval_data: tuple[Path, ...] = ()
+    maintainer: str = "moshi-hub"
+
+
+def create(plan: Plan, home: Path) -> Snapshot:
+    """Create a hub, or fill an empty repository, and publish round 0.
+
+    Raises:
+        HubError: The repository already holds something, or cannot be reached.
+        ConfigError: Unknown family or preset.
+    """
+    from moshi_fl.models import get_family, get_preset
+
+    preset = get_preset(plan.family, plan.preset)
+    hubfile = render_hubfile(plan, preset)
+    config = parse_hubfile(hubfile)
+    if is_local(plan.url):
+        create_hub(Path(plan.url.removeprefix("file://")).expanduser())
+    replica = Replica(plan.url, home)
+    _refuse_used(replica.repo)
+    task = get_family(plan.family).load(config.model_table, preset.tokenizer)
+    weights = task.initial_weights(plan.seed)
+    if plan.eval_data:
+        replica.folder.mkdir(parents=True, exist_ok=True)
+        store_pool(replica, config, preset.tokenizer, plan.eval_data)
+    record = Round(
+        hub=config.hub.id,
+        round=0,
+        previous=None,
+        weights=weights_digest(weights),
+        parameters=count_parameters(weights),
+        tokenizer=sha256_bytes(preset.tokenizer),
+        vocabulary_tensors=task.vocabulary_tensors,
+        created=utc_now(),
+        software=software(),
+    )
+    folder = Path(tempfile.mkdtemp(prefix="init-", dir=replica.folder))
+    try:
+        paths = keyframe_files(weights, folder / "keyframe")
+        _push_first(replica.repo, plan, hubfile, record, preset.tokenizer, paths)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return replica.pull()
+
+
+def _refuse_used(repo: HubRepo) -> None:
+    repo.prepare()
+    if present := repo.remote_refs():
+        raise HubError(
+            f"{repo.url} already holds {len(present)} ref(s), such as {sorted(present)[0]}.",
+            hint="a hub starts in an empty repository; give another path or URL",
+        )
+
+
+def _push_first(
+    repo: HubRepo,
+    plan: Plan,
+    hubfile: str,
+    record: Round,
+    tokenizer: bytes,
+    keyframe: Sequence[Path],
+) -> None:
+    by, refs, when = author(plan.maintainer), Refs(plan.prefix), seconds(record.created)
+    place = commit_files(repo, refs.keyframe(0), keyframe, by, when)
+    record = msgspec.structs.replace(record, keyframe=place)
+    manifest = Manifest(hub=record.hub, rounds=(record,))
+    latest = commit_latest(repo, manifest, hubfile.encode(), tokenizer, by)
+    texts = {
+        HUB_FILE: hubfile.encode(),
+        TOKENIZER_FILE: tokenizer,
+        "README.md": render("README.md", name=plan.name, family=plan.family).encode(),
+        round_path(0): dump(record),
+    }
+    main = _first_commit(repo, texts, by, when)
+    try:
+        repo.push(
+            [
+                RefUpdate(MAIN, main, None),
+                RefUpdate(refs.latest, latest, None),
+                RefUpdate(place.ref, place.commit, None),
+            ]
+        )
+    except PushRejected as error:
+        raise HubError(f"{repo.url} was filled by someone else meanwhile.") from error
+
+
+def _first_commit(repo: HubRepo, texts: Mapping[str, bytes], by: Author, when: int) -> str:
+    tree = repo.tree(put_all(repo, texts))
+    return repo.commit(tree, message="Round 0: random weights\n", author=by, when=when)
+
+
+def render(name: str, **values: str) -> str:
+    """A file of the hub template with its placeholders filled."""
+    text = (files("moshi_hub") / "template" / name).read_text(encoding="utf-8")
+    return Template(text).substitute(values)
+
+
+def render_hubfile(plan: Plan, preset: Preset) -> str:
+    """``hub.toml`` of a new hub, with comments, parsed once to prove that it is valid."""
+    return render(
+        HUB_FILE,
+        id=secrets.token_hex(8),
+        name=_toml(plan.name),
+        refs=_toml(plan.prefix),
+        family=_toml(plan.family),
+        model=_lines(preset.model),
+        training=_lines(preset.training),
+        delta=_lines(preset.delta),
+        evaluation=_lines(preset.evaluation),
+    )
+
+
+def _lines(table: Mapping[str, Any]) -> str:
+    return "\n".join(f"{key} = {_toml(value)}" for key, value in table.items())
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {_toml(entry)}" for key, entry in value.items()) + " }"
+    return json.dumps(value, ensure_ascii=False)
+
+

@@ -1,0 +1,246 @@
+"""One merge, from the open contributions to a proposed or published round."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moshi_fl.aggregate import get_strategy
+from moshi_fl.errors import HubError, MoshiError
+from moshi_fl.history import HUB_FILE, HubState, round_branch
+from moshi_fl.hubfile import MAX_HUBFILE_BYTES, HubConfig, parse_hubfile
+from moshi_fl.records import Contribution, Scalar, Strategy
+from moshi_fl.replica import Replica, Snapshot
+from moshi_fl.restore import StrategyFinder
+from moshi_fl.rules import shapes_of
+from moshi_fl.store import HubRepo, PushRejected, RefUpdate
+from moshi_hub.collect import judge, known_deltas, make_rules, open_branches
+from moshi_hub.propose import Evaluator, Proposal, propose
+from moshi_hub.publish import (
+    Built,
+    author,
+    build_round,
+    push_proposed,
+    push_published,
+    stale_refs,
+)
+from moshi_hub.report import round_report
+from moshi_hub.verify import Rules, Verdict
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a maintainer may decide about one merge."""
+
+    publish: bool = False
+    dry_run: bool = False
+    strategy: str | None = None
+    exclude: tuple[str, ...] = ()
+    name: str = "moshi-hub"
+
+
+@dataclass(frozen=True)
+class OpenRound:
+    """The hub as found, and every submission judged."""
+
+    snapshot: Snapshot
+    main: str
+    rules: Rules
+    verdicts: tuple[Verdict, ...]
+    branches: Mapping[str, str]
+
+    @property
+    def accepted(self) -> list[Contribution]:
+        """Contributions that passed the gate, in order of id."""
+        found = [v.contribution for v in self.verdicts if v.accepted and v.contribution]
+        return sorted(found, key=lambda contribution: contribution.id)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a merge did, or would do."""
+
+    open_round: OpenRound
+    proposal: Proposal
+    built: Built | None
+    waiting: tuple[Contribution, ...]
+    leftovers: str = ""
+    """Why the clean-up after publishing is not complete; empty when it is."""
+
+
+def look(replica: Replica, folder: Path) -> OpenRound:
+    """Bring the newest round here and judge all open contributions.
+
+    Args:
+        replica: The hub's copy on this machine.
+        folder: Working folder; the deltas are left in ``folder/deltas``.
+    """
+    snapshot = replica.pull()
+    main = replica.fetch_main()
+    config = settings_on(replica.repo, main)
+    rules = rules_of(replica, snapshot, main, config)
+    branches = open_branches(replica.repo)
+    deltas = folder / "deltas"
+    deltas.mkdir(parents=True)
+    with replica.scratch() as scratch:
+        judged = judge(replica.repo, scratch, main, branches, rules, deltas)
+        verdicts = tuple(verdict for verdict, _ in judged)
+    return OpenRound(snapshot, main, rules, verdicts, branches)
+
+
+def settings_on(repo: HubRepo, main: str) -> HubConfig:
+    """The hub's settings as main has them now."""
+    return parse_hubfile(repo.read(main, HUB_FILE, limit=MAX_HUBFILE_BYTES).decode())
+
+
+def rules_of(replica: Replica, snapshot: Snapshot, main: str, config: HubConfig) -> Rules:
+    """Rules of the open round."""
+    first = max(0, snapshot.round - config.delta.max_staleness)
+    rounds = replica.chain(snapshot.state, first)
+    seen = known_deltas(replica, main, snapshot.record)
+    shapes = shapes_of(snapshot.load())
+    return make_rules(config, snapshot.state.refs, rounds, shapes, seen)
+
+
+def merge(
+    replica: Replica,
+    options: Options,
+    *,
+    evaluator: Callable[[HubConfig], Evaluator | None],
+    find_strategy: StrategyFinder = get_strategy,
+) -> Outcome:
+    """Merge the open contributions into the next round.
+
+    Args:
+        replica: The hub's copy on this machine.
+        options: The maintainer's decisions.
+        evaluator: Gives what measures held-out loss, or None where there is no held-out data.
+        find_strategy: Looks up an aggregation strategy by name.
+
+    Raises:
+        HubError: Too few contributions; or someone else published first.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="merge-", dir=_made(replica.folder)))
+    try:
+        found = look(replica, folder)
+        chosen, waiting = choose(found, options.exclude)
+        proposal = propose(
+            found.snapshot.state,
+            found.rules,
+            found.snapshot.load(),
+            chosen,
+            folder,
+            strategy=strategy_of(found.rules.config, options.strategy),
+            find_strategy=find_strategy,
+            evaluate=evaluator(found.rules.config),
+        )
+        if options.dry_run:
+            return Outcome(found, proposal, None, tuple(waiting))
+        return _push(replica, found, proposal, waiting, options)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def choose(
+    found: OpenRound, exclude: Sequence[str]
+) -> tuple[list[Contribution], list[Contribution]]:
+    """Contributions that this round takes, and accepted ones that wait for the next.
+
+    Args:
+        found: The open round.
+        exclude: Ids, or beginnings of ids, that the maintainer leaves out.
+
+    Raises:
+        HubError: Fewer are left than the hub demands.
+    """
+    rules = found.rules.config.aggregation
+    kept = [c for c in found.accepted if not any(c.id.startswith(start) for start in exclude)]
+    if len(kept) < rules.min_contributions:
+        rejected = len(found.verdicts) - len(found.accepted)
+        raise HubError(
+            f"{len(kept)} contribution(s) to merge, this hub wants at least "
+            f"{rules.min_contributions}; {rejected} rejected.",
+            hint="moshi-hub verify   (shows each open contribution and why it was rejected)",
+        )
+    return kept[: rules.max_contributions], kept[rules.max_contributions :]
+
+
+def strategy_of(config: HubConfig, override: str | None) -> Strategy:
+    """How to aggregate: as ``hub.toml`` says, unless the maintainer says otherwise this once."""
+    rules = config.aggregation
+    options: dict[str, Scalar] = {} if override else rules.options
+    return Strategy(
+        name=override or rules.strategy,
+        options=options,
+        server_learning_rate=rules.server_learning_rate,
+    )
+
+
+def _push(
+    replica: Replica,
+    found: OpenRound,
+    proposal: Proposal,
+    waiting: Sequence[Contribution],
+    options: Options,
+) -> Outcome:
+    repo, state = replica.repo, found.snapshot.state
+    report = round_report(proposal, found.verdicts, waiting)
+    built = build_round(repo, state, found.main, proposal, report, author(options.name))
+    present = repo.remote_refs(f"{state.refs.prefix}*", round_branch(built.record.round))
+    if not options.publish:
+        push_proposed(repo, state, built, present)
+        return Outcome(found, proposal, built, tuple(waiting))
+    push_published(repo, state, built, present)
+    leftovers = clean_up(replica, found, {c.id for c in waiting})
+    return Outcome(found, proposal, built, tuple(waiting), leftovers)
+
+
+def clean_up(replica: Replica, found: OpenRound, waiting: set[str]) -> str:
+    """Remove what a published round has settled from the hub: branches, deltas, old weights.
+
+    Each ref goes only if it still is what was judged. Returns what went wrong, or nothing.
+    """
+    repo = replica.repo
+    state = replica.pull().state
+    settled = []
+    for verdict in found.verdicts:
+        if verdict.contribution is None or verdict.contribution.id not in waiting:
+            settled.append(RefUpdate(verdict.branch, None, found.branches[verdict.branch]))
+    present = repo.remote_refs(f"{state.refs.prefix}*")
+    stale = stale_refs(present, state.refs, found.rules.config.storage, state.manifest)
+    kept = {c.delta.ref for c in found.accepted if c.id in waiting}
+    oldest = found.rules.round - found.rules.config.delta.max_staleness
+    for ref in present:
+        number = ref.removeprefix(f"{state.refs.prefix}delta/").split("/")[0]
+        if number.isdigit() and ref not in kept and _settled(ref, int(number), oldest, found):
+            stale.append(ref)
+    updates = settled + [RefUpdate(ref, None, present[ref]) for ref in stale]
+    return remove(repo, updates)
+
+
+def _settled(ref: str, number: int, oldest: int, found: OpenRound) -> bool:
+    judged = {v.contribution.delta.ref for v in found.verdicts if v.contribution}
+    return ref in judged or number < oldest
+
+
+def remove(repo: HubRepo, updates: Sequence[RefUpdate]) -> str:
+    """Delete refs one batch at a time; a ref that moved meanwhile stays and is named."""
+    if not updates:
+        return ""
+    try:
+        repo.push(updates)
+    except PushRejected as error:
+        rest = [update for update in updates if update.ref not in error.refs]
+        again = remove(repo, rest) if len(rest) < len(updates) else ""
+        return f"moved meanwhile and kept: {', '.join(error.refs)}. {again}".strip()
+    except MoshiError as error:
+        return str(error)
+    return ""

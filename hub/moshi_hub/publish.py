@@ -1,0 +1,294 @@
+"""Puts rounds on the hub: orphan commits for weights, one commit on main, one atomic push.
+
+Until that push the hub does not change; afterwards all of it has. Branches of contributions are
+cleaned up in a second push, which may fail without harm: the next merge repeats it.
+"""
+
+from __future__ import annotations
+
+import json
+from calendar import timegm
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import strptime
+
+import msgspec
+
+from moshi_fl.errors import HubError
+from moshi_fl.history import (
+    HUB_FILE,
+    MAIN,
+    MANIFEST_FILE,
+    TOKENIZER_FILE,
+    HubState,
+    Refs,
+    accepted_path,
+    round_branch,
+    round_folder,
+    round_path,
+)
+from moshi_fl.hubfile import StorageRules
+from moshi_fl.records import File, Location, Manifest, Round, Update, dump
+from moshi_fl.store import Author, HubRepo, PushRejected, RefUpdate
+from moshi_fl.weights import sha256_file
+from moshi_hub.propose import Proposal
+
+NOREPLY = "noreply@moshi-fl.invalid"
+
+
+@dataclass(frozen=True)
+class Built:
+    """A round as commits in the local store, not yet pushed."""
+
+    record: Round
+    main: str
+    parent: str | None
+    latest: str
+    weights: Mapping[str, str]
+    """Ref to commit of everything that holds weights."""
+
+
+def author(name: str) -> Author:
+    """The author of commits made in a maintainer's name."""
+    return Author(name, NOREPLY)
+
+
+def build_round(
+    repo: HubRepo, state: HubState, main: str, proposal: Proposal, report: str, by: Author
+) -> Built:
+    """Write a proposal into the local store as commits.
+
+    Args:
+        repo: The replica's store.
+        state: The hub as it stands.
+        main: Commit that the round is built on.
+        proposal: The round.
+        report: What a maintainer reads, in Markdown; ``report.md`` beside the record.
+        by: Who makes the commits.
+    """
+    record, weights = _locate(repo, state.refs, proposal, by)
+    manifest = extend(state.manifest, record)
+    hubfile = repo.read(main, HUB_FILE, limit=1 << 18)
+    latest = commit_latest(repo, manifest, hubfile, proposal.tokenizer, by)
+    files = {
+        round_path(record.round): dump(record),
+        f"{round_folder(record.round)}/report.md": report.encode(),
+        f"{round_folder(record.round)}/ledger.jsonl": ledger(record, proposal),
+    }
+    for contribution_id, contribution in proposal.contributions.items():
+        files[accepted_path(record.round, contribution_id)] = dump(contribution)
+    if proposal.tokenizer != state.tokenizer:
+        files[TOKENIZER_FILE] = proposal.tokenizer
+    tree = repo.tree(put_all(repo, files), base=main)
+    message = f"Round {record.round}: {_subject(record)}\n"
+    commit = repo.commit(
+        tree, parents=(main,), message=message, author=by, when=seconds(record.created)
+    )
+    return Built(record, commit, main, latest, weights)
+
+
+def put_all(repo: HubRepo, files: Mapping[str, bytes]) -> dict[str, str]:
+    """Store small files; path to blob."""
+    return {path: repo.put(data) for path, data in files.items()}
+
+
+def seconds(created: str) -> int:
+    """A record's time in seconds since 1970."""
+    return timegm(strptime(created, "%Y-%m-%dT%H:%M:%SZ"))
+
+
+def _subject(record: Round) -> str:
+    count = len(record.contributions)
+    text = f"{count} contribution{'' if count == 1 else 's'}"
+    if record.evaluation:
+        text += f", held-out loss {record.evaluation.before:.4f} to {record.evaluation.after:.4f}"
+    return text
+
+
+def _locate(
+    repo: HubRepo, refs: Refs, proposal: Proposal, by: Author
+) -> tuple[Round, dict[str, str]]:
+    record = proposal.record
+    if record.update is None:
+        raise ValueError("a proposal always has an update")
+    number, when = record.round, seconds(record.created)
+    update = commit_files(repo, refs.update(number), proposal.update_files, by, when)
+    places = [update]
+    archive = keyframe = None
+    if record.update.kind == "step":
+        archive = commit_files(repo, refs.archive(number), proposal.delta_files, by, when)
+        places.append(archive)
+    if proposal.keyframe_files:
+        keyframe = commit_files(repo, refs.keyframe(number), proposal.keyframe_files, by, when)
+        places.append(keyframe)
+    located: Update = msgspec.structs.replace(record.update, location=update)
+    record = msgspec.structs.replace(record, update=located, archive=archive, keyframe=keyframe)
+    return record, {place.ref: place.commit for place in places}
+
+
+def commit_files(
+    repo: HubRepo, ref: str, paths: Sequence[Path], by: Author, when: int
+) -> Location:
+    """Make an orphan commit of files, all at its root."""
+    blobs = {path.name: repo.put(path) for path in sorted(paths)}
+    commit = repo.commit(repo.tree(blobs), message=f"{ref}\n", author=by, when=when)
+    files = tuple(
+        File(name=path.name, bytes=path.stat().st_size, sha256=sha256_file(path))
+        for path in sorted(paths)
+    )
+    return Location(ref=ref, commit=commit, files=files)
+
+
+def commit_latest(
+    repo: HubRepo, manifest: Manifest, hubfile: bytes, tokenizer: bytes, by: Author
+) -> str:
+    """Make the orphan commit that ``latest`` points to: all that a client needs to start."""
+    files = {MANIFEST_FILE: dump(manifest), HUB_FILE: hubfile, TOKENIZER_FILE: tokenizer}
+    number, when = manifest.newest.round, seconds(manifest.newest.created)
+    tree = repo.tree(put_all(repo, files))
+    return repo.commit(tree, message=f"Latest: round {number}\n", author=by, when=when)
+
+
+def extend(manifest: Manifest, record: Round) -> Manifest:
+    """The manifest with one more round, from the last but one keyframe on.
+
+    With two keyframes in it, whoever was a few rounds behind a new keyframe still finds the small
+    updates that lead past it.
+    """
+    rounds = [*manifest.rounds, record]
+    keyframes = [index for index, entry in enumerate(rounds) if entry.keyframe]
+    start = keyframes[-2] if len(keyframes) > 1 else 0
+    return Manifest(hub=manifest.hub, rounds=tuple(rounds[start:]))
+
+
+def ledger(record: Round, proposal: Proposal) -> bytes:
+    """One line per accepted contribution, in order of id: who gave what, and what it weighed."""
+    lines = []
+    for merged in record.contributions:
+        contribution = proposal.contributions[merged.id]
+        line = {
+            "contribution": merged.id,
+            "contributor": contribution.contributor,
+            "examples": contribution.num_examples,
+            "round": record.round,
+            "weight": merged.weight,
+        }
+        lines.append(json.dumps(line, sort_keys=True, ensure_ascii=False) + "\n")
+    return "".join(lines).encode()
+
+
+def push_published(
+    repo: HubRepo, state: HubState, built: Built, present: Mapping[str, str]
+) -> None:
+    """Publish a round at once: main, ``latest`` and all weights, or nothing.
+
+    Args:
+        repo: The store that holds the built round.
+        state: The hub as it was when the round was made.
+        built: The round.
+        present: The hub's refs as they were then; a ref that moved since makes the push fail.
+
+    Raises:
+        PushRejected: Someone else published first; nothing changed.
+    """
+    updates = [
+        RefUpdate(MAIN, built.main, built.parent),
+        RefUpdate(state.refs.latest, built.latest, state.commit),
+        *_weights(built, present),
+    ]
+    _push(repo, updates, built.record.round)
+
+
+def push_proposed(
+    repo: HubRepo, state: HubState, built: Built, present: Mapping[str, str]
+) -> None:
+    """Offer a round for review on its own branch; main and ``latest`` stay as they are."""
+    number = built.record.round
+    branch, prepared = round_branch(number), state.refs.next(number)
+    updates = [
+        RefUpdate(branch, built.main, present.get(branch)),
+        RefUpdate(prepared, built.latest, present.get(prepared)),
+        *_weights(built, present),
+    ]
+    _push(repo, updates, number)
+
+
+def _weights(built: Built, present: Mapping[str, str]) -> list[RefUpdate]:
+    return [RefUpdate(ref, new, present.get(ref)) for ref, new in built.weights.items()]
+
+
+def _push(repo: HubRepo, updates: Sequence[RefUpdate], number: int) -> None:
+    try:
+        repo.push(updates)
+    except PushRejected as error:
+        raise PushRejected(
+            f"another merge published first; this round {number} was not published.",
+            hint="moshi-hub merge   (makes the next round from what is open now)",
+            refs=error.refs,
+        ) from error
+
+
+def publish_proposed(repo: HubRepo, state: HubState, main: str, number: int) -> str:
+    """Publish a reviewed round: fast-forward main unless a forge already did, and move ``latest``.
+
+    Returns:
+        Commit of the new ``latest``.
+
+    Raises:
+        HubError: There is no such proposal, or main has gone elsewhere since.
+    """
+    branch, prepared = round_branch(number), state.refs.next(number)
+    found = repo.remote_refs(branch, prepared)
+    if prepared not in found:
+        raise HubError(
+            f"round {number} is not proposed on this hub.",
+            hint="moshi-hub merge   (proposes the next round)",
+        )
+    wanted = {ref: f"refs/moshi-fl/{ref.removeprefix('refs/')}" for ref in found}
+    repo.fetch(wanted, max_bytes=1 << 30, expect=found)
+    updates = [RefUpdate(state.refs.latest, found[prepared], state.commit)]
+    if not _has_round(repo, main, found[prepared], number):
+        if branch not in found or repo.parents(found[branch]) != [main]:
+            raise HubError(
+                f"main has moved since round {number} was proposed.",
+                hint="moshi-hub merge   (proposes it again on the new main)",
+            )
+        updates.append(RefUpdate(MAIN, found[branch], main))
+    _push(repo, updates, number)
+    return found[prepared]
+
+
+def _has_round(repo: HubRepo, main: str, latest: str, number: int) -> bool:
+    manifest = msgspec.json.decode(repo.read(latest, MANIFEST_FILE, limit=8 << 20), type=Manifest)
+    wanted = dump(manifest.newest)
+    return any(
+        entry.path == round_path(number)
+        and repo.read(main, entry.path, limit=1 << 20) == wanted
+        for entry in repo.entries(main, round_folder(number))
+    )
+
+
+def stale_refs(refs: Mapping[str, str], names: Refs, rules: StorageRules, manifest: Manifest) -> list[str]:
+    """Refs that the storage policy no longer keeps, of those on the hub.
+
+    Keyframes can be recomputed from the updates, so only the first and those in the manifest stay.
+    """
+    newest = manifest.newest.round
+    wanted = {record.keyframe.ref for record in manifest.rounds if record.keyframe}
+    first_kept = newest - rules.keep_rounds + 1 if rules.keep_rounds else 0
+    first_kept = min(first_kept, manifest.rounds[0].round)
+    stale = []
+    for ref in refs:
+        kind, _, number = ref.removeprefix(names.prefix).partition("/")
+        if not number.isdigit():
+            continue
+        keep = {
+            "keyframe": ref in wanted or (int(number) == 0 and not rules.keep_rounds),
+            "update": int(number) >= first_kept,
+            "archive": int(number) >= first_kept,
+            "next": int(number) > newest,
+        }
+        if not keep.get(kind, True):
+            stale.append(ref)
+    return stale

@@ -1,0 +1,121 @@
+"""The report of a round, in Markdown: what a maintainer reads before publishing it.
+
+Everything a contributor chose is escaped: it may hold anything.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from moshi_fl.records import Contribution, Round
+from moshi_hub.propose import Proposal
+from moshi_hub.verify import Verdict
+
+MAX_ROWS = 200
+
+
+def escape(text: str, limit: int = 80) -> str:
+    """Text from a stranger as harmless inline Markdown, without line breaks, cut to ``limit``."""
+    flat = "".join(character if character.isprintable() else " " for character in text)[:limit]
+    return re.sub(r"([\\`*_{}\[\]()<>#+!|~&@:])", r"\\\1", flat)
+
+
+def round_report(
+    proposal: Proposal, verdicts: Sequence[Verdict], waiting: Sequence[Contribution]
+) -> str:
+    """Report of a proposed round.
+
+    Args:
+        proposal: The round.
+        verdicts: What the gate said of every open contribution.
+        waiting: Accepted contributions that this round does not take.
+    """
+    parts = [
+        f"# Round {proposal.record.round}\n",
+        _summary(proposal.record),
+        _accepted(proposal),
+        _rejected([verdict for verdict in verdicts if not verdict.accepted]),
+        _waiting(waiting),
+        _facts(proposal),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _summary(record: Round) -> str:
+    count = len(record.contributions)
+    text = f"{count} contribution{'' if count == 1 else 's'}"
+    if record.evaluation is None:
+        return f"{text}. Held-out loss was not measured: no held-out data on the merging machine.\n"
+    before, after = record.evaluation.before, record.evaluation.after
+    change = after - before
+    return (
+        f"{text}; held-out loss **{before:.4f} to {after:.4f}** ({change:+.4f} nats per token, "
+        f"{record.evaluation.sequences} sequences).\n"
+    )
+
+
+def _accepted(proposal: Proposal) -> str:
+    total = sum(merged.weight for merged in proposal.record.contributions)
+    rows = [
+        "## Accepted\n",
+        "| contribution | contributor | base | examples | weight | own loss before | after | size |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for merged in proposal.record.contributions[:MAX_ROWS]:
+        entry = proposal.contributions[merged.id]
+        metrics = entry.metrics
+        rows.append(
+            f"| {merged.id[:12]} | {escape(entry.contributor)} | {merged.base_round} "
+            f"| {entry.num_examples} | {merged.weight / total:.1%} "
+            f"| {_loss(metrics.held_out_before)} | {_loss(metrics.held_out_after)} "
+            f"| {entry.delta.bytes / 1000:.1f} kB |"
+        )
+    rows.append(_cut(len(proposal.record.contributions)))
+    return "\n".join(rows) + "\n"
+
+
+def _loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _cut(count: int) -> str:
+    return f"\n… and {count - MAX_ROWS} more." if count > MAX_ROWS else ""
+
+
+def _rejected(verdicts: Sequence[Verdict]) -> str:
+    if not verdicts:
+        return ""
+    rows = ["## Rejected\n", "| branch | reason | detail |", "|---|---|---|"]
+    for verdict in verdicts[:MAX_ROWS]:
+        first = verdict.findings[0]
+        branch = escape(verdict.branch.removeprefix("refs/heads/"), 60)
+        rows.append(f"| {branch} | {first.code} | {escape(first.message, 200)} |")
+    rows.append(_cut(len(verdicts)))
+    return "\n".join(rows) + "\n"
+
+
+def _waiting(contributions: Sequence[Contribution]) -> str:
+    if not contributions:
+        return ""
+    ids = ", ".join(contribution.id[:12] for contribution in contributions[:MAX_ROWS])
+    return f"## Waiting for the next round\n\n{ids}\n"
+
+
+def _facts(proposal: Proposal) -> str:
+    record, update = proposal.record, sum(p.stat().st_size for p in proposal.update_files)
+    keyframe = sum(path.stat().st_size for path in proposal.keyframe_files)
+    kind = record.update.kind if record.update else "none"
+    lines = [
+        "## Facts\n",
+        f"- strategy: {record.strategy.name if record.strategy else 'none'}",
+        f"- weights: `{record.weights}`, {record.parameters:,} parameters",
+        f"- update: {update / 1000:.1f} kB ({kind})",
+    ]
+    if keyframe:
+        lines.append(f"- keyframe: {keyframe / 1000:.1f} kB")
+    if record.growth:
+        characters = " ".join(f"U+{ord(character):04X}" for character in record.growth.characters)
+        lines.append(f"- new characters: {characters}")
+    lines.append(f"- recompute it: `moshi-fl audit --round {record.round}`")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,150 @@
+"""The bridge to Flower: messages, array records, and any Flower strategy in delta space.
+
+Importing this costs half a second, so commands that neither train nor aggregate with Flower do not.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import logging
+
+import numpy as np
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.app.message import make_message
+from flwr.app import Metadata
+from flwr.serverapp import strategy as flower_strategies
+from numpy.typing import NDArray
+
+from moshi_fl.aggregate import Strategy, Update, get_strategy
+from moshi_fl.errors import ConfigError
+from moshi_fl.records import Scalar
+from moshi_fl.rules import Shapes
+from moshi_fl.weights import Weights
+
+ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+PREFIX = "flower:"
+STATELESS = {"FedAvg", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan"}
+"""Strategies whose result depends on one round's replies alone."""
+
+logging.getLogger("flwr").setLevel(logging.WARNING)
+
+
+def to_arrays(weights: Weights) -> ArrayRecord:
+    """Weights as a Flower record, in canonical order."""
+    return ArrayRecord({name: Array(np.asarray(weights[name])) for name in sorted(weights)})
+
+
+def to_weights(arrays: ArrayRecord) -> dict[str, NDArray[np.float32]]:
+    """A Flower record as float32 weights, in canonical order."""
+    return {name: np.asarray(arrays[name].numpy(), dtype=np.float32) for name in sorted(arrays)}
+
+
+def train_message(weights: Weights, config: Mapping[str, Scalar | bytes]) -> Message:
+    """A ``train`` message as a server would send it, made without a running federation.
+
+    Flower has no public way to do that, so this is the one place that uses ``make_message``.
+    """
+    content = RecordDict({ARRAYS: to_arrays(weights), CONFIG: ConfigRecord(dict(config))})
+    return make_message(metadata=_metadata("train"), content=content)
+
+
+def _metadata(kind: str, node: int = 0) -> Metadata:
+    return Metadata(
+        run_id=0,
+        message_id=f"{kind}-{node}",
+        src_node_id=0,
+        dst_node_id=node,
+        reply_to_message_id="",
+        group_id="0",
+        created_at=time.time(),
+        ttl=86_400.0,
+        message_type=kind,
+    )
+
+
+def local_context(**node_config: Scalar) -> Context:
+    """The context of a client that runs in this process."""
+    return Context(
+        run_id=0, node_id=0, node_config=dict(node_config), state=RecordDict(), run_config={}
+    )
+
+
+def find_strategy(name: str, options: Mapping[str, Scalar]) -> Strategy:
+    """A native strategy, or Flower's own for names such as ``flower:FedMedian``.
+
+    Raises:
+        ConfigError: Unknown strategy, or one that cannot work on a hub.
+    """
+    if name.startswith(PREFIX):
+        return FlowerStrategy(name.removeprefix(PREFIX), options)
+    return get_strategy(name, options)
+
+
+class FlowerStrategy:
+    """Runs a Flower strategy unmodified, on deltas instead of weights.
+
+    Distance-based strategies need this: on whole float32 weights their squared distances cancel.
+    Adding the result to the base is the same as aggregating weights for all linear strategies.
+    """
+
+    def __init__(self, name: str, options: Mapping[str, Scalar]) -> None:
+        if name not in STATELESS:
+            known = ", ".join(sorted(STATELESS))
+            raise ConfigError(
+                f"Flower's strategy {name!r} cannot merge a round: it is unknown, or keeps state "
+                f"from round to round that a hub does not hold.",
+                hint=f"usable here: {known}; the others run in a live Flower federation",
+            )
+        try:
+            self._strategy = getattr(flower_strategies, name)(**dict(options))
+        except TypeError as error:
+            raise ConfigError(f"options of {PREFIX}{name}: {error}.") from error
+
+    def aggregate(
+        self, updates: Sequence[Update], shapes: Shapes
+    ) -> Iterator[tuple[str, NDArray[np.float64]]]:
+        """Aggregate deltas as Flower would aggregate weights; see ``moshi_fl.aggregate``."""
+        ordered = sorted(updates, key=lambda update: update.id)
+        replies = [self._reply(node, update, shapes) for node, update in enumerate(ordered, 1)]
+        arrays, _ = self._strategy.aggregate_train(1, replies)
+        if arrays is None:
+            raise ConfigError(f"{type(self._strategy).__name__} made nothing of {len(ordered)}.")
+        for name in sorted(arrays):
+            yield name, np.asarray(arrays[name].numpy(), dtype=np.float64)
+
+    def _reply(self, node: int, update: Update, shapes: Shapes) -> Message:
+        content = RecordDict(
+            {
+                ARRAYS: to_arrays(_dense(update, shapes)),
+                METRICS: MetricRecord({"num-examples": update.weight}),
+            }
+        )
+        return make_message(metadata=_metadata("train", node), content=content)
+
+
+def _dense(update: Update, shapes: Shapes) -> dict[str, NDArray[np.float32]]:
+    carried = set(update.delta.names)
+    dense = {}
+    for name, shape in shapes.items():
+        whole = np.zeros(shape, dtype=np.float32)
+        if name in carried:
+            delta = update.delta.decode(name)
+            whole.reshape(-1)[: delta.size] = delta.reshape(-1)
+        dense[name] = whole
+    return dense

@@ -1,0 +1,204 @@
+"""A hub's history as its records tell it: names of refs, the manifest, the chain of rounds.
+
+Reads and checks records; moves no weights (``moshi_fl.restore`` does) and keeps no state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moshi_fl.errors import HubError, UntrustedHub
+from moshi_fl.hubfile import MAX_HUBFILE_BYTES, HubConfig, parse_hubfile
+from moshi_fl.records import Contribution, Manifest, Round, digest, load
+from moshi_fl.store import HubRepo
+from moshi_fl.weights import sha256_bytes
+
+MAIN = "refs/heads/main"
+PREFIXES = ("refs/moshi/", "refs/heads/moshi/")
+"""Where weights may lie. The second is for hosts that take only branches and tags."""
+
+MANIFEST_FILE = "manifest.json"
+HUB_FILE = "hub.toml"
+TOKENIZER_FILE = "tokenizer.json"
+DELTA_FILE = "delta.safetensors"
+MAX_MANIFEST_BYTES = 8 << 20
+MAX_TOKENIZER_BYTES = 8 << 20
+MAX_LATEST_PACK = 32 << 20
+
+
+@dataclass(frozen=True)
+class Refs:
+    """Names of a hub's refs under its prefix."""
+
+    prefix: str
+
+    @property
+    def latest(self) -> str:
+        """The small manifest that a client fetches first."""
+        return f"{self.prefix}latest"
+
+    def keyframe(self, number: int) -> str:
+        """All weights of a round."""
+        return f"{self.prefix}keyframe/{number}"
+
+    def update(self, number: int) -> str:
+        """What leads from the round before to this one."""
+        return f"{self.prefix}update/{number}"
+
+    def delta(self, number: int, sha256: str) -> str:
+        """One contribution's delta, made on that round; named by its own content."""
+        return f"{self.prefix}delta/{number}/{sha256[:32]}"
+
+    def archive(self, number: int) -> str:
+        """The accepted deltas of a round whose update is a step; kept for audit."""
+        return f"{self.prefix}archive/{number}"
+
+    def next(self, number: int) -> str:
+        """The ``latest`` of a proposed round, ready for the day it is published."""
+        return f"{self.prefix}next/{number}"
+
+
+def contribution_branch(number: int, contribution_id: str) -> str:
+    """Branch of a contribution's record, made on that round."""
+    return f"refs/heads/contribute/{number}/{contribution_id}"
+
+
+def contribution_path(number: int, contribution_id: str) -> str:
+    """Path of the record in the tree of its branch."""
+    return f"contributions/{number:04d}/{contribution_id}.json"
+
+
+def round_branch(number: int) -> str:
+    """Branch of a proposed round: what a maintainer reviews."""
+    return f"refs/heads/round/{number}"
+
+
+def round_folder(number: int) -> str:
+    """Folder of a round on main: its record, report, ledger and accepted contributions."""
+    return f"rounds/{number:04d}"
+
+
+def round_path(number: int) -> str:
+    """Path of a round's record on main."""
+    return f"{round_folder(number)}/round.json"
+
+
+def accepted_path(number: int, contribution_id: str) -> str:
+    """Path on main of a contribution's record that a round accepted."""
+    return f"{round_folder(number)}/contributions/{contribution_id}.json"
+
+
+@dataclass(frozen=True)
+class HubState:
+    """All that the ``latest`` commit says, checked."""
+
+    commit: str
+    refs: Refs
+    manifest: Manifest
+    hubfile: str
+    config: HubConfig
+    tokenizer: bytes
+
+    @property
+    def newest(self) -> Round:
+        """The round that is the current global model."""
+        return self.manifest.newest
+
+
+def find_latest(repo: HubRepo) -> tuple[Refs, str]:
+    """Ask the hub for its ``latest`` ref: one small request.
+
+    Raises:
+        HubError: Unreachable, or there is no hub at this URL.
+    """
+    found = repo.remote_refs(*(Refs(prefix).latest for prefix in PREFIXES))
+    for prefix in PREFIXES:
+        if oid := found.get(Refs(prefix).latest):
+            return Refs(prefix), oid
+    raise HubError(
+        f"there is no moshi-fl hub at {repo.url}: the repository has no {Refs(PREFIXES[0]).latest}.",
+        hint=f"moshi-hub init {repo.url}   (makes it one; a maintainer does this once)",
+    )
+
+
+def fetch_state(repo: HubRepo, refs: Refs, commit: str) -> HubState:
+    """Fetch the ``latest`` commit that ``find_latest`` promised, and read it."""
+    local = "refs/moshi-fl/latest"
+    repo.fetch({refs.latest: local}, max_bytes=MAX_LATEST_PACK, expect={refs.latest: commit})
+    return read_state(repo, refs, commit)
+
+
+def read_state(repo: HubRepo, refs: Refs, commit: str) -> HubState:
+    """Read and check a ``latest`` commit that is in the local store.
+
+    Raises:
+        UntrustedHub: Its parts contradict each other.
+        CorruptRecord, ConfigError: A part is malformed.
+    """
+    manifest_bytes = repo.read(commit, MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
+    hubfile = repo.read(commit, HUB_FILE, limit=MAX_HUBFILE_BYTES).decode("utf-8", "replace")
+    tokenizer = repo.read(commit, TOKENIZER_FILE, limit=MAX_TOKENIZER_BYTES)
+    manifest = load(manifest_bytes, Manifest, name=MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
+    config = parse_hubfile(hubfile)
+    check_chain(manifest.rounds)
+    _check_state(manifest, config, refs, tokenizer)
+    return HubState(commit, refs, manifest, hubfile, config, tokenizer)
+
+
+def _check_state(manifest: Manifest, config: HubConfig, refs: Refs, tokenizer: bytes) -> None:
+    ids = {config.hub.id, manifest.hub, *(record.hub for record in manifest.rounds)}
+    if len(ids) != 1:
+        raise UntrustedHub("the manifest mixes records of different hubs.")
+    if config.hub.refs != refs.prefix:
+        raise UntrustedHub(f"hub.toml says refs = {config.hub.refs!r}, but {refs.prefix!r} was used.")
+    if manifest.rounds[0].keyframe is None:
+        raise UntrustedHub(f"the manifest starts at round {manifest.rounds[0].round}: no keyframe.")
+    if sha256_bytes(tokenizer) != manifest.newest.tokenizer:
+        raise UntrustedHub(f"the tokenizer is not the one that round {manifest.newest.round} names.")
+
+
+def check_chain(rounds: Sequence[Round]) -> None:
+    """Insist that each round names the one before it by number and digest.
+
+    Raises:
+        UntrustedHub: The chain is broken; names the round.
+    """
+    for earlier, later in zip(rounds, rounds[1:], strict=False):
+        if later.round != earlier.round + 1 or later.previous != digest(earlier):
+            raise UntrustedHub(
+                f"the chain of rounds is broken: round {later.round} does not follow "
+                f"round {earlier.round} as recorded.",
+                hint="ask the hub's maintainer; nothing was changed here",
+            )
+        if later.update is None:
+            raise UntrustedHub(f"round {later.round} has no update.")
+
+
+def read_rounds(repo: HubRepo, main: str, first: int, last: int) -> list[Round]:
+    """Records of rounds ``first..last`` from a commit of main, in order, unchained."""
+    numbers = range(first, last + 1)
+    paths = [round_path(number) for number in numbers]
+    found = repo.read_many(main, paths, limit=1 << 20)
+    rounds = [load(data, Round, name=path) for path, data in zip(paths, found, strict=True)]
+    for number, record in zip(numbers, rounds, strict=True):
+        if record.round != number:
+            raise UntrustedHub(f"{round_path(number)} is the record of round {record.round}.")
+    return rounds
+
+
+def read_contributions(repo: HubRepo, main: str, record: Round) -> dict[str, Contribution]:
+    """Records of a round's accepted contributions by id, from a commit of main.
+
+    Raises:
+        UntrustedHub: A record is not the one its id names.
+    """
+    ids = [merged.id for merged in record.contributions]
+    paths = [accepted_path(record.round, contribution_id) for contribution_id in ids]
+    contributions = {}
+    for path, data, wanted in zip(paths, repo.read_many(main, paths, limit=1 << 20), ids, strict=True):
+        contribution = load(data, Contribution, name=path)
+        if contribution.id != wanted:
+            raise UntrustedHub(f"{path} holds contribution {contribution.id}.")
+        contributions[wanted] = contribution
+    return contributions

@@ -1,0 +1,310 @@
+"""This machine's verified copy of one hub: cached rounds, and what was seen of its history.
+
+A replica never goes back: a hub whose newest round is older than one seen before, or whose history
+differs from it, is refused, and the cached rounds stay as they are. Weights appear under their
+round's name in one step, so a reader never sees half a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from moshi_fl.errors import CorruptRecord, HubError, UntrustedHub
+from moshi_fl.history import (
+    MAIN,
+    HubState,
+    Refs,
+    check_chain,
+    fetch_state,
+    find_latest,
+    read_rounds,
+    read_state,
+)
+from moshi_fl.records import Count, HubId, Oid, Record, Round, RoundNumber, Sha256, digest, dump, load
+from moshi_fl.restore import plan, restore
+from moshi_fl.store import HubRepo, normalise_url
+from moshi_fl.weights import Weights, open_weights, weights_digest, write_atomic
+
+MAX_MAIN_PACK = 1 << 30
+
+
+class Seen(Record, frozen=True, kw_only=True):
+    """The newest round that this machine verified, so that the hub cannot take it back."""
+
+    format: Literal[1] = 1
+    kind: Literal["seen"] = "seen"
+    hub: HubId
+    prefix: Annotated[str, Meta(max_length=60)]
+    commit: Oid
+    round: RoundNumber
+    record: Sha256
+    checked: Count
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A verified round on this machine.
+
+    Attributes:
+        state: What the hub's ``latest`` said when it was last seen.
+        record: The round's record.
+        path: Its weights, a safetensors file.
+        checked: When the hub was last asked, in seconds since 1970.
+        online: Whether the hub answered this time.
+        received: Bytes of weights fetched this time.
+    """
+
+    state: HubState
+    record: Round
+    path: Path
+    checked: float
+    online: bool
+    received: int = 0
+
+    @property
+    def round(self) -> int:
+        """Number of the round."""
+        return self.record.round
+
+    def load(self) -> Weights:
+        """Memory-map the weights after comparing them with the round's digest."""
+        weights = open_weights(self.path)
+        if weights_digest(weights) != self.record.weights:
+            raise CorruptRecord(
+                f"{self.path} is damaged: it is not round {self.round}.",
+                hint=f"rm {self.path}   (the next sync fetches it again)",
+            )
+        return weights
+
+
+def hub_folder(home: Path, url: str) -> Path:
+    """Where a hub's replica lies: readable, and distinct for distinct URLs."""
+    tail = re.sub(r"[^A-Za-z0-9]+", "-", url.rstrip("/").removesuffix(".git").split("/")[-1])
+    return home / "hubs" / f"{tail.strip('-') or 'hub'}-{hashlib.sha256(url.encode()).hexdigest()[:10]}"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+class Replica:
+    """A local copy of one hub.
+
+    Args:
+        url: Path or URL of the hub.
+        home: Folder of this user's moshi-fl data.
+        keep_rounds: How many rounds' weights to keep.
+        timeout: Seconds after which one Git operation is given up.
+    """
+
+    def __init__(self, url: str, home: Path, *, keep_rounds: int = 2, timeout: float = 600.0) -> None:
+        self.url = normalise_url(url)
+        self.folder = hub_folder(home, self.url)
+        self.keep_rounds = max(1, keep_rounds)
+        self.timeout = timeout
+        self.repo = HubRepo(self.folder / "git", self.url, timeout=timeout)
+
+    def pull(self, number: int | None = None) -> Snapshot:
+        """Ask the hub and bring a round here: a cold start, an update, or nothing to do.
+
+        Args:
+            number: The wanted round; the newest when None.
+
+        Raises:
+            HubError: The hub cannot be reached, or does not have that round.
+            UntrustedHub: The hub went back, or contradicts its records.
+        """
+        with self._locked():
+            refs, commit = find_latest(self.repo)
+            state = self._state(refs, commit)
+            if number is not None and number != state.newest.round:
+                return self._pull_old(state, number)
+            received = self._ensure(state.newest, state)
+            self._remember(state)
+            self._prune()
+            return self._snapshot(state, state.newest, received)
+
+    def cached(self) -> Snapshot | None:
+        """The newest verified round on this machine, without asking the hub; None if there is none."""
+        seen = self.seen()
+        if seen is None or not self.weights_path(seen.round).exists():
+            return None
+        try:
+            state = read_state(self.repo, Refs(seen.prefix), seen.commit)
+        except (HubError, CorruptRecord):
+            return None
+        path = self.weights_path(seen.round)
+        return Snapshot(state, state.newest, path, seen.checked, online=False)
+
+    def seen(self) -> Seen | None:
+        """What was last verified."""
+        try:
+            return load((self.folder / "seen.json").read_bytes(), Seen, name="seen.json")
+        except FileNotFoundError:
+            return None
+
+    def fetch_main(self) -> str:
+        """Fetch main (small text only) and return its commit, checked against what was seen."""
+        local = "refs/moshi-fl/main"
+        before = self.repo.resolve(local)
+        main = self.repo.fetch({MAIN: local}, max_bytes=MAX_MAIN_PACK)[local]
+        if before and not self.repo.is_ancestor(before, main):
+            self.repo.set_ref(local, before)
+            raise UntrustedHub(
+                f"the hub's main was rewound: {before[:10]} is no longer part of its history.",
+                hint="ask the hub's maintainer; your cached rounds are untouched",
+            )
+        return main
+
+    def weights_path(self, number: int) -> Path:
+        """File of a round's weights, whether it exists or not."""
+        return self.folder / "weights" / f"{number:06d}.safetensors"
+
+    def rounds_at_hand(self) -> list[int]:
+        """Numbers of the rounds whose weights are on this machine, ascending."""
+        return sorted(int(path.stem) for path in self.weights_path(0).parent.glob("*.safetensors"))
+
+    @contextmanager
+    def scratch(self) -> Iterator[HubRepo]:
+        """A throw-away store beside the replica's own."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"scratch-{os.getpid()}-", dir=self.folder))
+        try:
+            yield HubRepo(folder / "git", self.url, timeout=self.timeout)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        self.repo.prepare()
+        with self.repo.lock():
+            self._sweep()
+            yield
+
+    def _sweep(self) -> None:
+        """Remove what killed processes left behind."""
+        for stale in self.folder.glob("scratch-*-*"):
+            if not _alive(int(stale.name.split("-")[1])):
+                shutil.rmtree(stale, ignore_errors=True)
+
+    def _state(self, refs: Refs, commit: str) -> HubState:
+        seen = self.seen()
+        if seen and (seen.commit, seen.prefix) == (commit, refs.prefix) and self.repo.resolve(commit):
+            return read_state(self.repo, refs, commit)
+        state = fetch_state(self.repo, refs, commit)
+        if seen:
+            self._check_continuity(seen, state)
+        return state
+
+    def _check_continuity(self, seen: Seen, state: HubState) -> None:
+        advice = "ask the hub's maintainer; your cached rounds are untouched"
+        if state.config.hub.id != seen.hub:
+            raise UntrustedHub(
+                f"{self.url} is another hub than before ({state.config.hub.id}, was {seen.hub}).",
+                hint=f"rm -r {self.folder}   (forgets the old one, if this is what you expect)",
+            )
+        if state.newest.round < seen.round:
+            raise UntrustedHub(
+                f"the hub was rewound: it offers round {state.newest.round}, "
+                f"but round {seen.round} was already seen.",
+                hint=advice,
+            )
+        if self._digest_of(seen.round, state) != seen.record:
+            raise UntrustedHub(
+                f"the hub rewrote its history: round {seen.round} is not the one seen before.",
+                hint=advice,
+            )
+
+    def _digest_of(self, number: int, state: HubState) -> str:
+        first = state.manifest.rounds[0]
+        if number < first.round - 1:
+            chain = self.chain(state, number)
+            return digest(chain[0])
+        if number == first.round - 1:
+            return first.previous or ""
+        return digest(state.manifest.rounds[number - first.round])
+
+    def chain(self, state: HubState, first: int) -> list[Round]:
+        """Checked records of all rounds from ``first`` to the newest; reads main where needed."""
+        rounds = list(state.manifest.rounds)
+        if first >= rounds[0].round:
+            return rounds[first - rounds[0].round :]
+        earlier = read_rounds(self.repo, self.fetch_main(), first, rounds[0].round - 1)
+        check_chain(earlier + rounds)
+        return earlier + rounds
+
+    def _pull_old(self, state: HubState, number: int) -> Snapshot:
+        if number > state.newest.round:
+            raise HubError(
+                f"round {number} does not exist: the newest is {state.newest.round}.",
+                hint="moshi-fl sync   (brings the newest)",
+            )
+        rounds = list(state.manifest.rounds)
+        if number < rounds[0].round:
+            rounds = self.chain(state, 0)
+        record = rounds[number - rounds[0].round]
+        received = self._ensure(record, state, rounds)
+        return self._snapshot(state, record, received)
+
+    def _ensure(self, record: Round, state: HubState, rounds: list[Round] | None = None) -> int:
+        path = self.weights_path(record.round)
+        if path.exists():
+            return 0
+        have = self._usable_base(record, rounds or list(state.manifest.rounds))
+        way = plan(rounds or state.manifest.rounds, record.round, have)
+        base = open_weights(self.weights_path(have)) if have is not None else None
+        with self.scratch() as scratch:
+            restore(scratch, way, None if way.keyframe else base, path)
+        return way.bytes
+
+    def _usable_base(self, record: Round, rounds: list[Round]) -> int | None:
+        by_number = {entry.round: entry.weights for entry in rounds}
+        for number in reversed(self.rounds_at_hand()):
+            if number > record.round or number + 1 < rounds[0].round:
+                continue
+            wanted = by_number.get(number)
+            path = self.weights_path(number)
+            if wanted is None or weights_digest(open_weights(path)) == wanted:
+                return number
+            path.unlink()
+        return None
+
+    def _snapshot(self, state: HubState, record: Round, received: int) -> Snapshot:
+        path = self.weights_path(record.round)
+        return Snapshot(state, record, path, time.time(), online=True, received=received)
+
+    def _remember(self, state: HubState) -> None:
+        seen = Seen(
+            hub=state.config.hub.id,
+            prefix=state.refs.prefix,
+            commit=state.commit,
+            round=state.newest.round,
+            record=digest(state.newest),
+            checked=int(time.time()),
+        )
+        self.repo.set_ref("refs/moshi-fl/seen", state.commit)
+        write_atomic(self.folder / "seen.json", dump(seen))
+
+    def _prune(self) -> None:
+        for number in self.rounds_at_hand()[: -self.keep_rounds]:
+            self.weights_path(number).unlink(missing_ok=True)
+
+

@@ -1,0 +1,142 @@
+"""The Flower client: one ``ClientApp`` for contributions, simulations and live federations.
+
+The message brings the model's family, its settings, the recipe and the weights; the node's own
+configuration says where its data lies and where to keep checkpoints. The reply carries the trained
+weights and ``num-examples``, as every Flower strategy expects.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from moshi_fl.errors import ConfigError
+from moshi_fl.flower import ARRAYS, CONFIG, METRICS, to_arrays, to_weights
+from moshi_fl.models import get_family
+from moshi_fl.models.common import extract_weights, load_weights
+from moshi_fl.models.family import Corpus, Task
+from moshi_fl.train import Progress, Recipe, train
+
+OnStep = Callable[[Progress], None]
+_on_step: ContextVar[OnStep | None] = ContextVar("on_step", default=None)
+_corpus: ContextVar[Corpus | None] = ContextVar("corpus", default=None)
+
+app = ClientApp()
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one client is asked to train, from a message and the node's own configuration."""
+
+    task: Task
+    recipe: Recipe
+    corpus: Corpus
+    checkpoint: Path | None
+
+
+@contextmanager
+def watched(on_step: OnStep | None, corpus: Corpus | None = None) -> Iterator[None]:
+    """Let a caller in this process see each step, and lend the data that it has already read."""
+    tokens = _on_step.set(on_step), _corpus.set(corpus)
+    try:
+        yield
+    finally:
+        _on_step.reset(tokens[0])
+        _corpus.reset(tokens[1])
+
+
+def job_config(family: str, model: Mapping[str, Any], tokenizer: bytes, recipe: Recipe) -> dict[str, Any]:
+    """The ``config`` record of a train message: everything a client needs except data."""
+    return {
+        "family": family,
+        "model": json.dumps(dict(model)),
+        "tokenizer": tokenizer,
+        "steps": recipe.steps,
+        "batch-size": recipe.batch_size,
+        "learning-rate": recipe.learning_rate,
+        "weight-decay": recipe.weight_decay,
+        "gradient-clip": recipe.gradient_clip,
+        "warmup-fraction": recipe.warmup_fraction,
+        "precision": recipe.precision,
+        "seed": recipe.seed,
+        "device": recipe.device,
+    }
+
+
+@app.train()
+def train_client(message: Message, context: Context) -> Message:
+    """Train the weights in the message on this node's data and reply with what became of them."""
+    config = message.content[CONFIG]
+    job = _job(config, context)
+    module = job.task.build()
+    load_weights(module, to_weights(message.content[ARRAYS]))
+    result = train(
+        module,
+        job.task,
+        job.corpus,
+        job.recipe,
+        checkpoint=job.checkpoint,
+        on_step=_on_step.get(),
+    )
+    metrics = {
+        "num-examples": result.num_examples,
+        "train-loss": result.train_loss,
+        "steps": result.steps,
+    }
+    content = RecordDict(
+        {ARRAYS: to_arrays(extract_weights(module)), METRICS: MetricRecord(metrics)}
+    )
+    return Message(content=content, reply_to=message)
+
+
+@app.evaluate()
+def evaluate_client(message: Message, context: Context) -> Message:
+    """Measure the weights in the message on this node's held-out data."""
+    job = _job(message.content[CONFIG], context)
+    module = job.task.build()
+    load_weights(module, to_weights(message.content[ARRAYS]))
+    pool = job.task.pool(job.corpus, 32, seed=job.recipe.seed, held_out=True)
+    losses = job.task.evaluate(module, pool, torch.device(job.recipe.device))
+    metrics = MetricRecord({"num-examples": len(losses), "loss": float(losses.mean())})
+    return Message(content=RecordDict({METRICS: metrics}), reply_to=message)
+
+
+def _job(config: ConfigRecord, context: Context) -> Job:
+    model, tokenizer = json.loads(str(config["model"])), config["tokenizer"]
+    if not isinstance(tokenizer, bytes):
+        raise ConfigError("the message's tokenizer is not bytes.")
+    task = get_family(str(config["family"])).load(model, tokenizer)
+    recipe = Recipe(
+        steps=int(str(config["steps"])),
+        batch_size=int(str(config["batch-size"])),
+        learning_rate=float(str(config["learning-rate"])),
+        weight_decay=float(str(config["weight-decay"])),
+        gradient_clip=float(str(config["gradient-clip"])),
+        warmup_fraction=float(str(config["warmup-fraction"])),
+        precision=str(config["precision"]),
+        seed=int(str(config["seed"])),
+        device=str(config["device"]),
+    )
+    checkpoint = str(context.node_config.get("checkpoint", ""))
+    corpus = _corpus.get() or _read(task, context, recipe.seed)
+    return Job(task, recipe, corpus, Path(checkpoint) if checkpoint else None)
+
+
+def _read(task: Task, context: Context, seed: int) -> Corpus:
+    data = str(context.node_config.get("data") or context.run_config.get("data") or "")
+    if not data:
+        raise ConfigError(
+            "this node does not say where its data lies.",
+            hint='flower-supernode --node-config "data=\'/path/to/code\'"',
+        )
+    return task.read([Path(path) for path in data.split(os.pathsep)], seed=seed)

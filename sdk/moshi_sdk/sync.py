@@ -1,0 +1,73 @@
+"""SyncManager: brings a hub's global weights to this machine, verified, and keeps them current."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from moshi_fl.config import home as default_home
+from moshi_fl.errors import HubError, UntrustedHub
+from moshi_fl.replica import Replica, Snapshot
+
+
+class SyncManager:
+    """Cold start and updates of one hub's global weights.
+
+    A pull fetches the smallest set of bytes that leads to the wanted round, checks the chain of
+    records and the digest of the weights, and only then puts them under their name. Readers of an
+    earlier round are never disturbed.
+
+    Args:
+        hub: Path or URL of the hub.
+        home: Folder of this user's moshi-fl data; ``MOSHI_FL_HOME`` or ``~/.moshi-fl`` by default.
+        keep_rounds: How many rounds' weights to keep on this machine.
+        timeout: Seconds after which one Git operation is given up.
+
+    Example:
+        >>> snapshot = SyncManager("hub.git").pull()
+        >>> weights = snapshot.load()          # memory-mapped, digest compared
+    """
+
+    def __init__(
+        self,
+        hub: str,
+        *,
+        home: Path | None = None,
+        keep_rounds: int = 2,
+        timeout: float = 600.0,
+    ) -> None:
+        self.replica = Replica(hub, home or default_home(), keep_rounds=keep_rounds, timeout=timeout)
+
+    def pull(self, number: int | None = None, *, offline: bool = False) -> Snapshot:
+        """Bring a round here and return it.
+
+        Args:
+            number: The wanted round; the newest when None.
+            offline: Do not ask the hub at all.
+
+        Returns:
+            The verified round. When the hub does not answer, the newest one on this machine, with
+            ``online=False`` and the time of the last answer in ``checked``.
+
+        Raises:
+            UntrustedHub: The hub went back, or contradicts its records. Nothing was changed.
+            HubError: No answer, and nothing usable on this machine.
+        """
+        if offline:
+            return self._cached(number, HubError("not asked: offline."))
+        try:
+            return self.replica.pull(number)
+        except UntrustedHub:
+            raise
+        except HubError as error:
+            return self._cached(number, error)
+
+    def _cached(self, number: int | None, error: HubError) -> Snapshot:
+        snapshot = self.replica.cached()
+        if snapshot is None or (number is not None and number != snapshot.round):
+            raise HubError(
+                f"{error} Round {'' if number is None else number} is not on this machine either."
+                .replace("Round  is", "No round is"),
+                hint=error.hint or "try again when the hub can be reached",
+            ) from error
+        return dataclasses.replace(snapshot, online=False)
