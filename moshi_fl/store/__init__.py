@@ -1,0 +1,24 @@
+"""Git as the coordinator: the only part of the project that uses GitPython.
+
+``HubRepo`` is a bare local object store that talks to one hub; ``create_hub`` makes the other side.
+Everything that comes from a hub is hostile until the records say otherwise.
+"""
+
+from moshi_fl.store.hub import create_hub
+from moshi_fl.store.objects import Author, ObjectStore, TreeEntry
+from moshi_fl.store.repo import ANY, HubRepo, PushRejected, RefUpdate
+from moshi_fl.store.urls import is_local, normalise_url, redact
+
+__all__ = [
+    "ANY",
+    "Author",
+    "HubRepo",
+    "ObjectStore",
+    "PushRejected",
+    "RefUpdate",
+    "TreeEntry",
+    "create_hub",
+    "is_local",
+    "normalise_url",
+    "redact",
+]

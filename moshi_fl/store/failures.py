@@ -1,0 +1,142 @@
+"""What a failed Git command means to the person who ran it."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from moshi_fl.errors import HubError, MoshiError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from moshi_fl.store.process import Result
+
+_LAST_WORDS = 600  # characters of Git's own words that are shown
+
+# The first pattern that is found decides; {hub} is the address without passwords.
+_TABLE: tuple[tuple[str, str, str], ...] = (
+    (
+        (
+            r"could not read (Username|Password)|Authentication failed|returned error: 40[13]"
+            r"|Permission denied|Host key verification failed|terminal prompts disabled"
+        ),
+        "{hub} refused access",
+        "Check your login: Git credential helper, MOSHI_FL_TOKEN, or ssh key and known hosts.",
+    ),
+    (
+        r"couldn't find remote ref (\S+)",
+        "{hub} does not have {1}",
+        "The hub may have deleted it, or this is not the hub you mean.",
+    ),
+    (
+        (
+            r"Repository not found|returned error: 404|does not appear to be a git repository"
+            r"|repository '[^']*' (does not exist|not found)|not a git repository"
+            r"|not valid: is this a git"
+        ),
+        "there is no hub at {hub}",
+        "Check the address; `moshi-hub init` creates a hub.",
+    ),
+    (
+        r"dubious ownership",
+        "{hub} belongs to another user",
+        "If you trust it: git config --global --add safe.directory PATH.",
+    ),
+    (
+        (
+            r"Could not resolve host|Connection refused|Failed to connect|Couldn't connect"
+            r"|Connection timed out|No route to host|Network is unreachable|Operation timed out"
+            r"|Name or service not known|Temporary failure in name resolution"
+        ),
+        "{hub} cannot be reached",
+        "Check the network and the address; work that needs no hub goes on from the cache.",
+    ),
+    (
+        r"Operation too slow|curl 28",
+        "{hub} stopped answering",
+        "Try again later.",
+    ),
+    (
+        r"remote:.*No space left|remote:.*Disk quota",
+        "{hub} has no space left",
+        "Tell its maintainer.",
+    ),
+    (
+        (
+            r"exceeds maximum allowed size|pack exceeds|larger than|file size limit"
+            r"|returned error: 413"
+        ),
+        "{hub} refused the push as too big",
+        "Ask its maintainer for the limit (receive.maxInputSize).",
+    ),
+    (
+        r"hook declined|protected branch|GH006|GH013|pre-receive|deletion prohibited|denying",
+        "{hub} refused the push",
+        "Its rules forbid this; its own words follow.",
+    ),
+    (
+        r"does not support --atomic|signed-by|mismatched algorithms|server does not support",
+        "{hub} lacks what moshi-fl needs of a Git server",
+        "It needs atomic pushes and SHA-1 repositories.",
+    ),
+    (
+        (
+            r"fsck error|bad object|bad tree|missing (tree|blob|commit)|did not send all necessary"
+            r"|index-pack (died|failed|abnormal)|invalid index-pack|pack has bad|pack signature"
+            r"|sha1 mismatch"
+            r"|inflate|early EOF|bad pack|bad line length|protocol error|invalid server response"
+            r"|unexpected disconnect|hung up unexpectedly|RPC failed|not valid:|bad band"
+            r"|expected flush"
+            r"|invalid (packet|ls-refs)|Empty reply|malformed"
+        ),
+        "{hub} gave a broken answer",
+        "Try again; if it persists, the hub or something between you and it is damaged.",
+    ),
+)
+
+
+def hub_failure(hub: str, action: str, result: Result, *, timeout: float) -> HubError:
+    """The error for a command that talked to the hub.
+
+    Args:
+        hub: Its address without passwords.
+        action: What was tried, as in ``fetch``.
+        result: How it ended.
+        timeout: Seconds that it had.
+    """
+    if result.timed_out:
+        return HubError(
+            f"{action}: {hub} did not finish within {timeout:g} s.{_words(result)}",
+            hint="Try again later, or allow more time.",
+        )
+    if result.overflowed:
+        return HubError(f"{action}: {hub} answers without end.", hint="This is not a usable hub.")
+    for pattern, what, hint in _TABLE:
+        if found := re.search(pattern, result.words):
+            first = found[1] if found.groups() else ""
+            told = what.replace("{hub}", hub).replace("{1}", first or "")
+            return HubError(f"{action}: {told}.{_words(result)}", hint=hint)
+    return HubError(f"{action}: {hub} failed (git status {result.status}).{_words(result)}")
+
+
+def local_failure(folder: Path, action: str, result: Result) -> MoshiError:
+    """The error for a command that worked in our own folder."""
+    if disk_full(result.words):
+        return MoshiError(
+            f"{action}: no space left on the disk of {folder}.",
+            hint="Make room there, or choose another folder; what was complete is kept.",
+        )
+    ended = "did not end in time" if result.timed_out else f"failed (git status {result.status})"
+    return MoshiError(f"{action} in {folder} {ended}.{_words(result)}")
+
+
+def disk_full(words: str) -> bool:
+    """Whether our own disk is full, by Git's words; the hub's words come with ``remote:``."""
+    own = "\n".join(line for line in words.splitlines() if not line.startswith("remote:"))
+    return "No space left on device" in own or "Disk quota exceeded" in own
+
+
+def _words(result: Result) -> str:
+    words = " | ".join(line.strip() for line in result.words.splitlines() if line.strip())
+    return f" Git said: {words[-_LAST_WORDS:]}" if words else ""

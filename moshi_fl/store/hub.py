@@ -1,0 +1,45 @@
+"""A hub's own repository: a bare one with settings made for weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moshi_fl.errors import MoshiError
+from moshi_fl.store.failures import local_failure
+from moshi_fl.store.process import Task, run
+from moshi_fl.store.settings import HUB_SETTINGS, environment
+
+MAX_PUSH_BYTES = 1 << 30
+
+
+def create_hub(path: Path, *, max_push_bytes: int = MAX_PUSH_BYTES) -> None:
+    """Create a bare repository for a hub, or give an existing one the settings of a hub.
+
+    Args:
+        path: Its folder; created, with parents, where absent.
+        max_push_bytes: The largest push that it takes.
+
+    Raises:
+        MoshiError: The folder holds something else, or cannot be written.
+    """
+    path = Path(path).absolute()
+    is_repository = (path / "HEAD").is_file() and (path / "objects").is_dir()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not is_repository and any(path.iterdir()):
+            raise MoshiError(
+                f"{path} is not empty and no bare Git repository.",
+                hint="Choose an empty or new folder for the hub.",
+            )
+    except OSError as error:
+        raise MoshiError(f"{path}: {error.strerror}.") from error
+    _git(path, "init", "--quiet", "--bare", "--template=", "--initial-branch=main")
+    for key, value in {**HUB_SETTINGS, "receive.maxInputSize": str(max_push_bytes)}.items():
+        _git(path, "config", key, value)
+
+
+def _git(path: Path, *argv: str) -> None:
+    env = environment(path) | {"GIT_DEFAULT_HASH": "sha1"}
+    result = run(path, Task(argv, env))
+    if result.status != 0:
+        raise local_failure(path, "creating a hub", result)

@@ -1,0 +1,354 @@
+"""A bare Git object store of our own: blobs, trees, commits and refs, without a checkout.
+
+What is read from it may come from anyone: kinds and sizes are looked at before content, and
+nothing is ever written outside the store's folder.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from moshi_fl.errors import CorruptRecord, MoshiError
+from moshi_fl.store.failures import local_failure
+from moshi_fl.store.leftovers import SCRATCH, clean_store
+from moshi_fl.store.locking import FolderLock
+from moshi_fl.store.names import (
+    checked_object,
+    checked_oid,
+    checked_path,
+    checked_prefix,
+    checked_ref,
+)
+from moshi_fl.store.process import MAX_OUTPUT, Result, Task, run
+from moshi_fl.store.settings import CLIENT_SETTINGS, config_text, environment, user_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+LOCK_WAIT = 30.0  # seconds until another process's hold on the store becomes an error
+_PLAIN_BLOB = ("100644", "blob")
+_MAX_LISTED = 4096  # bytes that one entry of a listing may take, on average
+
+
+@dataclass(frozen=True)
+class TreeEntry:
+    """One line of ``ls-tree``: mode, kind, object id, size in bytes (blobs only), path."""
+
+    mode: str
+    kind: str
+    oid: str
+    size: int | None
+    path: str
+
+    @property
+    def is_plain_file(self) -> bool:
+        """Whether this is a file without execute bit: no link, no folder, no repository."""
+        return (self.mode, self.kind) == _PLAIN_BLOB
+
+
+@dataclass(frozen=True)
+class Author:
+    """Who a commit names as its author and committer."""
+
+    name: str
+    email: str
+
+
+class ObjectStore:
+    """The local half of a ``HubRepo``: it never talks to anyone."""
+
+    def __init__(self, path: Path, *, timeout: float = 600.0) -> None:
+        """A store in the folder ``path``; ``timeout`` is in seconds per Git command."""
+        self.path = Path(os.path.abspath(path))  # noqa: PTH100  (resolve() would follow links)
+        self.timeout = timeout
+        self._env = environment(self.path)
+        self._lock = FolderLock(self.path / "moshi.lock")
+        self._user: list[tuple[str, str]] | None = None
+
+    def prepare(self) -> None:
+        """Create the store if absent, renew its settings, clear what killed processes left."""
+        with self.lock():
+            self.recover()
+            settings = self.path / "client.gitconfig"
+            if not settings.exists():
+                # No template: its hooks and excludes are not ours.
+                options = ["--quiet", "--bare", "--template=", "--initial-branch=main"]
+                env = {"GIT_DIR": str(self.path), "GIT_DEFAULT_HASH": "sha1"}
+                self._git("preparing", "init", *options, env=env)
+            safe = [value for key, value in self._user_settings() if key == "safe.directory"]
+            self._write_settings(settings, config_text(CLIENT_SETTINGS, safe=safe))
+
+    def lock(self, *, wait: float = LOCK_WAIT) -> AbstractContextManager[None]:
+        """Hold the store for writing, against other threads and processes; reentrant.
+
+        Raises:
+            HubError: Another one still held it after ``wait`` seconds.
+        """
+        return self._lock.held(wait)
+
+    def recover(self) -> None:
+        """Remove what killed processes left behind: stale locks, half packs, scratch files."""
+        with self.lock():
+            clean_store(self.path)
+
+    def drop(self) -> None:
+        """Delete the whole store."""
+        with self.lock():
+            shutil.rmtree(self.path)
+
+    def resolve(self, ref: str) -> str | None:
+        """The object id that a local ref points to; None when there is no such ref or object."""
+        name = checked_object(ref) + "^{object}"
+        result = self._run(["rev-parse", "--verify", "--quiet", "--end-of-options", name])
+        return result.out.decode().strip() if result.status == 0 else None
+
+    def refs(self, prefix: str) -> dict[str, str]:
+        """Local refs: the ref of this name, or all in the folder when it ends in a slash."""
+        options = ["--format=%(objectname) %(refname)", "--", checked_prefix(prefix)]
+        lines = self._git("listing refs", "for-each-ref", *options).lines
+        return {ref: oid for oid, _, ref in (line.partition(" ") for line in lines)}
+
+    def set_ref(self, ref: str, oid: str) -> None:
+        """Point a local ref to an object, whatever it pointed to."""
+        self._update_refs({ref: oid})
+
+    def delete_refs(self, *refs: str) -> None:
+        """Delete local refs, all or none; those that do not exist are fine."""
+        self._update_refs(dict.fromkeys(refs))
+
+    def entries(self, commit: str, path: str = "", *, limit: int = 10_000) -> list[TreeEntry]:
+        """All entries below a path (empty: the root) of a commit's tree, folders resolved.
+
+        Names are as found, hostile ones included; other bytes than UTF-8 are escaped.
+
+        Raises:
+            CorruptRecord: More than ``limit`` entries, or no such commit.
+        """
+        return self._list(commit, [checked_path(path)] if path else [], limit)
+
+    def read(self, commit: str, path: str, *, limit: int) -> bytes:
+        """The content of one plain file.
+
+        Raises:
+            CorruptRecord: Not there, not a plain file, or larger than ``limit`` bytes; it has not
+                been read then.
+        """
+        return self.read_many(commit, [path], limit=limit)[0]
+
+    def read_many(self, commit: str, paths: Sequence[str], *, limit: int) -> list[bytes]:
+        """The contents of several plain files of at most ``limit`` bytes each, in two processes."""
+        found = self._plain_files(commit, paths, limit)
+        wanted = "".join(entry.oid + "\n" for entry in found).encode()
+        total = sum((entry.size or 0) + 128 for entry in found)
+        result = self._git(
+            "reading", "cat-file", "--batch", stdin=wanted, max_output=max(total, MAX_OUTPUT)
+        )
+        return list(_contents(result.out, found))
+
+    def stream(self, commit: str, path: str, out: BinaryIO, *, limit: int) -> int:
+        """Copy one plain file of at most ``limit`` bytes to ``out``; returns its size in bytes."""
+        (entry,) = self._plain_files(commit, [path], limit)
+        size = entry.size or 0
+        self._git("reading", "cat-file", "blob", entry.oid, out=out, max_output=size)
+        return size
+
+    def put(self, source: Path | bytes) -> str:
+        """Store a file's or these bytes as they are; returns the blob's id."""
+        with self.lock():
+            if isinstance(source, bytes):
+                return self._hash(source)
+            with source.open("rb") as file:
+                return self._hash(file)
+
+    def tree(
+        self, files: Mapping[str, str], *, base: str | None = None, remove: Sequence[str] = ()
+    ) -> str:
+        """Make a tree from paths and blob ids.
+
+        Args:
+            files: Path to blob id; all become plain files.
+            base: Commit or tree to start from.
+            remove: Paths of files of the base that the new tree lacks.
+
+        Returns:
+            The tree's id.
+        """
+        gone = "".join(f"0 {'0' * 40}\t{checked_path(path)}\0" for path in remove)
+        new = "".join(
+            f"100644 {checked_oid(oid)}\t{checked_path(path)}\0" for path, oid in files.items()
+        )
+        with self.lock(), self._scratch() as scratch:
+            env = {"GIT_INDEX_FILE": str(scratch / "index")}
+            start = [checked_object(base)] if base else ["--empty"]
+            self._git("building a tree", "read-tree", *start, env=env)
+            lines = (gone + new).encode()
+            self._git("building a tree", "update-index", "-z", "--index-info", stdin=lines, env=env)
+            return self._git("building a tree", "write-tree", env=env).out.decode().strip()
+
+    def commit(
+        self, tree: str, *, parents: Sequence[str] = (), message: str, author: Author, when: int
+    ) -> str:
+        """Make a commit; the same input gives the same id everywhere.
+
+        Args:
+            tree: The tree's id.
+            parents: Ids of its parents.
+            message: Its text.
+            author: Author and committer.
+            when: Unix time in seconds, written as UTC.
+        """
+        env = {
+            f"GIT_{role}_{key}": value
+            for role in ("AUTHOR", "COMMITTER")
+            for key, value in {
+                "NAME": _one_line(author.name),
+                "EMAIL": _one_line(author.email),
+                "DATE": f"@{when} +0000",
+            }.items()
+        }
+        options = [word for parent in parents for word in ("-p", checked_oid(parent))]
+        with self.lock():
+            result = self._git(
+                "committing",
+                "commit-tree",
+                *options,
+                "-F",
+                "-",
+                checked_oid(tree),
+                stdin=message.encode(),
+                env=env,
+            )
+        return result.out.decode().strip()
+
+    def is_ancestor(self, old: str, new: str) -> bool:
+        """Whether ``new`` is ``old`` or descends from it."""
+        argv = ["merge-base", "--is-ancestor", checked_object(old), checked_object(new)]
+        result = self._run(argv)
+        if result.status not in {0, 1}:
+            raise local_failure(self.path, "comparing commits", result)
+        return result.status == 0
+
+    def log(self, ref: str, *, limit: int) -> list[tuple[str, str]]:
+        """Ids and subjects of the newest commits along first parents, newest first."""
+        options = ["--first-parent", f"--max-count={limit}", "--no-show-signature"]
+        options += ["--format=%H %s", "--end-of-options", checked_object(ref)]
+        lines = self._git("reading history", "log", *options).lines
+        return [(oid, subject) for oid, _, subject in (line.partition(" ") for line in lines)]
+
+    # The rest is how.
+
+    def _run(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> Result:
+        return run(self.path, Task(argv, self._env | dict(env or {}), timeout=self.timeout))
+
+    def _git(
+        self,
+        action: str,
+        *argv: str,
+        env: Mapping[str, str] | None = None,
+        stdin: bytes | BinaryIO | None = None,
+        out: BinaryIO | None = None,
+        max_output: int = MAX_OUTPUT,
+    ) -> Result:
+        merged = self._env | dict(env or {})
+        task = Task(argv, merged, stdin, out, max_output, timeout=self.timeout)
+        result = run(self.path, task)
+        if result.status != 0:
+            raise local_failure(self.path, action, result)
+        return result
+
+    def _hash(self, source: bytes | BinaryIO) -> str:
+        argv = ["hash-object", "-w", "--no-filters", "--stdin"]
+        return self._git("storing", *argv, stdin=source).out.decode().strip()
+
+    def _user_settings(self) -> list[tuple[str, str]]:
+        if self._user is None:
+            self._user = user_settings(self.path)
+        return self._user
+
+    def _write_settings(self, file: Path, text: str) -> None:
+        if file.exists() and file.read_text() == text:
+            return
+        with self._scratch() as scratch:
+            (scratch / "settings").write_text(text)
+            (scratch / "settings").replace(file)
+
+    @contextmanager
+    def _scratch(self) -> Iterator[Path]:
+        parent = self.path / SCRATCH
+        parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent) as folder:
+            yield Path(folder)
+
+    def _update_refs(self, wanted: Mapping[str, str | None]) -> None:
+        lines = "".join(
+            f"update {checked_ref(ref)}\0{checked_oid(oid)}\0\0"
+            if oid
+            else f"delete {checked_ref(ref)}\0\0"
+            for ref, oid in wanted.items()
+        )
+        with self.lock():
+            if lines:
+                options = ["--no-deref", "--stdin", "-z"]
+                self._git("updating refs", "update-ref", *options, stdin=lines.encode())
+
+    def _list(self, commit: str, paths: Sequence[str], limit: int) -> list[TreeEntry]:
+        name = checked_object(commit)
+        argv = ["ls-tree", "-r", "-z", "-l", "--full-tree", name, "--", *paths]
+        task = Task(argv, self._env, max_output=limit * _MAX_LISTED, timeout=self.timeout)
+        result = run(self.path, task)
+        if result.overflowed:
+            raise CorruptRecord(f"{commit}: its listing is too long for {limit} files.")
+        if result.status != 0:
+            raise CorruptRecord(f"{commit}: no readable tree ({result.words or result.status}).")
+        found = [_entry(line) for line in result.out.split(b"\0") if line]
+        if len(found) > limit:
+            raise CorruptRecord(f"{commit}: more than {limit} files.")
+        return found
+
+    def _plain_files(self, commit: str, paths: Sequence[str], limit: int) -> list[TreeEntry]:
+        asked = [checked_path(path) for path in paths]
+        # A long list of paths would not fit a command line; then the whole tree is listed.
+        listed = {entry.path: entry for entry in self._list(commit, asked[:200], 100_000)}
+        if len(asked) > 200:
+            listed = {entry.path: entry for entry in self._list(commit, [], 100_000)}
+        return [_usable(listed.get(path), commit, path, limit) for path in asked]
+
+
+def _entry(line: bytes) -> TreeEntry:
+    head, _, name = line.partition(b"\t")
+    mode, kind, oid, size = head.decode().split()
+    path = name.decode(errors="backslashreplace")
+    return TreeEntry(mode, kind, oid, None if size == "-" else int(size), path)
+
+
+def _usable(entry: TreeEntry | None, commit: str, path: str, limit: int) -> TreeEntry:
+    if entry is None:
+        raise CorruptRecord(f"{commit} has no file {path!r}.")
+    if not entry.is_plain_file or entry.size is None:
+        raise CorruptRecord(f"{commit}: {path!r} is no plain file ({entry.mode} {entry.kind}).")
+    if entry.size > limit:
+        raise CorruptRecord(f"{commit}: {path!r} has {entry.size} bytes, the limit is {limit}.")
+    return entry
+
+
+def _contents(out: bytes, entries: Sequence[TreeEntry]) -> Iterator[bytes]:
+    """Take apart what ``cat-file --batch`` printed: a header line, the content, a newline, each."""
+    at = 0
+    for entry in entries:
+        header = f"{entry.oid} blob {entry.size}\n".encode()
+        start, end = at + len(header), at + len(header) + (entry.size or 0)
+        if out[at:start] != header or out[end : end + 1] != b"\n":
+            raise MoshiError(f"{entry.path}: object {entry.oid} cannot be read back.")
+        yield out[start:end]
+        at = end + 1
+
+
+def _one_line(text: str) -> str:
+    return re.sub(r"[\x00-\x1f\x7f<>]+", " ", text).strip() or "unknown"

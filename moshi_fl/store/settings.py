@@ -1,0 +1,116 @@
+"""Git settings and environment, ours alone: of the user's only what is needed to reach a server."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from moshi_fl.store.process import Task, run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+HUB_SETTINGS: Mapping[str, str] = {
+    # Weights do not compress as text does: no delta search, no zlib. Pushing a 43 MB round takes
+    # 0.6 s instead of 3.9 s, and a full clone costs the server no CPU minutes.
+    "core.bigFileThreshold": "1048576",
+    "core.compression": "0",
+    "pack.window": "0",
+    "transfer.unpackLimit": "1",
+    "transfer.fsckObjects": "true",
+    "uploadpack.allowFilter": "true",
+    "gc.auto": "0",
+    "receive.autogc": "false",
+    # Many contributors push at the same moment: wait for each other instead of failing.
+    "core.filesRefLockTimeout": "10000",
+    "core.packedRefsTimeout": "10000",
+}
+
+CLIENT_SETTINGS: Mapping[str, str] = {
+    **HUB_SETTINGS,
+    "maintenance.auto": "false",
+    "core.hooksPath": os.devnull,
+    "core.logAllRefUpdates": "false",
+    "core.symlinks": "false",
+    "fetch.fsckObjects": "true",
+    "submodule.recurse": "false",
+    "commit.gpgSign": "false",
+    "push.gpgSign": "false",
+    "protocol.version": "2",
+    "http.lowSpeedLimit": "1",
+    "http.lowSpeedTime": "60",
+}
+
+_USER_PREFIXES = ("credential.", "http.")
+_USER_KEYS = {"core.sshcommand", "ssh.variant", "safe.directory"}
+_SSH = "ssh -oBatchMode=yes -oConnectTimeout=20 -oServerAliveInterval=15 -oServerAliveCountMax=4"
+# Options of the server side of a local hub: its own config must not run anything on our side.
+_LOCAL_OPTIONS = (
+    f"-c core.hooksPath={os.devnull} -c core.alternateRefsCommand=: "
+    "-c receive.denyCurrentBranch=refuse -c gc.auto=0 -c receive.autogc=false"
+)
+UPLOAD_PACK = f"git {_LOCAL_OPTIONS} upload-pack"
+RECEIVE_PACK = f"git {_LOCAL_OPTIONS} receive-pack"
+
+Pairs = list[tuple[str, str]]
+
+
+def environment(store: Path) -> dict[str, str]:
+    """The environment of every Git process on a store."""
+    return {
+        "GIT_DIR": str(store),
+        "GIT_CONFIG_NOSYSTEM": "1",
+        "GIT_CONFIG_GLOBAL": str(store / "client.gitconfig"),
+        "GIT_CONFIG_COUNT": "0",
+        "GIT_TERMINAL_PROMPT": "0",
+        "GIT_ALLOW_PROTOCOL": "https:ssh:file",
+        "GIT_LFS_SKIP_SMUDGE": "1",
+        "GIT_NO_LAZY_FETCH": "1",
+        "GIT_NO_REPLACE_OBJECTS": "1",
+        "GIT_LITERAL_PATHSPECS": "1",
+        "GCM_INTERACTIVE": "never",
+        "SSH_ASKPASS_REQUIRE": "never",
+    }
+
+
+def network_environment(url: str, user: Pairs, login: str | None) -> dict[str, str]:
+    """What is added for commands that talk to the hub at ``url`` (without userinfo)."""
+    pairs = [pair for pair in user if pair[0].startswith(_USER_PREFIXES)]
+    ssh = dict(user).get("core.sshcommand")
+    if login:
+        pairs.append((f"http.{url}.extraHeader", login))
+    env = {"GIT_CONFIG_COUNT": str(len(pairs))}
+    for number, (key, value) in enumerate(pairs):
+        env |= {f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value}
+    if url.startswith("http://"):
+        env["GIT_ALLOW_PROTOCOL"] = "https:ssh:file:http"
+    if "GIT_SSH_COMMAND" not in os.environ and "GIT_SSH" not in os.environ:
+        env["GIT_SSH_COMMAND"] = ssh or _SSH
+    # One allocation, not the process: a crafted delta could ask for terabytes.
+    env["GIT_ALLOC_LIMIT"] = "1g"
+    return env
+
+
+def user_settings(store: Path) -> Pairs:
+    """The user's own settings for credentials, proxies, certificates and ssh, in their order."""
+    task = Task(["config", "--list", "-z"], {"GIT_DIR": str(store)}, keep_environment=True)
+    entries = run(store, task).out.decode(errors="surrogateescape").split("\0")
+    pairs = [(key, value) for key, _, value in (entry.partition("\n") for entry in entries)]
+    return [
+        (key, value) for key, value in pairs if key.startswith(_USER_PREFIXES) or key in _USER_KEYS
+    ]
+
+
+def config_text(settings: Mapping[str, str], *, safe: Iterable[str] = ()) -> str:
+    """A Git config file."""
+    lines = []
+    for key, value in [*settings.items(), *(("safe.directory", folder) for folder in safe)]:
+        section, _, name = key.partition(".")
+        lines.append(f"[{section}]\n\t{name} = {_quoted(value)}\n")
+    return "".join(lines)
+
+
+def _quoted(value: str) -> str:
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{escaped}"'
