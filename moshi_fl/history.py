@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from moshi_fl.errors import HubError, UntrustedHub
 from moshi_fl.hubfile import MAX_HUBFILE_BYTES, HubConfig, parse_hubfile
 from moshi_fl.records import Contribution, Manifest, Round, digest, load
-from moshi_fl.store import HubRepo
+from moshi_fl.store import HubRepo, RefMissing
 from moshi_fl.weights import sha256_bytes
 
 MAIN = "refs/heads/main"
@@ -25,6 +25,7 @@ DELTA_FILE = "delta.safetensors"
 MAX_MANIFEST_BYTES = 8 << 20
 MAX_TOKENIZER_BYTES = 8 << 20
 MAX_LATEST_PACK = 32 << 20
+LOCAL_LATEST = "refs/moshi-fl/latest"
 
 
 @dataclass(frozen=True)
@@ -106,27 +107,30 @@ class HubState:
         return self.manifest.newest
 
 
-def find_latest(repo: HubRepo) -> tuple[Refs, str]:
-    """Ask the hub for its ``latest`` ref: one small request.
+def fetch_latest(repo: HubRepo, prefix: str | None = None) -> tuple[Refs, str]:
+    """Fetch the hub's ``latest`` commit: one small request, whatever the hub's age.
+
+    Args:
+        repo: The store to fetch into.
+        prefix: Where the hub's weights are known to lie; None looks in each of ``PREFIXES``.
+
+    Returns:
+        The hub's names of refs, and the commit. Nothing of it has been checked yet.
 
     Raises:
         HubError: Unreachable, or there is no hub at this URL.
     """
-    found = repo.remote_refs(*(Refs(prefix).latest for prefix in PREFIXES))
-    for prefix in PREFIXES:
-        if oid := found.get(Refs(prefix).latest):
-            return Refs(prefix), oid
+    for candidate in [prefix] if prefix else PREFIXES:
+        refs = Refs(candidate)
+        try:
+            found = repo.fetch({refs.latest: LOCAL_LATEST}, max_bytes=MAX_LATEST_PACK)
+        except RefMissing:
+            continue
+        return refs, found[LOCAL_LATEST]
     raise HubError(
-        f"there is no moshi-fl hub at {repo.url}: the repository has no {Refs(PREFIXES[0]).latest}.",
-        hint=f"moshi-hub init {repo.url}   (makes it one; a maintainer does this once)",
+        f"there is no moshi-fl hub at {repo.shown_url}: it has no {Refs(PREFIXES[0]).latest}.",
+        hint=f"moshi-hub init {repo.shown_url}   (makes it one; a maintainer does this once)",
     )
-
-
-def fetch_state(repo: HubRepo, refs: Refs, commit: str) -> HubState:
-    """Fetch the ``latest`` commit that ``find_latest`` promised, and read it."""
-    local = "refs/moshi-fl/latest"
-    repo.fetch({refs.latest: local}, max_bytes=MAX_LATEST_PACK, expect={refs.latest: commit})
-    return read_state(repo, refs, commit)
 
 
 def read_state(repo: HubRepo, refs: Refs, commit: str) -> HubState:

@@ -69,7 +69,6 @@ class Training(Record, frozen=True, kw_only=True):
 class Metrics(Record, frozen=True, kw_only=True):
     """Losses in nats per token as measured on the contributor's own data; never trusted."""
 
-    train_loss: float | None = None
     held_out_before: float | None = None
     held_out_after: float | None = None
 

@@ -27,8 +27,7 @@ from moshi_fl.history import (
     HubState,
     Refs,
     check_chain,
-    fetch_state,
-    find_latest,
+    fetch_latest,
     read_rounds,
     read_state,
 )
@@ -133,8 +132,7 @@ class Replica:
             UntrustedHub: The hub went back, or contradicts its records.
         """
         with self._locked():
-            refs, commit = find_latest(self.repo)
-            state = self._state(refs, commit)
+            state = self._newest_state()
             if number is not None and number != state.newest.round:
                 return self._pull_old(state, number)
             received = self._ensure(state.newest, state)
@@ -205,12 +203,11 @@ class Replica:
             if not _alive(int(stale.name.split("-")[1])):
                 shutil.rmtree(stale, ignore_errors=True)
 
-    def _state(self, refs: Refs, commit: str) -> HubState:
+    def _newest_state(self) -> HubState:
         seen = self.seen()
-        if seen and (seen.commit, seen.prefix) == (commit, refs.prefix) and self.repo.resolve(commit):
-            return read_state(self.repo, refs, commit)
-        state = fetch_state(self.repo, refs, commit)
-        if seen:
+        refs, commit = fetch_latest(self.repo, seen.prefix if seen else None)
+        state = read_state(self.repo, refs, commit)
+        if seen and seen.commit != commit:
             self._check_continuity(seen, state)
         return state
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 import moshi_fl
+from moshi_fl.growth import grow
 from moshi_fl.history import HubState
 from moshi_fl.hubfile import HubConfig, StorageRules
 from moshi_fl.records import (
@@ -30,7 +31,7 @@ from moshi_fl.records import (
 )
 from moshi_fl.restore import StrategyFinder, aggregate, delta_name
 from moshi_fl.rules import accepted_characters, contribution_weight
-from moshi_fl.snapshot import encode_keyframe, encode_step, grow
+from moshi_fl.snapshot import encode_keyframe, encode_step
 from moshi_fl.tokenizer import CharVocabulary
 from moshi_fl.weights import Weights, count_parameters, sha256_bytes, weights_digest
 from moshi_hub.verify import Rules
@@ -205,14 +206,14 @@ def growth_of(
     """Characters that join the vocabulary in this round, and the tokenizer that knows them."""
     if not state.newest.vocabulary_tensors:
         return None, state.tokenizer
-    vocabulary = CharVocabulary.parse(state.tokenizer)
+    vocabulary = CharVocabulary.from_bytes(state.tokenizer)
     known = set(vocabulary.characters)
     proposals = ["".join(set(entry.proposed_characters) - known) for entry in contributions]
-    characters = accepted_characters(config.vocabulary, len(vocabulary), proposals)
+    characters = accepted_characters(config.vocabulary, vocabulary.size, proposals)
     if not characters:
         return None, state.tokenizer
     growth = Growth(characters=characters, byte_row=vocabulary.byte_row)
-    return growth, vocabulary.grown(characters).dump()
+    return growth, vocabulary.grown(characters).to_bytes()
 
 
 def needs_keyframe(rules: StorageRules, rounds: Sequence[Round], update_bytes: int) -> bool:

@@ -6,7 +6,7 @@ Everything that comes from a hub is hostile until the records say otherwise.
 
 from moshi_fl.store.hub import create_hub
 from moshi_fl.store.objects import Author, ObjectStore, TreeEntry
-from moshi_fl.store.repo import ANY, HubRepo, PushRejected, RefUpdate
+from moshi_fl.store.repo import ANY, HubRepo, PushRejected, RefMissing, RefUpdate
 from moshi_fl.store.urls import is_local, normalise_url, redact
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "HubRepo",
     "ObjectStore",
     "PushRejected",
+    "RefMissing",
     "RefUpdate",
     "TreeEntry",
     "create_hub",

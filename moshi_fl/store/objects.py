@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -242,7 +242,48 @@ class ObjectStore:
         lines = self._git("reading history", "log", *options).lines
         return [(oid, subject) for oid, _, subject in (line.partition(" ") for line in lines)]
 
+    def parents(self, commit: str) -> list[str]:
+        """Parents of a commit, in order.
+
+        Raises:
+            CorruptRecord: No such commit here.
+        """
+        name = checked_object(commit) + "^{commit}"
+        result = self._run(["rev-list", "--parents", "--max-count=1", "--end-of-options", name])
+        if result.status != 0:
+            raise CorruptRecord(f"{commit} is no commit that is here.")
+        return result.out.decode().split()[1:]
+
+    def changes(self, old: str, new: str, *, limit: int = 1000) -> list[TreeEntry]:
+        """What differs from one commit's tree to another's, as it is in ``new``.
+
+        A deleted path has mode ``000000``. Names are as found, hostile ones included.
+
+        Raises:
+            CorruptRecord: More than ``limit`` paths differ.
+        """
+        argv = ["diff-tree", "-r", "-z", "--raw", "--no-renames", "--no-abbrev"]
+        argv += ["--end-of-options", checked_object(old), checked_object(new)]
+        task = Task(argv, self._env, max_output=limit * _MAX_LISTED, timeout=self.timeout)
+        result = run(self.path, task)
+        fields = result.out.split(b"\0")[:-1]
+        if result.overflowed or len(fields) > 2 * limit:
+            raise CorruptRecord(f"{new}: more than {limit} files differ from {old}.")
+        if result.status != 0:
+            raise CorruptRecord(f"{new}: cannot be compared ({result.words or result.status}).")
+        pairs = zip(fields[::2], fields[1::2], strict=True)
+        found = [_changed(head, path) for head, path in pairs]
+        sizes = self._sizes([entry.oid for entry in found if entry.kind == "blob"])
+        return [replace(entry, size=sizes.get(entry.oid)) for entry in found]
+
     # The rest is how.
+
+    def _sizes(self, oids: Sequence[str]) -> dict[str, int]:
+        asked = "".join(oid + "\n" for oid in oids).encode()
+        form = "--batch-check=%(objectname) %(objecttype) %(objectsize)"
+        lines = self._git("measuring", "cat-file", form, stdin=asked).lines
+        fields = [line.split() for line in lines]
+        return {line[0]: int(line[2]) for line in fields if len(line) == 3 and line[1] == "blob"}
 
     def _run(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> Result:
         return run(self.path, Task(argv, self._env | dict(env or {}), timeout=self.timeout))
@@ -326,6 +367,12 @@ def _entry(line: bytes) -> TreeEntry:
     mode, kind, oid, size = head.decode().split()
     path = name.decode(errors="backslashreplace")
     return TreeEntry(mode, kind, oid, None if size == "-" else int(size), path)
+
+
+def _changed(head: bytes, path: bytes) -> TreeEntry:
+    mode, oid = head.decode().split()[1:4:2]
+    kind = {"160000": "commit", "000000": "none"}.get(mode, "blob")
+    return TreeEntry(mode, kind, oid, None, path.decode(errors="backslashreplace"))
 
 
 def _usable(entry: TreeEntry | None, commit: str, path: str, limit: int) -> TreeEntry:

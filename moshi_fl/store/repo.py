@@ -57,6 +57,10 @@ class PushRejected(HubError):  # noqa: N818  (like Rejected)
         self.refs = refs
 
 
+class RefMissing(HubError):  # noqa: N818  (like Rejected)
+    """The hub answers, but does not have a ref."""
+
+
 class HubRepo(ObjectStore):
     """A bare local object store that talks to one hub: a folder, https, ssh, or loopback http."""
 
@@ -177,7 +181,7 @@ class HubRepo(ObjectStore):
         heads = [found.groups() for found in map(_FETCHED.match, lines) if found]
         found = {_FOLDERS.get(kind, "") + name: oid for oid, kind, name in heads}
         if missing := [ref for ref in refs if ref not in found]:
-            raise HubError(f"fetch: {self.shown_url} does not have {', '.join(missing)}.")
+            raise RefMissing(f"fetch: {self.shown_url} does not have {', '.join(missing)}.")
         return found
 
     def _reached(self, limit: int) -> bool:
@@ -200,6 +204,8 @@ class HubRepo(ObjectStore):
         return self.remote_refs(*doomed) if doomed else {}
 
     def _failure(self, action: str, result: Result) -> MoshiError:
+        if missing := re.search(r"couldn't find remote ref (\S+)", result.words):
+            return RefMissing(f"{action}: {self.shown_url} does not have {missing[1]}.")
         if action == "fetch" and disk_full(result.words):
             return local_failure(self.path, action, result)
         return hub_failure(self.shown_url, action, result, timeout=self.timeout)

@@ -89,9 +89,9 @@ def train_client(message: Message, context: Context) -> Message:
         on_step=_on_step.get(),
     )
     metrics = {
-        "num-examples": result.num_examples,
-        "train-loss": result.train_loss,
-        "steps": result.steps,
+        "num-examples": job.recipe.steps * job.recipe.batch_size,
+        "train-loss": result.loss,
+        "steps": job.recipe.steps,
     }
     content = RecordDict(
         {ARRAYS: to_arrays(extract_weights(module)), METRICS: MetricRecord(metrics)}

@@ -1,0 +1,423 @@
+"""Contribute: train the global weights on local data, and send what was learned to the hub.
+
+Stages, each of which leaves its result on disk and is skipped when that is already there: plan,
+train (in a Flower ``ClientApp``), measure, encode, send.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+import moshi_fl
+from moshi_fl.codec import get_codec
+from moshi_fl.codec.delta import delta_bytes, encode_delta
+from moshi_fl.config import home as default_home
+from moshi_fl.errors import Rejected
+from moshi_fl.history import DELTA_FILE, HubState
+from moshi_fl.hubfile import HubConfig
+from moshi_fl.models.family import Corpus, DataSummary, Task
+from moshi_fl.records import Contribution, File, Location, Metrics, Training, dump
+from moshi_fl.replica import Replica, Snapshot
+from moshi_fl.train import Progress, Recipe, calibrate, steps_for_epochs
+from moshi_fl.weights import Weights, open_weights, save_weights, sha256_bytes, write_atomic
+from moshi_sdk.feedback import Feedback
+from moshi_sdk.runs import Run, RunPlan, Runs
+from moshi_sdk.submit import Sent, delta_commit, submit
+from moshi_sdk.sync import SyncManager
+
+HELD_OUT_SEQUENCES = 32
+
+
+class Listener(Protocol):
+    """What a caller may want to hear of."""
+
+    def stage(self, name: str, text: str) -> None:
+        """A stage begins or ends."""
+        ...
+
+    def step(self, progress: Progress) -> None:
+        """A training step is done."""
+        ...
+
+
+class Silent:
+    """A listener that hears nothing."""
+
+    def stage(self, name: str, text: str) -> None:
+        """Ignore a stage."""
+
+    def step(self, progress: Progress) -> None:
+        """Ignore a step."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a contributor may decide; None leaves it to the hub's recipe."""
+
+    steps: int | None = None
+    minutes: float | None = None
+    epochs: float | None = None
+    learning_rate: float | None = None
+    batch_size: int | None = None
+    precision: str | None = None
+    device: str = "cpu"
+    seed: int | None = None
+    contributor: str = "anonymous"
+    max_bytes: int | None = None
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a contribution.
+
+    Attributes:
+        contribution: Its record; ``contribution.id`` names it.
+        sent: Where it went; None after a dry run.
+        data: What was taken from the user's paths, when they were read this time.
+        note: What the hub's having moved on meant for it, if it had.
+    """
+
+    contribution: Contribution
+    sent: Sent | None
+    data: DataSummary | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What all stages share."""
+
+    replica: Replica
+    snapshot: Snapshot
+    task: Task
+    run: Run
+    listener: Listener
+    corpus: Corpus | None = field(default=None, repr=False)
+
+    @property
+    def state(self) -> HubState:
+        return self.snapshot.state
+
+    @property
+    def config(self) -> HubConfig:
+        return self.state.config
+
+
+def contribute(
+    hub: str,
+    data: Sequence[Path | str],
+    options: Options | None = None,
+    *,
+    home: Path | None = None,
+    listener: Listener | None = None,
+) -> Outcome:
+    """Train on ``data`` and send the delta to ``hub``.
+
+    Doing the same again continues what was interrupted, and sends nothing twice.
+
+    Args:
+        hub: Path or URL of the hub.
+        data: Files and folders with training data. They never leave this machine.
+        options: The contributor's decisions.
+        home: Folder of this user's moshi-fl data.
+        listener: Hears of stages and steps.
+
+    Raises:
+        HubError: The hub cannot be reached or refuses.
+        DataError: Nothing usable is in the data.
+        TrainingError: Training failed; the last good checkpoint stays.
+    """
+    options, listener = options or Options(), listener or Silent()
+    manager = SyncManager(hub, home=home or default_home())
+    snapshot = manager.pull()
+    listener.stage("sync", f"round {snapshot.round}")
+    task = load_task(snapshot.state)
+    paths = tuple(Path(path).expanduser().resolve() for path in data)
+    corpus = task.read(paths, seed=0, max_bytes=options.max_bytes)
+    listener.stage("data", describe(corpus.summary))
+    plan = make_plan(snapshot, task, corpus, paths, options)
+    run = Runs(manager.replica.folder / "runs").start(plan, snapshot)
+    return _finish(_Work(manager.replica, snapshot, task, run, listener, corpus), options.dry_run)
+
+
+def resume(
+    hub: str,
+    *,
+    home: Path | None = None,
+    listener: Listener | None = None,
+    dry_run: bool = False,
+) -> Outcome:
+    """Continue the last unfinished contribution to ``hub``, as it was planned.
+
+    Raises:
+        MoshiError: There is none.
+    """
+    listener = listener or Silent()
+    manager = SyncManager(hub, home=home or default_home())
+    run = Runs(manager.replica.folder / "runs").resume()
+    snapshot = manager.pull()
+    listener.stage("sync", f"round {snapshot.round}, resuming from round {run.plan.base_round}")
+    task = load_task(snapshot.state)
+    return _finish(_Work(manager.replica, snapshot, task, run, listener), dry_run)
+
+
+def load_task(state: HubState) -> Task:
+    """The hub's model family, configured."""
+    from moshi_fl.models import get_family
+
+    return get_family(state.config.family).load(state.config.model_table, state.tokenizer)
+
+
+def describe(summary: DataSummary) -> str:
+    """One line about what was taken and what was left."""
+    text = f"{summary.files} files, {summary.bytes:,} bytes, {summary.tokens:,} tokens"
+    left = ", ".join(f"{count} {reason}" for reason, count in sorted(summary.skipped.items()))
+    return f"{text}; left out: {left}" if left else text
+
+
+def make_plan(
+    snapshot: Snapshot, task: Task, corpus: Corpus, paths: Sequence[Path], options: Options
+) -> RunPlan:
+    """Settle everything that decides the result, so that a resumed run is the same run."""
+    rules = snapshot.state.config.training
+    recipe = Recipe(
+        steps=1,
+        batch_size=options.batch_size or rules.batch_size,
+        learning_rate=options.learning_rate or rules.learning_rate,
+        weight_decay=rules.weight_decay,
+        gradient_clip=rules.gradient_clip,
+        warmup_fraction=rules.warmup_fraction,
+        precision=options.precision or rules.precision,
+        seed=_seed(options, snapshot),
+        device=options.device,
+    )
+    training = Training(
+        steps=_steps(snapshot, task, corpus, recipe, options),
+        batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        seed=recipe.seed,
+        precision=recipe.precision,
+    )
+    return RunPlan(
+        base_round=snapshot.round,
+        base=snapshot.record.weights,
+        data=tuple(map(str, paths)),
+        fingerprint=corpus.fingerprint,
+        contributor=options.contributor,
+        training=training,
+        weight_decay=recipe.weight_decay,
+        gradient_clip=recipe.gradient_clip,
+        warmup_fraction=recipe.warmup_fraction,
+        device=recipe.device,
+        max_bytes=options.max_bytes,
+        family=snapshot.state.config.family,
+    )
+
+
+def _seed(options: Options, snapshot: Snapshot) -> int:
+    """The seed asked for, or one of the contributor's own that is new in each round."""
+    if options.seed is not None:
+        return options.seed
+    return int(sha256_bytes(f"{options.contributor}/{snapshot.round}".encode())[:8], 16)
+
+
+def _steps(
+    snapshot: Snapshot, task: Task, corpus: Corpus, recipe: Recipe, options: Options
+) -> int:
+    if options.steps is not None:
+        return options.steps
+    if options.epochs is not None:
+        return steps_for_epochs(corpus, recipe.batch_size, options.epochs)
+    if options.minutes is not None:
+        from moshi_fl.models.common import load_weights
+
+        module = task.build()
+        load_weights(module, snapshot.load())
+        return calibrate(module, task, corpus, recipe, minutes=options.minutes)
+    return snapshot.state.config.training.steps
+
+
+def _finish(work: _Work, dry_run: bool) -> Outcome:
+    summary = work.corpus.summary if work.corpus else None
+    contribution = work.run.contribution()
+    if contribution is None:
+        contribution = _train_and_encode(work)
+    if dry_run:
+        return Outcome(contribution, None, summary)
+    contribution, note = _fit_to_present(work, contribution)
+    sent = submit(work.replica, work.state, contribution, work.run.delta)
+    _remember(work, contribution)
+    work.run.mark_sent()
+    return Outcome(contribution, sent, summary, note)
+
+
+def _train_and_encode(work: _Work) -> Contribution:
+    corpus = work.corpus or _read_again(work)
+    recipe = recipe_of(work.run.plan)
+    if not work.run.trained.exists():
+        _train(work, corpus, recipe)
+    base, trained = open_weights(work.run.base), open_weights(work.run.trained)
+    pool = work.task.pool(corpus, HELD_OUT_SEQUENCES, seed=0, held_out=True)
+    metrics = Metrics(
+        held_out_before=_loss(work.task, base, pool, recipe.device),
+        held_out_after=_loss(work.task, trained, pool, recipe.device),
+    )
+    work.listener.stage(
+        "measure",
+        f"loss on your held-out part {metrics.held_out_before:.4f} -> {metrics.held_out_after:.4f}",
+    )
+    proposed = corpus.summary.proposed_characters[:1000]
+    return _encode(work, base, trained, metrics, proposed)
+
+
+def _read_again(work: _Work) -> Corpus:
+    plan = work.run.plan
+    paths = [Path(path) for path in plan.data]
+    corpus = work.task.read(paths, seed=0, max_bytes=plan.max_bytes)
+    if corpus.fingerprint != plan.fingerprint:
+        raise Rejected(
+            "the data has changed since this contribution was started, so it cannot be resumed.",
+            hint="moshi-fl contribute --data PATH   (starts a new one on the data as it is now)",
+        )
+    return corpus
+
+
+def recipe_of(plan: RunPlan) -> Recipe:
+    """The training recipe of a plan."""
+    training = plan.training
+    return Recipe(
+        steps=training.steps,
+        batch_size=training.batch_size,
+        learning_rate=training.learning_rate,
+        weight_decay=plan.weight_decay,
+        gradient_clip=plan.gradient_clip,
+        warmup_fraction=plan.warmup_fraction,
+        precision=training.precision,
+        seed=training.seed,
+        device=plan.device,
+    )
+
+
+def _train(work: _Work, corpus: Corpus, recipe: Recipe) -> None:
+    from moshi_fl.flower import ARRAYS, local_context, to_weights, train_message
+    from moshi_sdk.client import app, job_config, watched
+
+    state = work.state
+    config = job_config(state.config.family, state.config.model_table, state.tokenizer, recipe)
+    message = train_message(open_weights(work.run.base), config)
+    context = local_context(checkpoint=str(work.run.checkpoint))
+    with watched(work.listener.step, corpus):
+        reply = app(message=message, context=context)
+    save_weights(work.run.trained, to_weights(reply.content[ARRAYS]))
+    work.run.checkpoint.unlink(missing_ok=True)
+
+
+def _loss(task: Task, weights: Weights, pool: bytes, device: str) -> float:
+    import torch
+
+    from moshi_fl.models.common import load_weights
+
+    module = task.build()
+    load_weights(module, weights)
+    losses = task.evaluate(module.to(device), pool, torch.device(device))
+    return round(float(losses.mean()), 6)
+
+
+def _encode(
+    work: _Work, base: Weights, trained: Weights, metrics: Metrics, proposed: str
+) -> Contribution:
+    rules, plan = work.config.delta, work.run.plan
+    codec = get_codec(rules.codec, rules.options)
+    feedback = Feedback(work.replica.folder / "feedback")
+    carry = feedback.load(feedback.base(merged_test(work.replica, work.state)))
+    delta = {name: np.subtract(trained[name], base[name]) for name in base}
+    entries, rest = encode_delta(delta, codec, carry)
+    data = delta_bytes(entries, codec)
+    save_weights(work.run.carry, rest)
+    write_atomic(work.run.delta, data)
+    contribution = Contribution(
+        hub=work.config.hub.id,
+        round=plan.base_round,
+        base=plan.base,
+        family=plan.family,
+        codec=rules.codec,
+        contributor=plan.contributor,
+        delta=locate(work, data, plan.base_round),
+        num_examples=plan.training.steps * plan.training.batch_size,
+        training=plan.training,
+        metrics=metrics,
+        proposed_characters=proposed,
+        software=f"moshi-fl {moshi_fl.__version__}",
+    )
+    write_atomic(work.run.record, dump(contribution))
+    work.listener.stage("encode", f"{len(data):,} bytes as {rules.codec}")
+    return contribution
+
+
+def locate(work: _Work, data: bytes, number: int) -> Location:
+    """Where the delta will lie on the hub; its commit follows from its content."""
+    sha256 = sha256_bytes(data)
+    ref = work.state.refs.delta(number, sha256)
+    commit = delta_commit(work.replica.repo, ref, data)
+    return Location(
+        ref=ref, commit=commit, files=(File(name=DELTA_FILE, bytes=len(data), sha256=sha256),)
+    )
+
+
+def merged_test(replica: Replica, state: HubState) -> Callable[[str, int], bool | None]:
+    """Whether a contribution became part of a round; None while it still may."""
+
+    def test(contribution_id: str, number: int) -> bool | None:
+        newest = state.newest.round
+        if number >= newest:
+            return None
+        rounds = replica.chain(state, number + 1)
+        if any(merged.id == contribution_id for entry in rounds for merged in entry.contributions):
+            return True
+        return None if newest - number <= state.config.delta.max_staleness else False
+
+    return test
+
+
+def _fit_to_present(work: _Work, contribution: Contribution) -> tuple[Contribution, str]:
+    """Rebase a contribution whose base has become too old; without retraining."""
+    age = work.state.newest.round - contribution.round
+    if age <= 0:
+        return contribution, ""
+    limit = work.config.delta.max_staleness
+    if age <= limit:
+        share = work.config.aggregation.staleness_discount**age
+        return contribution, f"the hub moved {age} round(s) on; it counts {share:.0%} for that"
+    return _rebase(work, contribution, age)
+
+
+def _rebase(work: _Work, contribution: Contribution, age: int) -> tuple[Contribution, str]:
+    import msgspec
+
+    data = work.run.delta.read_bytes()
+    newest = work.state.newest
+    rebased = msgspec.structs.replace(
+        contribution,
+        round=newest.round,
+        base=newest.weights,
+        delta=locate(work, data, newest.round),
+        metrics=Metrics(),
+        rebased_from=contribution.round,
+    )
+    write_atomic(work.run.record, dump(rebased))
+    return rebased, f"the hub moved {age} rounds on; the delta was rebased to round {newest.round}"
+
+
+def _remember(work: _Work, contribution: Contribution) -> None:
+    feedback = Feedback(work.replica.folder / "feedback")
+    before = feedback.base(merged_test(work.replica, work.state))
+    if work.run.carry.exists() and before != contribution.id:
+        feedback.sent(contribution.id, contribution.round, open_weights(work.run.carry), before)
+
+

@@ -1,0 +1,158 @@
+"""Runs: the work of one contribution on this machine's disk, resumable at any instant.
+
+A run is a folder. What is in it says how far it got: ``run.json`` (planned), ``checkpoint``
+(training), ``trained.safetensors`` (trained), ``record.json`` (ready to send), ``sent`` (done).
+Each appears in one step, so a killed process leaves a run in the state before or after, never
+between.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from moshi_fl.errors import MoshiError
+from moshi_fl.records import (
+    Contribution,
+    Count,
+    Name,
+    Record,
+    RoundNumber,
+    Sha256,
+    Text,
+    Training,
+    dump,
+    load,
+)
+from moshi_fl.replica import Snapshot
+from moshi_fl.weights import sha256_bytes, write_atomic
+
+
+class RunPlan(Record, frozen=True, kw_only=True):
+    """What a run set out to do; equal plans are the same run."""
+
+    format: Literal[1] = 1
+    kind: Literal["run"] = "run"
+    base_round: RoundNumber
+    base: Sha256
+    data: tuple[str, ...]
+    fingerprint: Sha256
+    contributor: Text
+    training: Training
+    weight_decay: float
+    gradient_clip: float
+    warmup_fraction: float
+    device: Annotated[str, Meta(max_length=40)]
+    max_bytes: Count | None = None
+    family: Name
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's folder and plan."""
+
+    folder: Path
+    plan: RunPlan
+
+    @property
+    def base(self) -> Path:
+        """Weights that training started from; stays when the replica prunes them."""
+        return self.folder / "base.safetensors"
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where training continues."""
+        return self.folder / "checkpoint"
+
+    @property
+    def trained(self) -> Path:
+        """Weights after training."""
+        return self.folder / "trained.safetensors"
+
+    @property
+    def delta(self) -> Path:
+        """The encoded delta."""
+        return self.folder / "delta.safetensors"
+
+    @property
+    def carry(self) -> Path:
+        """What the codec could not say of the delta."""
+        return self.folder / "carry.safetensors"
+
+    @property
+    def record(self) -> Path:
+        """The contribution's record, once the delta is encoded."""
+        return self.folder / "record.json"
+
+    def contribution(self) -> Contribution | None:
+        """The record, if the run got that far."""
+        if not self.record.exists():
+            return None
+        return load(self.record.read_bytes(), Contribution, name="record.json")
+
+    @property
+    def is_sent(self) -> bool:
+        """Whether the contribution has left this machine."""
+        return (self.folder / "sent").exists()
+
+    def mark_sent(self) -> None:
+        """Finish the run: keep what identifies it, drop the weights."""
+        write_atomic(self.folder / "sent", b"")
+        for path in (self.base, self.checkpoint, self.trained, self.delta, self.carry):
+            path.unlink(missing_ok=True)
+
+
+class Runs:
+    """All runs for one hub."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def start(self, plan: RunPlan, snapshot: Snapshot) -> Run:
+        """The run of this plan: the one that is already there, or a new one."""
+        run = Run(self._folder / sha256_bytes(dump(plan))[:16], plan)
+        if not (run.folder / "run.json").exists():
+            shutil.rmtree(run.folder, ignore_errors=True)
+            run.folder.mkdir(parents=True)
+            _link(snapshot.path, run.base)
+            write_atomic(run.folder / "run.json", dump(plan))
+        os.utime(run.folder / "run.json")
+        return run
+
+    def unfinished(self) -> Run | None:
+        """The run that was worked on last and has not been sent."""
+        return next((run for run in self if not run.is_sent), None)
+
+    def resume(self) -> Run:
+        """Like ``unfinished``.
+
+        Raises:
+            MoshiError: There is none.
+        """
+        if run := self.unfinished():
+            return run
+        raise MoshiError(
+            "there is no unfinished contribution for this hub on this machine.",
+            hint="moshi-fl contribute --data PATH   (starts one)",
+        )
+
+    def __iter__(self) -> Iterator[Run]:
+        """All runs, the one worked on last first."""
+        plans = sorted(
+            self._folder.glob("*/run.json"), key=lambda path: path.stat().st_mtime, reverse=True
+        )
+        for path in plans:
+            yield Run(path.parent, load(path.read_bytes(), RunPlan, name="run.json"))
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,97 @@
+"""Sends a contribution to its hub: two refs, one atomic push, the same bytes however often."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moshi_fl.errors import HubError, Rejected
+from moshi_fl.history import (
+    DELTA_FILE,
+    HubState,
+    contribution_branch,
+    contribution_path,
+)
+from moshi_fl.records import Contribution, dump
+from moshi_fl.replica import Replica
+from moshi_fl.store import Author, HubRepo, PushRejected, RefUpdate
+
+NOREPLY = "noreply@moshi-fl.invalid"
+DELTA_AUTHOR = Author("moshi-fl", NOREPLY)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What left this machine.
+
+    Attributes:
+        branch: Branch of the record on the hub.
+        refs: All refs that were written.
+        record_bytes: Size of the record, which anyone may read.
+        delta_bytes: Size of the delta.
+        again: Whether the hub already had it.
+    """
+
+    branch: str
+    refs: tuple[str, ...]
+    record_bytes: int
+    delta_bytes: int
+    again: bool = False
+
+
+def delta_commit(repo: HubRepo, ref: str, data: bytes) -> str:
+    """Store a delta as an orphan commit whose id follows from ref and content alone."""
+    repo.prepare()
+    tree = repo.tree({DELTA_FILE: repo.put(data)})
+    return repo.commit(tree, message=f"{ref}\n", author=DELTA_AUTHOR, when=0)
+
+
+def submit(replica: Replica, state: HubState, contribution: Contribution, delta: Path) -> Sent:
+    """Push a contribution's record and delta.
+
+    Raises:
+        HubError: The hub cannot be reached or refuses; the run stays and can be resumed.
+    """
+    repo, number = replica.repo, contribution.round
+    branch = contribution_branch(number, contribution.id)
+    record = dump(contribution)
+    refs = (branch, contribution.delta.ref)
+    present = repo.remote_refs(*refs)
+    if branch in present:
+        return Sent(branch, refs, len(record), contribution.delta.bytes, again=True)
+    if _is_merged(replica, state, contribution):
+        raise Rejected(
+            f"contribution {contribution.id[:12]} is already part of a round.",
+            hint="moshi-fl contribute   (trains on the new round)",
+        )
+    commit = delta_commit(repo, contribution.delta.ref, delta.read_bytes())
+    if commit != contribution.delta.commit:
+        raise HubError("the delta on disk is not the one in the record; start a new contribution.")
+    updates = [
+        RefUpdate(branch, _record_commit(replica, contribution, record), None),
+        RefUpdate(contribution.delta.ref, commit, present.get(contribution.delta.ref)),
+    ]
+    try:
+        repo.push(updates)
+    except PushRejected:
+        if branch not in repo.remote_refs(branch):
+            raise
+        return Sent(branch, refs, len(record), contribution.delta.bytes, again=True)
+    return Sent(branch, refs, len(record), contribution.delta.bytes)
+
+
+def _record_commit(replica: Replica, contribution: Contribution, record: bytes) -> str:
+    """One commit on top of main that adds the record: what a pull request would show."""
+    repo, main = replica.repo, replica.fetch_main()
+    path = contribution_path(contribution.round, contribution.id)
+    tree = repo.tree({path: repo.put(record)}, base=main)
+    message = f"Contribution {contribution.id[:12]} to round {contribution.round}\n"
+    author = Author(contribution.contributor, NOREPLY)
+    return repo.commit(tree, parents=(main,), message=message, author=author, when=0)
+
+
+def _is_merged(replica: Replica, state: HubState, contribution: Contribution) -> bool:
+    if contribution.round >= state.newest.round:
+        return False
+    later = replica.chain(state, contribution.round + 1)
+    return any(merged.id == contribution.id for entry in later for merged in entry.contributions)
