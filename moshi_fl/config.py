@@ -13,15 +13,14 @@ import difflib
 import os
 import re
 import secrets
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from moshi_fl import tomlfile
 from moshi_fl.errors import ConfigError
 
-MAX_CONFIG_BYTES = 1 << 18
 MAX_CONTRIBUTOR_LENGTH = 200  # what a record accepts
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -97,7 +96,7 @@ class Settings:
     _origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def origin(self, name: str) -> str:
-        """Where a value comes from: a flag, a variable, a line of the file, the hub, or ``default``."""
+        """Where a value comes from: a flag, a variable, a line of a file, ``hub``, ``default``."""
         return self._origins.get(name, "default")
 
     def with_policy(self, **policy: object) -> Settings:
@@ -163,7 +162,10 @@ def load_settings(**flags: object) -> Settings:
 
 
 def _given(flags: Mapping[str, object]) -> dict[str, tuple[object, str]]:
-    given = {name: (value, where) for name, (value, where) in _from_file(config_path()).items()}
+    text, table = tomlfile.read(config_path())
+    given: dict[str, tuple[object, str]] = {
+        name: (value, tomlfile.place(config_path(), text, name)) for name, value in table.items()
+    }
     for name in _PARSERS:
         variable = f"MOSHI_FL_{name.upper()}"
         if os.environ.get(variable):
@@ -172,45 +174,6 @@ def _given(flags: Mapping[str, object]) -> dict[str, tuple[object, str]]:
         if value is not None and value != ():
             given[name] = (value, f"--{name.replace('_', '-')}")
     return given
-
-
-def _from_file(path: Path) -> dict[str, tuple[object, str]]:
-    text = _read(path)
-    try:
-        table = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: {error}.") from error
-    return {name: (value, _place(path, text, name)) for name, value in table.items()}
-
-
-def _read(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_CONFIG_BYTES + 1)
-    except FileNotFoundError:
-        return ""
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}.") from error
-    if len(data) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"{path}: longer than {MAX_CONFIG_BYTES} bytes.")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}).") from error
-
-
-def _place(path: Path, text: str, name: str) -> str:
-    for number, line in enumerate(text.splitlines(), 1):
-        if _assigns(line, name):
-            return f"{path.name}, line {number}"
-    return path.name
-
-
-def _assigns(line: str, name: str) -> bool:
-    return (
-        re.match(rf"""\s*(["']?){re.escape(name)}\1\s*[=.\]]|\s*\[+\s*{re.escape(name)}\b""", line)
-        is not None
-    )
 
 
 def _checked(name: str, value: object, origin: str) -> Any:
@@ -244,6 +207,7 @@ def _pseudonym(folder: Path) -> str:
     try:
         if not path.exists():
             fresh = folder / f".tmp-{secrets.token_hex(8)}"
+            fresh.touch(mode=0o600)
             fresh.write_text(f"anonymous-{secrets.token_hex(4)}\n", encoding="utf-8")
             try:
                 path.hardlink_to(fresh)  # of two first runs at the same moment, one wins
@@ -256,9 +220,6 @@ def _pseudonym(folder: Path) -> str:
         raise ConfigError(
             f"cannot use {path}: {error}.", hint="moshi-fl config set contributor NAME"
         ) from error
-
-
-# Changing the file: one line at a time, so that comments and order stay.
 
 
 def set_value(name: str, words: Sequence[str]) -> Any:
@@ -274,11 +235,8 @@ def set_value(name: str, words: Sequence[str]) -> Any:
     elif len(words) > 1:
         raise ConfigError(f"{name} takes one value, not {len(words)}.")
     value = _checked(name, words if name == "data" else words[0], "config set")
-    _from_file(config_path())
-    lines = _read(config_path()).splitlines()
-    start, stop = _span(lines, name) or (_end_of_keys(lines),) * 2
-    lines[start:stop] = [f"{name} = {_toml(value)}"]
-    _write(lines)
+    ensure_home()
+    tomlfile.put(config_path(), name, list(value) if isinstance(value, tuple) else value)
     return value
 
 
@@ -286,52 +244,11 @@ def unset_value(name: str) -> bool:
     """Remove one setting from ``config.toml``; False when it was not there.
 
     Raises:
-        ConfigError: Unknown name, or a file that is broken already.
+        ConfigError: Unknown name that is not in the file either, or a file that is broken.
     """
-    parser_of(name)
-    lines = _read(config_path()).splitlines()
-    span = _span(lines, name)
-    if not span:
+    _, table = tomlfile.read(config_path())
+    if name not in table:
+        parser_of(name)
         return False
-    del lines[span[0] : span[1]]
-    _write(lines)
+    tomlfile.drop(config_path(), name)
     return True
-
-
-def _span(lines: list[str], name: str) -> tuple[int, int] | None:
-    """First line and line after the last of a key's value, which may go on over several lines."""
-    start = next((i for i, line in enumerate(lines) if _assigns(line, name)), None)
-    if start is None:
-        return None
-    for stop in range(start + 1, len(lines) + 1):
-        try:
-            tomllib.loads("\n".join(lines[start:stop]))
-        except tomllib.TOMLDecodeError:
-            continue
-        return start, stop
-    return start, start + 1
-
-
-def _end_of_keys(lines: list[str]) -> int:
-    return next((i for i, line in enumerate(lines) if line.lstrip().startswith("[")), len(lines))
-
-
-def _write(lines: list[str]) -> None:
-    from moshi_fl.weights import write_atomic
-
-    text = "\n".join(lines) + "\n" if lines else ""
-    tomllib.loads(text)  # what we are about to write must read back
-    ensure_home()
-    try:
-        write_atomic(config_path(), text.encode())
-    except OSError as error:
-        raise ConfigError(f"cannot write {config_path()}: {error.strerror}.") from error
-
-
-def _toml(value: Any) -> str:
-    """A value as TOML; a string in TOML's basic form is a string in JSON's."""
-    import json
-
-    if isinstance(value, tuple):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    return str(value) if isinstance(value, int) else json.dumps(value, ensure_ascii=False)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
 from moshi_fl.progress import Progress
-from moshi_fl.text import clean, human, shorten, spell, width
+from moshi_fl.text import clean, human, shorten, spell, width, words
 
 _BOLD, _DIM, _RED, _GREEN, _YELLOW, _CYAN = "1", "2", "31;1", "32", "33", "36"
 _GAP = "  "
@@ -71,7 +71,8 @@ class Console:
             return
         if columns is None:
             columns = list(rows[0]) if rows else []
-        titles = columns if isinstance(columns, Mapping) else {c: _words(c) for c in columns}
+        titles = columns if isinstance(columns, Mapping) else {c: words(c) for c in columns}
+        titles = {key: clean(title) for key, title in titles.items()}
         for line in self._table_lines(rows, titles):
             self._print(line)
 
@@ -80,7 +81,7 @@ class Console:
         if self.json_mode:
             self._document.update(_plain(facts))
             return
-        names = {key: _words(key) for key in facts}
+        names = {key: words(key) for key in facts}
         widest = max(map(width, names.values()), default=0)
         for key, value in facts.items():
             padding = " " * (widest - width(names[key]))
@@ -200,10 +201,6 @@ def _row(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> 
         padding = " " * (columns - width(text))
         parts.append(padding + text if is_right else text + padding)
     return _GAP.join(parts).rstrip()
-
-
-def _words(key: str) -> str:
-    return clean(key.replace("_", " "))
 
 
 def _is_number(value: object) -> bool:

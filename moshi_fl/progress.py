@@ -7,7 +7,7 @@ import time
 from types import TracebackType
 from typing import Self, TextIO
 
-from moshi_fl.text import Count, Duration, human, shorten, spell
+from moshi_fl.text import Count, Duration, human, shorten, spell, words
 
 REDRAW_SECONDS = 0.1
 LOG_SECONDS = 10.0
@@ -112,12 +112,12 @@ class Progress:
 
     def _parts(self, last: bool) -> list[str]:
         elapsed = self._shown_at - self._start
-        words = [f"{name.replace('_', ' ')} {human(v)}" for name, v in self._fields.items()]
+        fields = [f"{words(name)} {human(value)}" for name, value in self._fields.items()]
         return [
             self._description,
             self._bar() if self._live and not last else "",
             self._how_far(),
-            *words,
+            *fields,
             f"in {Duration(elapsed)}" if last else self._time_left(elapsed),
         ]
 

@@ -118,6 +118,11 @@ def human(value: object) -> str:
     return clean(str(value))
 
 
+def words(key: str) -> str:
+    """The name of a fact as a person reads it: ``held_out`` becomes ``held out``."""
+    return clean(key.replace("_", " "))
+
+
 def clean(text: str, *, keep: str = "") -> str:
     r"""Text from anywhere, safe for a terminal: controls become visible escapes such as ``\x1b``.
 
