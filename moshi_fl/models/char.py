@@ -1,0 +1,153 @@
+"""The character transformer: decoder-only, post-norm, sinusoidal positions, untied head with bias.
+
+Blocks are ``x = LN(x + Attention(x)); x = LN(x + FFN(x))`` (Vaswani et al. 2017) with GELU.
+Linear layers and embeddings keep PyTorch's default initialisation, which learns much faster on
+small budgets than GPT-2's 0.02. Parameter names are those of ``nn.MultiheadAttention``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moshi_fl.errors import ConfigError
+from moshi_fl.models.common import require_counts, require_fractions
+
+
+@dataclass(frozen=True)
+class CharConfig:
+    """Size of the model; the ``[model]`` table of a hub.
+
+    Raises:
+        ConfigError: A value out of range; names the key.
+    """
+
+    n_layer: int = 6
+    n_head: int = 8
+    d_model: int = 384
+    d_ff: int = 1024
+    context: int = 384  # tokens
+    dropout: float = 0.0
+    fill_in_middle: float = 0.0  # share of the training windows that are rearranged
+
+    def __post_init__(self) -> None:
+        counts = ("n_layer", "n_head", "d_model", "d_ff", "context")
+        require_counts(self, counts, name="[model]")
+        require_fractions(self, ("dropout", "fill_in_middle"), name="[model]")
+        if self.d_model % 2:
+            raise ConfigError(f"[model]: d_model = {self.d_model} must be even.")
+        if self.d_model % self.n_head:
+            raise ConfigError(
+                f"[model]: n_head = {self.n_head} must divide d_model = {self.d_model}."
+            )
+        if self.context < 16:
+            raise ConfigError(f"[model]: context = {self.context} must be at least 16.")
+
+
+class KeyValueCache:
+    """Keys and values of the tokens seen so far, for all layers, in memory taken once."""
+
+    def __init__(self, model: CharTransformer, batch_size: int = 1) -> None:
+        config, weight = model.config, model.fc_out.weight
+        heads, size = config.n_head, config.d_model // config.n_head
+        shape = (config.n_layer, 2, batch_size, heads, config.context, size)
+        self.layers = list(torch.zeros(shape, dtype=weight.dtype, device=weight.device))
+        self.length = 0
+
+
+class CausalAttention(nn.Module):
+    """Multi-head self-attention in which a token sees itself and those before it."""
+
+    def __init__(self, config: CharConfig) -> None:
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * config.d_model, config.d_model))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * config.d_model))
+        self.out_proj = nn.Linear(config.d_model, config.d_model)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor, cache: Tensor | None, start: int) -> Tensor:
+        """Attend over the ``start`` cached tokens and the new ones. ``x``: (B, T, C)."""
+        B, T, C = x.shape
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = qkv.view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        if cache is not None:
+            cache[0, :, :, start : start + T] = k
+            cache[1, :, :, start : start + T] = v
+            k, v = cache[:, :, :, : start + T]
+        mask = None
+        if start and T > 1:  # new token t sees the cached ones and the new ones up to itself
+            mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
+        dropout = self.dropout if self.training else 0.0
+        causal = start == 0 and T > 1
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal
+        )
+        return self.out_proj(y.transpose(1, 2).reshape(B, T, C))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each added to its input and normalised afterwards."""
+
+    def __init__(self, config: CharConfig) -> None:
+        super().__init__()
+        self.attn = CausalAttention(config)
+        self.norm1 = nn.LayerNorm(config.d_model)
+        self.ff = nn.Sequential(
+            nn.Linear(config.d_model, config.d_ff),
+            nn.GELU(),
+            nn.Linear(config.d_ff, config.d_model),
+            nn.Dropout(config.dropout),
+        )
+        self.norm2 = nn.LayerNorm(config.d_model)
+
+    def forward(self, x: Tensor, cache: Tensor | None, start: int) -> Tensor:
+        """``x``: (B, T, C), the same back."""
+        x = self.norm1(x + self.attn(x, cache, start))
+        return self.norm2(x + self.ff(x))  # type: ignore[no-any-return]
+
+
+class CharTransformer(nn.Module):
+    """Next-token logits for up to ``context`` tokens."""
+
+    # Older checkpoints store the position table; here it is computed, not learnt, so not a weight.
+    computed_tensors: ClassVar[frozenset[str]] = frozenset({"pos_encoding.pe"})
+    positions: Tensor
+
+    def __init__(self, config: CharConfig, vocabulary_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(vocabulary_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.fc_out = nn.Linear(config.d_model, vocabulary_size)
+        table = sinusoids(config.context, config.d_model)
+        self.register_buffer("positions", table, persistent=False)
+
+    def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Logits (B, T, V) for tokens (B, T), which follow those already in the cache."""
+        T = tokens.shape[1]
+        start = cache.length if cache else 0
+        x = self.embedding(tokens)  # (B, T, C)
+        x = x + self.positions[start : start + T].to(x.dtype)
+        for i, block in enumerate(self.blocks):
+            x = block(x, cache.layers[i] if cache else None, start)
+        if cache:
+            cache.length += T
+        return self.fc_out(x)  # type: ignore[no-any-return]
+
+
+def sinusoids(length: int, width: int) -> Tensor:
+    """Position table (length, width): sine in even columns, cosine in odd (Vaswani et al. 2017).
+
+    Computed in float64, so that every machine rounds to the same float32.
+    """
+    rates = 10000.0 ** (-np.arange(0, width, 2) / width)
+    angles = np.arange(length)[:, None] * rates
+    table = np.stack([np.sin(angles), np.cos(angles)], axis=-1)
+    return torch.from_numpy(table.reshape(length, width).astype(np.float32))

@@ -1,0 +1,129 @@
+"""A user's texts as the ``char`` family sees them: a stream of tokens, windows of it, and pools.
+
+The stream is the files one after the other with ``<end>`` around each. A training window is any
+``context + 1`` tokens of it, so the model learns every position, and where files begin and end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moshi_fl import records
+from moshi_fl.data import Split
+from moshi_fl.errors import DataError
+from moshi_fl.models.family import DataSummary
+from moshi_fl.tokenizer import CharVocabulary, Tokens
+
+MAX_POOL_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class CharCorpus:
+    """The texts, and the training part as a stream of tokens."""
+
+    split: Split
+    summary: DataSummary
+    tokens: Tokens
+    context: int
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the training texts."""
+        return self.split.fingerprint
+
+    @property
+    def num_examples(self) -> int:
+        """How many windows it takes to cover the stream once."""
+        return math.ceil((len(self.tokens) - 1) / self.context)
+
+
+def stream(vocabulary: CharVocabulary, texts: Sequence[str]) -> Tokens:
+    """All texts as tokens, with ``<end>`` before, between and after them."""
+    end = np.array([vocabulary.end], np.uint16)
+    parts = [end]
+    for text in texts:
+        parts += [vocabulary.encode(text), end]
+    return np.concatenate(parts)
+
+
+def windows(
+    corpus: CharCorpus, batch_size: int, *, fill_in_middle: float, seed: int, start: int
+) -> Iterator[NDArray[np.int64]]:
+    """Endless batches (B, context + 1) from batch number ``start`` on; each needs no other."""
+    length = min(corpus.context + 1, len(corpus.tokens))
+    index = start
+    while True:
+        random = np.random.default_rng([seed, index])
+        starts = random.integers(0, len(corpus.tokens) - length + 1, batch_size)
+        rows = corpus.tokens[starts[:, None] + np.arange(length)].astype(np.int64)
+        for row in rows[:0] if length < 8 else rows:
+            if random.random() < fill_in_middle:
+                row[:] = _rearranged(row, random)
+        yield rows
+        index += 1
+
+
+def _rearranged(row: NDArray[np.int64], random: np.random.Generator) -> list[int]:
+    """Prefix, suffix, middle (Bavarian et al. 2022): the middle comes last and sees both."""
+    text = row[:-4].tolist()
+    first, second = sorted(random.integers(0, len(text) + 1, 2).tolist())
+    marks = CharVocabulary
+    return [
+        *(marks.prefix, *text[:first]),
+        *(marks.suffix, *text[second:]),
+        *(marks.middle, *text[first:second], marks.end),
+    ]
+
+
+class Pool(records.Record, frozen=True, kw_only=True):
+    """Evaluation texts, each at most as long in bytes as the context is in tokens.
+
+    Texts, not tokens: after the vocabulary has grown, the same pool is read with the new one.
+    """
+
+    format: Literal[1] = 1
+    kind: Literal["char-pool"] = "char-pool"
+    texts: tuple[str, ...]
+
+
+def make_pool(texts: Sequence[str], count: int, *, context: int, seed: int) -> bytes:
+    """A file with up to ``count`` pieces of the texts, drawn without repetition.
+
+    Raises:
+        DataError: The texts have no piece of at least two characters.
+    """
+    pieces = [piece for text in texts for piece in _pieces(text, context) if len(piece) > 1]
+    long = [piece for piece in pieces if len(piece.encode()) >= context // 4]
+    pieces = long or pieces
+    if not pieces:
+        raise DataError("The held-out part has no text.", hint="Give --data more source files.")
+    chosen = np.random.default_rng(seed).permutation(len(pieces))[:count]
+    return records.dump(Pool(texts=tuple(pieces[i] for i in sorted(chosen.tolist()))))
+
+
+def _pieces(text: str, size: int) -> Iterator[str]:
+    """The text cut into pieces of at most ``size`` UTF-8 bytes, between characters."""
+    data = text.encode()
+    start = 0
+    while start < len(data):
+        stop = min(start + size, len(data))
+        while stop < len(data) and data[stop] & 0xC0 == 0x80:  # inside a character
+            stop -= 1
+        yield data[start:stop].decode()
+        start = stop
+
+
+def read_pool(data: bytes) -> tuple[str, ...]:
+    """The texts of a pool file.
+
+    Raises:
+        CorruptRecord: Not a canonical pool file.
+    """
+    return records.load(data, Pool, name="evaluation pool", limit=MAX_POOL_BYTES).texts

@@ -1,0 +1,229 @@
+"""The ``char`` family: source code, character by character, for the federated core."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from moshi_fl import data
+from moshi_fl.generate import Sampler, until_stop
+from moshi_fl.models.char import CharConfig, CharTransformer, KeyValueCache
+from moshi_fl.models.char_corpus import CharCorpus, make_pool, read_pool, stream, windows
+from moshi_fl.models.common import extract_weights, settings_from
+from moshi_fl.models.family import DataSummary, Preset, Sampling, Table
+from moshi_fl.tokenizer import CharVocabulary, Decoder
+from moshi_fl.weights import Weights
+
+MAX_PROPOSED = 256  # characters
+
+
+@dataclass(frozen=True)
+class CharTask:
+    """A configured character model: what training, evaluation and generation ask for."""
+
+    config: CharConfig
+    vocabulary: CharVocabulary
+
+    @property
+    def vocabulary_tensors(self) -> tuple[str, ...]:
+        """Embedding and head: one row for each token."""
+        return ("embedding.weight", "fc_out.bias", "fc_out.weight")
+
+    def build(self) -> CharTransformer:
+        """An untrained module."""
+        return CharTransformer(self.config, self.vocabulary.size)
+
+    def initial_weights(self, seed: int) -> Weights:
+        """PyTorch's default initialisation, from a seed."""
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            return extract_weights(self.build())
+
+    def read(self, paths: Sequence[Path], *, seed: int, max_bytes: int | None = None) -> CharCorpus:
+        """Read files and folders. Raises ``DataError`` when nothing usable is there."""
+        sources = data.read_sources(paths, seed=seed, max_bytes=max_bytes)
+        split = data.split(sources, seed=seed)
+        tokens = stream(self.vocabulary, split.training)
+        counts = Counter[str]()
+        for source in sources.taken:
+            counts.update(source.text)
+        summary = DataSummary(
+            files=len(sources.taken),
+            bytes=sources.bytes,
+            tokens=len(tokens),
+            skipped=sources.skipped,
+            proposed_characters=self.vocabulary.missing(counts)[:MAX_PROPOSED],
+        )
+        return CharCorpus(split, summary, tokens, self.config.context)
+
+    def batches(
+        self, corpus: CharCorpus, batch_size: int, *, seed: int, start: int = 0
+    ) -> Iterator[Tensor]:
+        """Random windows of ``context + 1`` tokens, (B, T + 1)."""
+        share = self.config.fill_in_middle
+        rows = windows(corpus, batch_size, fill_in_middle=share, seed=seed, start=start)
+        return map(torch.from_numpy, rows)
+
+    def loss(self, module: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
+        """Mean cross-entropy of each token given those before it in its window."""
+        batch = batch.to(_device(module))
+        targets = batch[:, 1:].flatten()
+        logits = module(batch[:, :-1]).flatten(0, 1)
+        return F.cross_entropy(logits.float(), targets), len(targets)
+
+    def pool(self, corpus: CharCorpus, sequences: int, *, seed: int, held_out: bool) -> bytes:
+        """Up to this many pieces of the held-out (or the training) texts as a file."""
+        texts = corpus.split.held_out if held_out else corpus.split.training
+        return make_pool(texts, sequences, context=self.config.context, seed=seed)
+
+    @torch.inference_mode()
+    def evaluate(self, module: nn.Module, pool: bytes, device: torch.device) -> NDArray[np.float64]:
+        """Mean loss of each text, in nats per token, from its second token on.
+
+        Each text runs by itself in the module's own precision, so its loss depends on no other.
+
+        Raises:
+            CorruptRecord: Not a pool file of this family.
+        """
+        module.to(device).eval()
+        return np.array([self._text_loss(module, text) for text in read_pool(pool)])
+
+    def _text_loss(self, module: nn.Module, text: str) -> float:
+        ids = self.vocabulary.encode(text)[: self.config.context + 1].astype(np.int64)
+        tokens = torch.from_numpy(ids).to(_device(module))
+        logits = module(tokens[None, :-1])[0].double()
+        return float(F.cross_entropy(logits, tokens[1:]))
+
+    def generate(
+        self, module: nn.Module, prompt: str, sampling: Sampling, *, suffix: str = ""
+    ) -> Iterator[str]:
+        """Text after the prompt, or between prompt and suffix, piece by piece.
+
+        Of a prompt longer than the context its end is used. When the context is full, the model
+        reads the last half of it anew and goes on; between prompt and suffix it stops instead.
+
+        Raises:
+            ConfigError: A sampling setting out of range.
+        """
+        sampler = Sampler(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+        )
+        tokens = self._between(prompt, suffix) if suffix else self._after(prompt)
+        made = self._continue(module, tokens, sampler, sampling.max_tokens, slide=not suffix)
+        return until_stop(_text(self.vocabulary, made), sampling.stop)
+
+    def _after(self, prompt: str) -> list[int]:
+        tokens: list[int] = self.vocabulary.encode(prompt).tolist()
+        return tokens[-self.config.context :] or [self.vocabulary.end]
+
+    def _between(self, prompt: str, suffix: str) -> list[int]:
+        """The fill-in-the-middle prompt; half of the context is left for the answer."""
+        room = self.config.context // 2 - 3
+        after: list[int] = self.vocabulary.encode(suffix).tolist()[: room // 3]
+        before: list[int] = self.vocabulary.encode(prompt).tolist()[-(room - len(after)) :]
+        marks = self.vocabulary
+        return [marks.prefix, *before, marks.suffix, *after, marks.middle]
+
+    def _continue(
+        self, module: nn.Module, tokens: list[int], sampler: Sampler, limit: int, *, slide: bool
+    ) -> Iterator[int]:
+        model = cast("CharTransformer", module.eval())
+        context, device = self.config.context, _device(module)
+        with torch.inference_mode():
+            cache = KeyValueCache(model)
+        new = tokens
+        for _ in range(limit):
+            if cache.length + len(new) > context:
+                if not slide:
+                    return
+                cache.length, new = 0, tokens[-(context // 2) :]
+            with torch.inference_mode():
+                logits = model(torch.tensor([new], device=device), cache)[0, -1]
+                logits[self.vocabulary.prefix : self.vocabulary.middle + 1] = -torch.inf
+                token = sampler.pick(logits)
+            if token == self.vocabulary.end:
+                return
+            yield token
+            new = [token]
+            tokens = [*tokens[-context:], token]
+
+
+def _text(vocabulary: CharVocabulary, tokens: Iterator[int]) -> Iterator[str]:
+    decoder = Decoder(vocabulary)
+    for token in tokens:
+        if piece := decoder.feed(token):
+            yield piece
+    if piece := decoder.finish():
+        yield piece
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+class CharFamily:
+    """Character models of any size."""
+
+    name = "char"
+
+    @property
+    def presets(self) -> Mapping[str, Preset]:
+        """``tiny`` learns visibly in seconds on one core; ``base`` has 8.6 million parameters."""
+        tokenizer = CharVocabulary().to_bytes()
+        return {
+            "tiny": Preset(
+                model={
+                    "n_layer": 3,
+                    "n_head": 4,
+                    "d_model": 128,
+                    "d_ff": 384,
+                    "context": 128,
+                    "dropout": 0.0,
+                    "fill_in_middle": 0.0,
+                },
+                training={"steps": 200, "batch_size": 16, "learning_rate": 3e-3},
+                delta={"codec": "int8"},
+                evaluation={"sequences": 64},
+                tokenizer=tokenizer,
+            ),
+            "base": Preset(
+                model={
+                    "n_layer": 6,
+                    "n_head": 8,
+                    "d_model": 384,
+                    "d_ff": 1024,
+                    "context": 384,
+                    "dropout": 0.0,
+                    "fill_in_middle": 0.0,
+                },
+                training={"steps": 200, "batch_size": 8, "learning_rate": 1e-3},
+                delta={"codec": "topk"},
+                evaluation={"sequences": 64},
+                tokenizer=tokenizer,
+            ),
+        }
+
+    def load(self, model: Table, tokenizer: bytes) -> CharTask:
+        """Check the settings and the tokenizer file.
+
+        Raises:
+            ConfigError: A setting cannot be used; names the key.
+            CorruptRecord: The tokenizer file is damaged.
+        """
+        config = settings_from(CharConfig, model, name="[model]")
+        return CharTask(config, CharVocabulary.from_bytes(tokenizer))
+
+
+FAMILY = CharFamily()

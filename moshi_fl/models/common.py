@@ -1,0 +1,102 @@
+"""What all model families share: weights into a module and out of it, and strict settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from moshi_fl.errors import ConfigError, CorruptRecord
+from moshi_fl.weights import Weights
+
+Settings = TypeVar("Settings")
+_SHOWN = 10
+
+
+def load_weights(module: nn.Module, weights: Weights) -> None:
+    """Copy weights into a module's parameters; all names and shapes must agree.
+
+    Names in ``module.computed_tensors`` (tensors that a checkpoint may hold but that the module
+    computes) are passed over.
+
+    Raises:
+        CorruptRecord: Missing, extra or misshapen tensors; the module is unchanged.
+    """
+    parameters = dict(module.named_parameters())
+    computed: frozenset[str] = getattr(module, "computed_tensors", frozenset())
+    problems = [f"{name} is missing" for name in parameters if name not in weights]
+    for name in sorted(weights):
+        if name not in parameters and name not in computed:
+            problems.append(f"{name} is not in the model")
+        elif name in parameters and weights[name].shape != tuple(parameters[name].shape):
+            shape, wanted = list(weights[name].shape), list(parameters[name].shape)
+            problems.append(f"{name} has shape {shape} instead of {wanted}")
+    if problems:
+        raise CorruptRecord(f"the weights do not fit the model: {_abridged(problems)}.")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.tensor(weights[name]))
+
+
+def _abridged(problems: list[str]) -> str:
+    more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+    return "; ".join(problems[:_SHOWN] + more)
+
+
+def extract_weights(module: nn.Module) -> dict[str, NDArray[np.float32]]:
+    """Float32 copies of a module's parameters by name."""
+    return {
+        name: np.array(parameter.detach().cpu().float().numpy())
+        for name, parameter in module.named_parameters()
+    }
+
+
+def settings_from(kind: type[Settings], table: Mapping[str, Any], *, name: str) -> Settings:
+    """A configuration dataclass from a TOML table.
+
+    Raises:
+        ConfigError: A key is unknown or missing; the dataclass itself checks the values.
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(set(table) - set(fields))
+    if unknown:
+        known = ", ".join(sorted(fields))
+        raise ConfigError(f"{name}: unknown key {unknown[0]!r}; known: {known}.")
+    missing = [key for key, field in fields.items() if key not in table and _required(field)]
+    if missing:
+        raise ConfigError(f"{name}: {missing[0]!r} is missing.")
+    return kind(**table)
+
+
+def _required(field: dataclasses.Field[Any]) -> bool:
+    absent = dataclasses.MISSING
+    return field.default is absent and field.default_factory is absent
+
+
+def require_counts(config: object, keys: Iterable[str], *, name: str) -> None:
+    """Each of these settings must be a whole number of at least one.
+
+    Raises:
+        ConfigError: Names the first that is not.
+    """
+    for key in keys:
+        value = getattr(config, key)
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"{name}: {key} = {value!r} must be a whole number above zero.")
+
+
+def require_fractions(config: object, keys: Iterable[str], *, name: str) -> None:
+    """Each of these settings must be a number from 0 up to, but not including, 1.
+
+    Raises:
+        ConfigError: Names the first that is not.
+    """
+    for key in keys:
+        value = getattr(config, key)
+        if type(value) not in {int, float} or not 0 <= value < 1:
+            raise ConfigError(f"{name}: {key} = {value!r} must be a number from 0 to below 1.")

@@ -1,0 +1,168 @@
+"""The character transformer against the reference implementation's numbers, and its own cache."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moshi_fl.errors import ConfigError, CorruptRecord
+from moshi_fl.models.char import CharConfig, CharTransformer, KeyValueCache
+from moshi_fl.models.common import extract_weights, load_weights
+from moshi_fl.optimizer import AdamW, clip_, one_cycle
+from moshi_fl.weights import Weights, open_weights
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "char_orig.safetensors"
+TINY = CharConfig(n_layer=2, n_head=2, d_model=16, d_ff=32, context=32)
+
+
+@pytest.fixture(scope="module")
+def reference() -> Weights:
+    return open_weights(FIXTURE)
+
+
+def part(reference: Weights, prefix: str) -> dict[str, np.ndarray]:
+    return {k.removeprefix(prefix): v for k, v in reference.items() if k.startswith(prefix)}
+
+
+def model_of(reference: Weights) -> CharTransformer:
+    config = CharConfig(n_layer=3, n_head=4, d_model=48, d_ff=128, context=64)
+    model = CharTransformer(config, 101)
+    load_weights(model, part(reference, "w/"))
+    return model
+
+
+def loss_of(logits: torch.Tensor, targets: np.ndarray) -> torch.Tensor:
+    flat = torch.tensor(targets, dtype=torch.long).flatten()
+    return F.cross_entropy(logits.flatten(0, 1), flat, ignore_index=-1)
+
+
+def tokens_of(ids: np.ndarray) -> torch.Tensor:
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def test_logits_loss_and_gradients_are_the_references(reference: Weights) -> None:
+    model = model_of(reference)
+    logits = model(tokens_of(reference["in/idx"]))
+    wanted = torch.tensor(reference["out/logits"])
+    assert (logits - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+    loss = loss_of(logits, reference["in/targets"])
+    assert abs(loss.item() - reference["out/loss"].item()) <= 2e-6
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    assert set(gradients) == set(part(reference, "g/"))
+    for name, wanted_gradient in part(reference, "g/").items():
+        assert np.abs(gradients[name].numpy() - wanted_gradient).max() <= 1e-6, name
+
+
+def test_eight_steps_of_training_follow_the_references_losses(reference: Weights) -> None:
+    model = model_of(reference)
+    optimizer = AdamW({n: p.data for n, p in model.named_parameters()}, weight_decay=0.01)
+    for step in range(8):
+        loss = loss_of(
+            model(tokens_of(reference["traj/idx"][step])), reference["traj/targets"][step]
+        )
+        assert abs(loss.item() - reference["traj/losses"][step]) <= 5e-6
+        model.zero_grad()
+        loss.backward()
+        gradients = [p.grad for p in model.parameters()]
+        clip_(gradients, 1.0)
+        rate, beta1 = one_cycle(step, 40, peak=1e-3, warmup_fraction=0.05)
+        optimizer.step(gradients, step, learning_rate=rate, beta1=beta1)
+
+
+def test_the_schedule_is_torchs_one_cycle() -> None:
+    for steps, warmup in ((40, 0.05), (100, 0.3), (7, 0.5), (200, 0.015)):
+        weight = torch.nn.Parameter(torch.zeros(1))
+        optimizer = torch.optim.AdamW([weight], lr=1e-3)
+        oracle = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, 1e-3, total_steps=steps, pct_start=warmup
+        )
+        for step in range(steps):
+            rate, beta1 = one_cycle(step, steps, peak=1e-3, warmup_fraction=warmup)
+            group = optimizer.param_groups[0]
+            assert rate == pytest.approx(group["lr"], rel=1e-9), (steps, step)
+            assert beta1 == pytest.approx(group["betas"][0], rel=1e-9)
+            optimizer.step()
+            if step < steps - 1:
+                oracle.step()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("warmup", [0.0, 0.05, 1.0])
+def test_very_short_schedules_stay_within_the_peak(steps: int, warmup: float) -> None:
+    rates = [one_cycle(s, steps, peak=1.0, warmup_fraction=warmup)[0] for s in range(steps)]
+    assert all(0 < rate <= 1 for rate in rates)
+    assert max(rates) == 1.0
+
+
+def test_the_position_table_of_older_checkpoints_is_accepted_and_ignored(
+    reference: Weights,
+) -> None:
+    model = model_of(reference)
+    before = extract_weights(model)
+    table = np.full((768, 48), np.nan, np.float32)
+    load_weights(model, {**part(reference, "w/"), "pos_encoding.pe": table})
+    after = extract_weights(model)
+    assert set(after) == set(part(reference, "w/"))
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_weights_that_do_not_fit_are_listed_and_nothing_is_loaded(reference: Weights) -> None:
+    model = model_of(reference)
+    before = extract_weights(model)
+    weights = {name: value + 1 for name, value in before.items()}
+    weights["fc_out.bias"] = weights["fc_out.bias"][:-1]
+    weights["extra"] = weights.pop("embedding.weight")
+    with pytest.raises(CorruptRecord) as caught:
+        load_weights(model, weights)
+    message = str(caught.value)
+    assert "embedding.weight is missing" in message
+    assert "extra is not in the model" in message
+    assert "fc_out.bias has shape [100] instead of [101]" in message
+    assert all(np.array_equal(before[n], v) for n, v in extract_weights(model).items())
+    with pytest.raises(CorruptRecord, match="and 29 more"):
+        load_weights(model, {})
+
+
+@pytest.mark.parametrize("cuts", [[], [1], [10, 11, 12], [5, 20], list(range(1, 32))])
+def test_tokens_fed_in_any_portions_give_the_logits_of_all_at_once(cuts: list[int]) -> None:
+    torch.manual_seed(0)
+    model = CharTransformer(TINY, 50).eval()
+    tokens = torch.randint(50, (2, 32))
+    cache = KeyValueCache(model, batch_size=2)
+    with torch.inference_mode():
+        portions = [model(portion, cache) for portion in tokens.tensor_split(cuts, dim=1)]
+        # The sums run over differently shaped blocks, so the last bits may differ.
+        assert torch.allclose(torch.cat(portions, 1), model(tokens), atol=1e-5)
+
+
+def test_a_token_does_not_see_those_after_it() -> None:
+    torch.manual_seed(0)
+    model = CharTransformer(TINY, 50).eval()
+    tokens = torch.randint(50, (1, 20))
+    changed = tokens.clone()
+    changed[0, 12:] = (changed[0, 12:] + 1) % 50
+    a, b = model(tokens), model(changed)
+    assert torch.equal(a[:, :12], b[:, :12])
+    assert not torch.equal(a[:, 12], b[:, 12])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("n_layer", 0),
+        ("d_ff", 1.5),
+        ("n_head", True),
+        ("n_head", 5),
+        ("d_model", 33),
+        ("context", 8),
+        ("dropout", 1.0),
+        ("dropout", "0.1"),
+        ("fill_in_middle", -0.1),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_by_name(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=key):
+        CharConfig(**{key: value})  # type: ignore[arg-type]
