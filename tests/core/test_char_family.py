@@ -1,0 +1,189 @@
+"""The char family as the federated core uses it: data, batches, pools, evaluation, generation."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moshi_fl import records
+from moshi_fl.errors import ConfigError, CorruptRecord
+from moshi_fl.models import get_family, known_families
+from moshi_fl.models.char_corpus import CharCorpus, Pool, read_pool
+from moshi_fl.models.char_family import CharTask
+from moshi_fl.models.common import load_weights
+from moshi_fl.models.family import Sampling
+from moshi_fl.tokenizer import CharVocabulary
+from moshi_fl.train import Recipe, train
+
+MODEL = {"n_layer": 2, "n_head": 2, "d_model": 32, "d_ff": 64, "context": 32}
+CPU = torch.device("cpu")
+
+
+def task_of(vocabulary: CharVocabulary | None = None, **settings: object) -> CharTask:
+    tokenizer = (vocabulary or CharVocabulary()).to_bytes()
+    task = get_family("char").load({**MODEL, **settings}, tokenizer)
+    assert isinstance(task, CharTask)
+    return task
+
+
+def module_of(task: CharTask, seed: int = 0) -> torch.nn.Module:
+    module = task.build()
+    load_weights(module, task.initial_weights(seed))
+    return module
+
+
+@pytest.fixture(scope="module")
+def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("code")
+    for i in range(30):
+        (folder / f"f{i}.py").write_text(f"def naïve{i}(x):\n    return x + {i}  # ß\n" * 10)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(code: Path) -> CharCorpus:
+    return task_of().read([code], seed=0)
+
+
+def test_an_unknown_family_is_named_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="no model family 'chat'; known: char"):
+        get_family("chat")
+    assert "char" in known_families()
+
+
+@pytest.mark.parametrize("preset", ["tiny", "base"])
+def test_presets_load_and_have_the_promised_size(preset: str) -> None:
+    family = get_family("char")
+    settings = family.presets[preset]
+    task = family.load(settings.model, settings.tokenizer)
+    parameters = sum(p.numel() for p in task.build().parameters())
+    low, high = {"tiny": (0.2e6, 0.6e6), "base": (8.4e6, 8.6e6)}[preset]
+    assert low <= parameters <= high
+    Recipe(**settings.training)
+
+
+def test_an_unknown_setting_is_named() -> None:
+    with pytest.raises(ConfigError, match="unknown key 'n_layers'"):
+        task_of(n_layers=2)
+
+
+def test_initial_weights_come_from_the_seed_alone() -> None:
+    task = task_of()
+    first, again, other = (task.initial_weights(seed) for seed in (1, 1, 2))
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    assert not np.array_equal(first["embedding.weight"], other["embedding.weight"])
+
+
+def test_the_summary_tells_what_was_taken_and_proposes_characters(corpus: CharCorpus) -> None:
+    assert corpus.summary.files == 30
+    assert corpus.summary.proposed_characters == "ßï"
+    assert corpus.summary.tokens == len(corpus.tokens)
+
+
+def test_a_batch_depends_on_its_number_not_on_those_before_it(corpus: CharCorpus) -> None:
+    task = task_of(fill_in_middle=0.5)
+    batches = task.batches(corpus, 4, seed=3)
+    first = [next(batches) for _ in range(6)]
+    later = task.batches(corpus, 4, seed=3, start=4)
+    assert torch.equal(next(later), first[4])
+    assert torch.equal(next(later), first[5])
+    assert not torch.equal(first[0], next(task.batches(corpus, 4, seed=4)))
+    assert first[0].shape == (4, 33)
+
+
+def test_windows_cross_file_borders_and_reach_both_ends(corpus: CharCorpus) -> None:
+    batches = task_of().batches(corpus, 500, seed=0)
+    seen = torch.cat([next(batches) for _ in range(20)])
+    end = CharVocabulary.end
+    assert (seen[:, 0] == end).any()
+    assert (seen[:, -1] == end).any()
+    assert (seen[:, 5:-5] == end).any()
+    assert not ((seen > end) & (seen < CharVocabulary.byte_row)).any()
+
+
+def test_fill_in_the_middle_keeps_the_text_and_moves_its_middle_last(corpus: CharCorpus) -> None:
+    plain = next(task_of().batches(corpus, 50, seed=1))
+    rows = next(task_of(fill_in_middle=0.99).batches(corpus, 50, seed=1))
+    marks = CharVocabulary
+    rearranged = 0
+    for row, text in zip(rows.tolist(), plain.tolist(), strict=True):
+        if row == text:
+            continue
+        rearranged += 1
+        a, b = row.index(marks.suffix), row.index(marks.middle)
+        assert (row[0], row[-1]) == (marks.prefix, marks.end)
+        assert row[1:a] + row[b + 1 : -1] + row[a + 1 : b] == text[:-4]
+    assert rearranged > 40
+
+
+def test_a_corpus_shorter_than_a_window_still_trains(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("x = 1\n")
+    (tmp_path / "b.py").write_text("y = 2\n")
+    task = task_of(fill_in_middle=0.5)
+    corpus = task.read([tmp_path], seed=0)
+    assert next(task.batches(corpus, 2, seed=0)).shape == (2, 8)
+    assert corpus.num_examples == 1
+    train(module_of(task), task, corpus, Recipe(steps=2, batch_size=2))
+
+
+def test_a_pool_is_deterministic_text_of_the_side_that_was_asked_for(corpus: CharCorpus) -> None:
+    task = task_of()
+    pool = task.pool(corpus, 10, seed=1, held_out=True)
+    assert pool == task.pool(corpus, 10, seed=1, held_out=True)
+    assert pool != task.pool(corpus, 10, seed=2, held_out=True)
+    for held_out in (True, False):
+        texts = read_pool(task.pool(corpus, 10, seed=1, held_out=held_out))
+        assert len(texts) == 10
+        side = corpus.split.held_out if held_out else corpus.split.training
+        assert all(any(text in whole for whole in side) for text in texts)
+        assert all(8 <= len(text.encode()) <= 32 for text in texts)
+
+
+def test_the_loss_of_a_text_depends_on_no_other_text(corpus: CharCorpus) -> None:
+    task = task_of()
+    module = module_of(task)
+    pool = task.pool(corpus, 12, seed=1, held_out=True)
+    losses = task.evaluate(module, pool, CPU)
+    assert (losses.dtype, losses.shape) == (np.float64, (12,))
+    assert np.isfinite(losses).all()
+    texts = read_pool(pool)[::-1][:5]
+    part = records.dump(Pool(texts=texts))
+    assert np.array_equal(task.evaluate(module, part, CPU), losses[::-1][:5])
+
+
+def test_a_damaged_pool_is_refused(corpus: CharCorpus) -> None:
+    task = task_of()
+    pool = task.pool(corpus, 2, seed=0, held_out=True)
+    for damaged in (pool[:-1], b"", b"{}", pool.replace(b"char-pool", b"char-spoo")):
+        with pytest.raises(CorruptRecord, match="evaluation pool"):
+            task.evaluate(module_of(task), damaged, CPU)
+
+
+def test_weights_grow_with_the_vocabulary_and_old_text_keeps_its_logits() -> None:
+    old, new = task_of(), task_of(CharVocabulary().grown("ßï"))
+    weights = dict(old.initial_weights(0))
+    for name in new.vocabulary_tensors:
+        rows = np.zeros((2, *weights[name].shape[1:]), np.float32)
+        weights[name] = np.concatenate([weights[name], rows])
+    grown = new.build()
+    load_weights(grown, weights)
+    tokens = torch.tensor([old.vocabulary.encode("def f(x):").tolist()])
+    before, after = module_of(old)(tokens), grown(tokens)
+    assert torch.allclose(before, after[..., : old.vocabulary.size], atol=1e-6)
+
+
+def test_cached_generation_is_greedy_decoding_without_a_cache(corpus: CharCorpus) -> None:
+    task = task_of()
+    module = module_of(task)
+    train(module, task, corpus, Recipe(steps=30, learning_rate=1e-2))
+    prompt = "def naïve1("
+    made = "".join(task.generate(module, prompt, Sampling(max_tokens=18, temperature=0)))
+    tokens = task.vocabulary.encode(prompt).tolist()
+    start = len(tokens)
+    for _ in range(18):
+        logits = module(torch.tensor([tokens]))[0, -1].detach()
+        logits[1:4] = -torch.inf
+        tokens.append(int(logits.argmax()))
+    assert made == task.vocabulary.decode(tokens[start:])
+    assert len(made) == 18
