@@ -118,6 +118,13 @@ class Strategy(Record, frozen=True, kw_only=True):
     server_learning_rate: float = 1.0
 
 
+class Weighting(Record, frozen=True, kw_only=True):
+    """How a round turned examples and age into weights, so that an auditor can do it again."""
+
+    max_examples: Annotated[int, Meta(ge=1)] = 100_000
+    staleness_discount: Annotated[float, Meta(ge=0, le=1)] = 0.5
+
+
 class Update(Record, frozen=True, kw_only=True):
     """What leads from the round before to this one.
 
@@ -167,6 +174,7 @@ class Round(Record, frozen=True, kw_only=True):
     update: Update | None = None
     archive: Location | None = None
     strategy: Strategy | None = None
+    weighting: Weighting = Weighting()
     contributions: tuple[Merged, ...] = ()
     growth: Growth | None = None
     evaluation: Evaluation | None = None

@@ -132,13 +132,22 @@ class Replica:
             UntrustedHub: The hub went back, or contradicts its records.
         """
         with self._locked():
-            state = self._newest_state()
+            state = self._look()
             if number is not None and number != state.newest.round:
                 return self._pull_old(state, number)
             received = self._ensure(state.newest, state)
             self._remember(state)
             self._prune()
             return self._snapshot(state, state.newest, received)
+
+    def look(self) -> HubState:
+        """Ask the hub for its newest state and check it against what was seen; no weights.
+
+        Raises:
+            HubError, UntrustedHub: As for ``pull``.
+        """
+        with self._locked():
+            return self._look()
 
     def cached(self) -> Snapshot | None:
         """The newest verified round on this machine, without asking the hub; None if there is none."""
@@ -203,7 +212,7 @@ class Replica:
             if not _alive(int(stale.name.split("-")[1])):
                 shutil.rmtree(stale, ignore_errors=True)
 
-    def _newest_state(self) -> HubState:
+    def _look(self) -> HubState:
         seen = self.seen()
         refs, commit = fetch_latest(self.repo, seen.prefix if seen else None)
         state = read_state(self.repo, refs, commit)

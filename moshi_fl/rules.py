@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from moshi_fl.hubfile import AggregationRules, VocabularyRules
+from moshi_fl.hubfile import VocabularyRules
+from moshi_fl.records import Weighting
 from moshi_fl.weights import Weights
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def contribution_weight(rules: AggregationRules, num_examples: int, staleness: int) -> int:
+def contribution_weight(rule: Weighting, num_examples: int, staleness: int) -> int:
     """Integer weight of a contribution: its examples within the limit, discounted by age in rounds."""
-    discounted = min(num_examples, rules.max_examples) * rules.staleness_discount**staleness
+    discounted = min(num_examples, rule.max_examples) * rule.staleness_discount**staleness
     return max(1, int(discounted))
 
 

@@ -27,6 +27,7 @@ from moshi_fl.records import (
     Round,
     Strategy,
     Update,
+    Weighting,
     digest,
 )
 from moshi_fl.restore import StrategyFinder, aggregate, delta_name
@@ -123,13 +124,21 @@ def weigh(contributions: Sequence[Contribution], rules: Rules) -> tuple[Merged, 
             id=contribution.id,
             base_round=contribution.round,
             weight=contribution_weight(
-                rules.config.aggregation,
+                weighting(rules.config),
                 contribution.num_examples,
                 rules.round - contribution.round,
             ),
             missing_rows=rules.bases[contribution.round].missing_rows,
         )
         for contribution in sorted(contributions, key=lambda contribution: contribution.id)
+    )
+
+
+def weighting(config: HubConfig) -> Weighting:
+    """How this hub turns examples and age into weights."""
+    rules = config.aggregation
+    return Weighting(
+        max_examples=rules.max_examples, staleness_discount=rules.staleness_discount
     )
 
 
@@ -149,6 +158,7 @@ def draft(state: HubState, rules: Rules, merged: tuple[Merged, ...], strategy: S
             kind="deltas", location=nowhere, codec=delta.codec, codec_options=delta.options
         ),
         strategy=strategy,
+        weighting=weighting(rules.config),
         contributions=merged,
         created=utc_now(),
         software=software(),

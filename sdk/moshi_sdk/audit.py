@@ -1,0 +1,143 @@
+"""Audit: recompute published rounds from their accepted contributions, bit for bit.
+
+Trusts neither the merger nor the hub: ids are compared with record contents, deltas with records,
+weights with the rules, and the recomputed model with the published digest.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+from moshi_fl.errors import CorruptRecord, HubError, UntrustedHub
+from moshi_fl.growth import grow
+from moshi_fl.history import read_contributions
+from moshi_fl.records import Contribution, Location, Round
+from moshi_fl.replica import Replica
+from moshi_fl.restore import StrategyFinder, aggregate, delta_name, fetch_locations
+from moshi_fl.rules import contribution_weight
+from moshi_fl.weights import Weights, weights_digest
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the audit of one round found.
+
+    ``identical`` is None when the round could not be recomputed because the hub no longer keeps
+    its deltas; ``problem`` says what is wrong, or why it could not be done.
+    """
+
+    round: int
+    contributions: int
+    identical: bool | None
+    weights: str
+    problem: str = ""
+
+
+class Auditor:
+    """Audits rounds of one hub, oldest first.
+
+    Args:
+        replica: The hub's copy on this machine.
+        find_strategy: Looks up an aggregation strategy by name.
+        on_round: Called with each round's number before it is recomputed.
+    """
+
+    def __init__(
+        self,
+        replica: Replica,
+        *,
+        find_strategy: StrategyFinder,
+        on_round: Callable[[int], None] | None = None,
+    ) -> None:
+        self._replica = replica
+        self._find_strategy = find_strategy
+        self._on_round = on_round
+        self._main = ""
+
+    def audit(self, first: int, last: int) -> Iterator[Finding]:
+        """Recompute rounds ``first`` to ``last``; round 0 is random weights and has nothing to it.
+
+        Raises:
+            HubError: The hub cannot be reached, or does not have these rounds.
+        """
+        state = self._replica.look()
+        if not 1 <= first <= last <= state.newest.round:
+            newest = state.newest.round
+            raise HubError(f"rounds {first} to {last} cannot be audited: {_range(newest)}")
+        self._main = self._replica.fetch_main()
+        chain = self._replica.chain(state, first - 1)
+        weights: Weights | None = None
+        for base, record in itertools.pairwise(chain[: last - first + 2]):
+            if self._on_round:
+                self._on_round(record.round)
+            finding, weights = self._audit_round(record, base.round, weights)
+            yield finding
+
+    def _audit_round(
+        self, record: Round, base: int, at_hand: Weights | None
+    ) -> tuple[Finding, Weights | None]:
+        count = len(record.contributions)
+        try:
+            contributions = read_contributions(self._replica.repo, self._main, record)
+            check_weights(record, contributions)
+            known = at_hand or self._replica.pull(base).load()
+            weights = self._recompute(record, known, contributions)
+        except (UntrustedHub, CorruptRecord) as error:
+            return Finding(record.round, count, False, "", str(error)), None
+        except HubError as error:
+            return Finding(record.round, count, None, "", str(error)), None
+        found = weights_digest(weights)
+        if found != record.weights:
+            problem = f"recomputed {found[:12]}, published {record.weights[:12]}"
+            return Finding(record.round, count, False, found, problem), None
+        return Finding(record.round, count, True, found), weights
+
+    def _recompute(
+        self, record: Round, base: Weights, contributions: dict[str, Contribution]
+    ) -> Weights:
+        place = _deltas(record)
+        with self._replica.scratch() as scratch, tempfile.TemporaryDirectory() as name:
+            folder = fetch_locations(scratch, [place], Path(name))[0]
+            recorded = {file.name: file.sha256 for file in place.files}
+            for merged in record.contributions:
+                entry = contributions[merged.id]
+                if recorded.get(delta_name(merged)) != entry.delta.files[0].sha256:
+                    raise UntrustedHub(f"the delta of {merged.id[:12]} is not its contributor's.")
+            weights = aggregate(base, record, folder, self._find_strategy)
+            if record.growth:
+                characters, first = record.growth.characters, record.growth.byte_row
+                weights = grow(weights, record.vocabulary_tensors, characters, first)
+            return {name: array.copy() for name, array in weights.items()}
+
+
+def check_weights(record: Round, contributions: dict[str, Contribution]) -> None:
+    """Insist that each contribution weighs what the round's own rule gives it.
+
+    Raises:
+        UntrustedHub: One does not; names it.
+    """
+    for merged in record.contributions:
+        entry = contributions[merged.id]
+        age = record.round - 1 - entry.round
+        wanted = contribution_weight(record.weighting, entry.num_examples, age)
+        if (merged.base_round, merged.weight) != (entry.round, wanted):
+            raise UntrustedHub(
+                f"contribution {merged.id[:12]} weighs {merged.weight}, by the rule {wanted}."
+            )
+
+
+def _deltas(record: Round) -> Location:
+    if record.update and record.update.kind == "deltas":
+        return record.update.location
+    if record.archive is None:
+        raise HubError("the hub has not kept this round's deltas.")
+    return record.archive
+
+
+def _range(newest: int) -> str:
+    return f"the hub has rounds 1 to {newest}." if newest else "the hub has only round 0."

@@ -1,0 +1,75 @@
+"""``moshi-fl audit``: recompute rounds from their contributions."""
+
+from __future__ import annotations
+
+
+import click
+
+from moshi_fl.cli import hub_option, output_options
+from moshi_fl.console import Console
+from moshi_fl.errors import Exit
+from moshi_sdk.options import settings_for, sync_manager
+
+
+@click.command()
+@hub_option
+@click.option("--round", "number", type=click.IntRange(1), help="Audit this round.")
+@click.option("--all", "everything", is_flag=True, help="Audit every round since round 0.")
+@output_options
+def audit(console: Console, hub: str | None, number: int | None, everything: bool) -> int:
+    r"""Recompute rounds from the accepted contributions and compare them bit for bit.
+
+    Without an option, the newest round is audited. The status is 1 when a round differs.
+
+    \b
+    Examples:
+      moshi-fl audit
+      moshi-fl audit --all --json
+    """
+    from moshi_sdk.audit import Auditor
+
+    manager = sync_manager(settings_for(hub=hub))
+    newest = manager.replica.look().newest.round
+    if newest == 0:
+        console.done("Only round 0: random weights, nothing to recompute", audited=0)
+        return Exit.DONE
+    first, last = (1, newest) if everything else (number or newest, number or newest)
+    auditor = Auditor(manager.replica, find_strategy=_find_strategy)
+    findings = []
+    with console.progress("Auditing", last - first + 1, unit="rounds") as bar:
+        for finding in auditor.audit(first, last):
+            findings.append(finding)
+            bar.advance()
+    rows = [
+        {
+            "round": finding.round,
+            "contributions": finding.contributions,
+            "result": {True: "identical", False: "DIFFERENT", None: "cannot be audited"}[
+                finding.identical
+            ],
+            "weights": finding.weights[:16],
+            "problem": finding.problem,
+        }
+        for finding in findings
+    ]
+    shown = ["round", "contributions", "result", "weights"]
+    console.table(rows, shown + ["problem"] * any(row["problem"] for row in rows), name="rounds")
+    if any(finding.identical is False for finding in findings):
+        console.warn("a round is not what its contributions make; do not build on this hub.")
+        return Exit.FAILED
+    done = sum(finding.identical is True for finding in findings)
+    console.done(f"{done} of {len(findings)} round(s) recomputed, bit for bit", audited=done)
+    return Exit.DONE if done == len(findings) else Exit.FAILED
+
+
+def _find_strategy(name: str, options: dict[str, bool | int | float | str]) -> object:
+    """A strategy by name; Flower is imported only for its own."""
+    if ":" not in name:
+        from moshi_fl.aggregate import get_strategy
+
+        return get_strategy(name, options)
+    from moshi_fl.flower import find_strategy
+
+    return find_strategy(name, options)
+
+

@@ -1,0 +1,150 @@
+"""``moshi-fl contribute``: train on local data and send the delta."""
+
+from __future__ import annotations
+
+import shlex
+from contextlib import AbstractContextManager
+from typing import Any
+
+import click
+
+from moshi_fl.cli import hub_option, output_options
+from moshi_fl.config import ensure_home
+from moshi_fl.console import Console
+from moshi_fl.errors import ConfigError
+from moshi_fl.progress import Progress
+from moshi_fl.text import Size
+from moshi_sdk.options import pick_device, settings_for, use_threads
+
+LABELS = {"sync": "Model", "data": "Data", "measure": "Result", "encode": "Delta"}
+
+
+@click.command()
+@hub_option
+@click.option(
+    "--data",
+    multiple=True,
+    type=click.Path(exists=True),
+    help="File or folder to train on; may be given several times. It never leaves this machine.",
+)
+@click.option("--steps", type=click.IntRange(1), help="Train so many steps.")
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Train so many minutes.")
+@click.option("--epochs", type=click.FloatRange(0, min_open=True), help="See the data so often.")
+@click.option("--lr", "learning_rate", type=float, help="Peak learning rate.")
+@click.option("--batch-size", type=click.IntRange(1), help="Windows per step.")
+@click.option("--device", help="auto, cpu, mps, cuda or cuda:N.")
+@click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="Arithmetic of training.")
+@click.option("--seed", type=click.IntRange(0), help="Seed of batches and dropout.")
+@click.option("--contributor", help="Your name in the record; public.")
+@click.option("--max-bytes", type=click.IntRange(1), help="Take at most so much data.")
+@click.option("--dry-run", is_flag=True, help="Train and show what would be sent; send nothing.")
+@click.option("--resume", is_flag=True, help="Continue the last unfinished contribution.")
+@output_options
+def contribute(console: Console, resume: bool, dry_run: bool, **flags: Any) -> None:
+    r"""Train the hub's model on your data and send the weight delta.
+
+    The source tree is read with respect for .gitignore; binaries, vendored and oversized files and
+    whatever looks like a secret stay out. Only the delta and a small public record leave this
+    machine. Interrupted work continues with --resume; doing the same twice sends it once.
+
+    \b
+    Examples:
+      moshi-fl contribute --hub ./hub.git --data ~/code --dry-run
+      moshi-fl contribute --hub https://git.example.org/hub.git --data ~/code --minutes 10
+      moshi-fl contribute --resume
+    """
+    amounts = [name for name in ("steps", "minutes", "epochs") if flags[name] is not None]
+    if len(amounts) > 1:
+        raise click.UsageError(f"--{amounts[0]} and --{amounts[1]} exclude each other.")
+    own = {name: flags[name] for name in ("hub", "data", "device", "precision", "contributor")}
+    settings = settings_for(**own)
+    use_threads(settings.threads)
+    console.resume_command = f"moshi-fl contribute --hub {shlex.quote(settings.hub)} --resume"
+    from moshi_sdk import contribute as work
+
+    with _Listener(console) as listener:
+        if resume:
+            outcome = work.resume(
+                settings.hub, home=ensure_home(), listener=listener, dry_run=dry_run
+            )
+        else:
+            options = _options(flags, settings, dry_run)
+            if not settings.data:
+                raise ConfigError("no data is given.", hint="--data PATH (a file or a folder)")
+            outcome = work.contribute(
+                settings.hub, settings.data, options, home=ensure_home(), listener=listener
+            )
+    _report(console, outcome, settings.hub)
+
+
+def _options(flags: dict[str, Any], settings: Any, dry_run: bool) -> Any:
+    from moshi_sdk.contribute import Options
+
+    precision = settings.precision if settings.origin("precision") != "default" else None
+    names = ("steps", "minutes", "epochs", "learning_rate", "batch_size", "seed", "max_bytes")
+    return Options(
+        **{name: flags[name] for name in names},
+        device=pick_device(settings.device),
+        precision=precision,
+        contributor=settings.contributor,
+        dry_run=dry_run,
+    )
+
+
+class _Listener(AbstractContextManager["_Listener"]):
+    """Turns stages into notes and steps into one bar."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar: Progress | None = None
+
+    def stage(self, name: str, text: str) -> None:
+        """Say what a stage found."""
+        self._close()
+        self._console.note(f"{LABELS.get(name, name):8}{text}")
+
+    def step(self, progress: Any) -> None:
+        """Move the bar."""
+        if self._bar is None:
+            self._bar = self._console.progress("Training", progress.steps, unit="steps")
+            self._bar.__enter__()
+        self._bar.update(
+            progress.step,
+            loss=f"{progress.loss:.3f}",
+            speed=f"{progress.tokens_per_second:,.0f} tokens/s",
+        )
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)
+            self._bar = None
+
+    def __exit__(self, *error: object) -> None:
+        self._close()
+
+
+def _report(console: Console, outcome: Any, hub: str) -> None:
+    record = outcome.contribution
+    facts = {
+        "contribution": record.id,
+        "round": record.round,
+        "contributor": record.contributor,
+        "examples": record.num_examples,
+        "loss_before": record.metrics.held_out_before,
+        "loss_after": record.metrics.held_out_after,
+        "delta": Size(record.delta.bytes),
+    }
+    if outcome.note:
+        console.note(f"Note    {outcome.note}")
+    if outcome.sent is None:
+        console.done("Ready; nothing was sent", **facts, sent=False)
+        console.hint(f"moshi-fl contribute --hub {shlex.quote(hub)} --resume   (sends it)")
+        return
+    sent = outcome.sent
+    what = "The hub already had it" if sent.again else "Sent"
+    facts |= {"record": Size(sent.record_bytes), "branch": sent.branch, "sent": True}
+    console.done(what, **facts)
+    console.note("That record and that delta are all that left this machine; Git keeps them.")
+    console.hint("moshi-fl status   (shows when a maintainer has merged it into a round)")
+
+

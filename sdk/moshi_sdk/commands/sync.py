@@ -1,0 +1,52 @@
+"""``moshi-fl sync``: bring the newest round here."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+
+import click
+
+from moshi_fl.cli import hub_option, output_options
+from moshi_fl.console import Console
+from moshi_fl.text import Duration, Moment, Size
+from moshi_sdk.options import settings_for, sync_manager
+
+
+@click.command()
+@hub_option
+@click.option("--round", "number", type=click.IntRange(0), help="This round, not the newest.")
+@click.option("--offline", is_flag=True, help="Use what is on this machine; do not ask the hub.")
+@output_options
+def sync(console: Console, hub: str | None, number: int | None, offline: bool) -> None:
+    r"""Fetch the hub's model and verify it: chain of rounds, hashes, digest of the weights.
+
+    When the hub cannot be reached, the newest round on this machine is used and its age is told.
+
+    \b
+    Examples:
+      moshi-fl sync --hub ./hub.git
+      moshi-fl sync --round 3 --json
+    """
+    settings = settings_for(hub=hub)
+    manager = sync_manager(settings)
+    started = time.monotonic()
+    snapshot = manager.pull(number, offline=offline)
+    record = snapshot.record
+    checked = datetime.fromtimestamp(snapshot.checked, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    if not snapshot.online and not offline:
+        console.warn(f"the hub does not answer; this is what was last seen, at {checked}.")
+    what = f"Round {record.round} is here" if snapshot.received else f"Round {record.round} is current"
+    console.done(
+        what if snapshot.online else f"Round {record.round} from the cache",
+        round=record.round,
+        published=Moment(record.created),
+        parameters=record.parameters,
+        held_out_loss=record.evaluation.after if record.evaluation else None,
+        weights=record.weights,
+        file=snapshot.path,
+        received=Size(snapshot.received),
+        seconds=Duration(time.monotonic() - started),
+        online=snapshot.online,
+        checked=Moment(checked),
+    )
