@@ -195,24 +195,27 @@ def open_weights(path: Path) -> dict[str, Array]:
     return tensors_in(mapped.data, name=path.name)
 
 
+def header_bytes(
+    entries: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """Everything before the data of a canonical file: tensor name to dtype name and shape."""
+    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for name, (dtype, shape) in sorted(entries.items()):
+        stop = position + math.prod(shape) * DTYPES[dtype].itemsize
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, stop]}
+        position = stop
+    header = json.dumps(table, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
+
+
 def serialize(
     tensors: Weights, metadata: Mapping[str, str] | None = None
 ) -> Iterable[bytes | memoryview]:
     """Pieces of a safetensors file in canonical order: equal input, equal bytes."""
-    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    position = 0
-    for name in sorted(tensors):
-        array = tensors[name]
-        offsets = [position, position + array.nbytes]
-        table[name] = {
-            "dtype": dtype_name(array),
-            "shape": list(array.shape),
-            "data_offsets": offsets,
-        }
-        position = offsets[1]
-    header = json.dumps(table, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-    header += b" " * (-len(header) % 8)
-    yield len(header).to_bytes(8, "little") + header
+    entries = {name: (dtype_name(array), array.shape) for name, array in tensors.items()}
+    yield header_bytes(entries, metadata)
     for name in sorted(tensors):
         yield _bytes_of(tensors[name])
 
