@@ -1,0 +1,41 @@
+"""Federated averaging (McMahan et al. 2017, arXiv 1602.05629, algorithm 1), on deltas."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from moshi_fl.aggregate.base import Update, blocks, carried, in_order
+from moshi_fl.codec.base import F64, Shape
+
+BLOCK = 1 << 15  # weights; sums and terms of this many stay in a core's own cache
+
+
+class FedAvg:
+    """Mean of the deltas, weighted by the updates' weights.
+
+    One pass over the files, block by block, with all updates added to a block before the next: the
+    memory needed does not depend on their number.
+    """
+
+    def aggregate(
+        self, updates: Sequence[Update], shapes: Mapping[str, Shape]
+    ) -> Iterator[tuple[str, F64]]:
+        """``sum(weight * delta) / sum(weight)``, added in the order of the ids."""
+        ordered = in_order(updates)
+        total = float(sum(update.weight for update in ordered))
+        for name in carried(ordered, shapes):
+            mean = np.zeros(shapes[name])
+            flat = mean.reshape(-1)
+            for part in blocks(math.prod(shapes[name]), BLOCK):
+                _add_all(ordered, name, part.start, flat[part])
+                flat[part] /= total
+            yield name, mean
+
+
+def _add_all(updates: Sequence[Update], name: str, start: int, block: F64) -> None:
+    for update in updates:
+        update.delta.add(name, start, block, float(update.weight))
+        update.delta.release()
