@@ -47,7 +47,10 @@ def report(console: Console, checks: Iterable[Check]) -> None:
         MoshiError: At least one failed.
     """
     found = list(checks)
-    console.table(map(asdict, found), ["check", "status", "found", "next"], name="checks")
+    console.table(map(asdict, found), ["check", "status", "found"], name="checks")
+    for check in found:
+        if check.next:
+            console.hint(f"{check.check}: {check.next}")
     failed = [check.check for check in found if check.status == "fail"]
     if failed:
         raise MoshiError(f"{len(failed)} of {len(found)} checks failed: {', '.join(failed)}.")

@@ -73,9 +73,17 @@ def group(name: str, table: Table, help_text: str) -> LazyGroup:
         name,
         table=table,
         help=help_text,
+        callback=_help_without_command,
+        invoke_without_command=True,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     return click.version_option(__version__, "-V", "--version", prog_name=name)(root)
+
+
+@click.pass_context
+def _help_without_command(ctx: click.Context) -> None:
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 def output_options(function: F) -> F:
@@ -116,12 +124,11 @@ def run(root: click.Group, args: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit status; errors become sentences here, only here."""
     args = list(sys.argv[1:] if args is None else args)
     console = Console()
+    status = _invoke(root, args, console)
     try:
-        status = _invoke(root, args, console)
         console.finish()
-    except BrokenPipeError:
-        _forget_stdout()
-        return int(Exit.FAILED)
+    except OSError as error:
+        return _output_lost(console, error)
     return status
 
 
@@ -131,17 +138,15 @@ def _invoke(root: click.Group, args: list[str], console: Console) -> int:
         return int(status) if isinstance(status, int) else int(Exit.DONE)
     except MoshiError as error:
         return _report(console, str(error), error.hint, error.exit_code)
-    except click.UsageError as error:
-        console.json_mode = console.json_mode or "--json" in args
-        command = error.ctx.command_path if error.ctx else root.name
-        return _report(console, error.format_message(), f"{command} --help", Exit.USAGE)
     except click.ClickException as error:
-        return _report(console, error.format_message(), "", Exit.FAILED)
+        console.json_mode = console.json_mode or "--json" in args
+        hint = _help_command(root, error) if isinstance(error, click.UsageError) else ""
+        return _report(console, error.format_message(), hint, Exit(error.exit_code))
     except click.Abort:
         hint = console.resume_command and f"{console.resume_command}   (continues where it stopped)"
         return _report(console, "interrupted.", hint, Exit.INTERRUPTED)
-    except BrokenPipeError:
-        raise
+    except BrokenPipeError as error:
+        return _output_lost(console, error)
     except OSError as error:
         if error.errno not in _REPAIRABLE:
             _confess(root, console)
@@ -151,6 +156,10 @@ def _invoke(root: click.Group, args: list[str], console: Console) -> int:
     except Exception:
         _confess(root, console)
         raise
+
+
+def _help_command(root: click.Group, error: click.UsageError) -> str:
+    return f"{error.ctx.command_path if error.ctx else root.name} --help"
 
 
 def _report(console: Console, message: str, hint: str, exit_code: Exit) -> int:
@@ -166,6 +175,9 @@ def _confess(root: click.Group, console: Console) -> None:
     console.finish()
 
 
-def _forget_stdout() -> None:
-    """Nobody reads our output any more (``| head``): keep the interpreter from complaining."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _output_lost(console: Console, error: OSError) -> int:
+    """Nobody reads our output any more (``| head``), which is fine, or its disk is full."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest goes nowhere, quietly
+    if not isinstance(error, BrokenPipeError):
+        console.error(f"the output cannot be written: {error.strerror}.")
+    return int(Exit.FAILED)

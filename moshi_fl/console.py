@@ -158,12 +158,15 @@ class Console:
         yield from (_row(row, widths, right) for row in cells)
 
     def _fit(self, widths: list[int], right: list[bool]) -> None:
-        """Shrink the widest text columns until a row fits the terminal; numbers stay whole."""
+        """Shrink the widest text columns until a row fits the terminal.
+
+        Numbers stay whole, and so does the last column: running over the edge does it no harm.
+        """
         if not self._out.isatty():
             return
         room = shutil.get_terminal_size().columns
         while sum(widths) + len(_GAP) * (len(widths) - 1) > room:
-            texts = [i for i, is_right in enumerate(right) if not is_right]
+            texts = [i for i, is_right in enumerate(right[:-1]) if not is_right]
             widest = max(texts, key=lambda i: widths[i], default=None)
             if widest is None or widths[widest] <= _NARROWEST:
                 return

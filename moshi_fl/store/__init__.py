@@ -4,13 +4,15 @@
 Everything that comes from a hub is hostile until the records say otherwise.
 """
 
-from moshi_fl.store.hub import create_hub
+from moshi_fl.store.hub import create_hub, hub_settings
 from moshi_fl.store.objects import Author, ObjectStore, TreeEntry
 from moshi_fl.store.repo import ANY, HubRepo, PushRejected, RefMissing, RefUpdate
-from moshi_fl.store.urls import is_local, normalise_url, redact
+from moshi_fl.store.settings import HUB_SETTINGS
+from moshi_fl.store.urls import is_local, local_path, normalise_url, redact
 
 __all__ = [
     "ANY",
+    "HUB_SETTINGS",
     "Author",
     "HubRepo",
     "ObjectStore",
@@ -19,7 +21,9 @@ __all__ = [
     "RefUpdate",
     "TreeEntry",
     "create_hub",
+    "hub_settings",
     "is_local",
+    "local_path",
     "normalise_url",
     "redact",
 ]

@@ -38,6 +38,19 @@ def create_hub(path: Path, *, max_push_bytes: int = MAX_PUSH_BYTES) -> None:
         _git(path, "config", key, value)
 
 
+def hub_settings(path: Path) -> dict[str, str]:
+    """The settings in a bare repository's own config, keys in lower case.
+
+    Raises:
+        MoshiError: Not a repository, or one that Git will not read.
+    """
+    result = run(path, Task(["config", "--local", "--list", "-z"], environment(path)))
+    if result.status != 0:
+        raise local_failure(path, "reading the settings", result)
+    entries = result.out.decode(errors="backslashreplace").split("\0")
+    return {key: value for key, _, value in (entry.partition("\n") for entry in entries) if key}
+
+
 def _git(path: Path, *argv: str) -> None:
     env = environment(path) | {"GIT_DEFAULT_HASH": "sha1"}
     result = run(path, Task(argv, env))

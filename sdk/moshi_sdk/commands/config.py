@@ -29,12 +29,17 @@ def config(console: Console) -> None:
 
 
 def _rows() -> list[dict[str, object]]:
+    from moshi_fl.store import redact
+
     settings = settings_file.load_settings()
     rows: list[dict[str, object]] = []
     for name, meaning in settings_file.SETTINGS.items():
         value = getattr(settings, name)
-        shown = Size(value) if name == "cache_size" else value
-        row = {"setting": name, "value": shown, "origin": settings.origin(name), "meaning": meaning}
+        if name == "cache_size":
+            value = Size(value)
+        elif name == "hub":
+            value = redact(value)
+        row = {"setting": name, "value": value, "origin": settings.origin(name), "meaning": meaning}
         rows.append(row)
     return rows
 

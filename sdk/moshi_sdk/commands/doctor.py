@@ -153,7 +153,7 @@ def _hub(hub: str | None) -> Check:
         return Check("hub", "warn", "none set", "moshi-fl config set hub URL")
     start = time.monotonic()
     with tempfile.TemporaryDirectory(dir=ensure_home()) as folder:
-        refs = HubRepo(Path(folder), url).remote_refs("HEAD")
+        refs = HubRepo(Path(folder), url).remote_refs("refs/heads/main")
     if not refs:
-        raise HubError("the hub answers, but is empty.", hint="moshi-hub init URL")
+        raise HubError("the hub answers, but has no main branch.", hint="moshi-hub init URL")
     return Check("hub", "ok", f"answered in {Duration(time.monotonic() - start)}")
