@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from moshi_fl.errors import HubError, MoshiError
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from moshi_fl.store.process import Result
+from moshi_fl.store.process import Result
 
 _LAST_WORDS = 600  # characters of Git's own words that are shown
 
@@ -123,18 +122,33 @@ def hub_failure(hub: str, action: str, result: Result, *, timeout: float) -> Hub
 def local_failure(folder: Path, action: str, result: Result) -> MoshiError:
     """The error for a command that worked in our own folder."""
     if disk_full(result.words):
-        return MoshiError(
-            f"{action}: no space left on the disk of {folder}.",
-            hint="Make room there, or choose another folder; what was complete is kept.",
-        )
+        return _full(folder)
     ended = "did not end in time" if result.timed_out else f"failed (git status {result.status})"
     return MoshiError(f"{action} in {folder} {ended}.{_words(result)}")
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn what the system says about our own files into errors that name the folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise _full(folder) from error
+        raise MoshiError(f"{error.filename or folder}: {error.strerror or error}.") from error
 
 
 def disk_full(words: str) -> bool:
     """Whether our own disk is full, by Git's words; the hub's words come with ``remote:``."""
     own = "\n".join(line for line in words.splitlines() if not line.startswith("remote:"))
     return "No space left on device" in own or "Disk quota exceeded" in own
+
+
+def _full(folder: Path) -> MoshiError:
+    return MoshiError(
+        f"No space left on the disk of {folder}.",
+        hint="Make room there, or choose another folder; what was complete is kept.",
+    )
 
 
 def _words(result: Result) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moshi_fl.errors import MoshiError
-from moshi_fl.store.failures import local_failure
+from moshi_fl.store.failures import disk_errors, local_failure
 from moshi_fl.store.process import Task, run
 from moshi_fl.store.settings import HUB_SETTINGS, environment
 
@@ -24,15 +24,13 @@ def create_hub(path: Path, *, max_push_bytes: int = MAX_PUSH_BYTES) -> None:
     """
     path = Path(path).absolute()
     is_repository = (path / "HEAD").is_file() and (path / "objects").is_dir()
-    try:
+    with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         if not is_repository and any(path.iterdir()):
             raise MoshiError(
                 f"{path} is not empty and no bare Git repository.",
                 hint="Choose an empty or new folder for the hub.",
             )
-    except OSError as error:
-        raise MoshiError(f"{path}: {error.strerror}.") from error
     _git(path, "init", "--quiet", "--bare", "--template=", "--initial-branch=main")
     for key, value in {**HUB_SETTINGS, "receive.maxInputSize": str(max_push_bytes)}.items():
         _git(path, "config", key, value)

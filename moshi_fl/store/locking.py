@@ -6,14 +6,12 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-from moshi_fl.errors import HubError, MoshiError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
+from moshi_fl.errors import HubError
+from moshi_fl.store.failures import disk_errors
 
 _POLL = 0.05  # seconds
 
@@ -77,11 +75,9 @@ class FolderLock:
             time.sleep(_POLL)
 
     def _open(self) -> int:
-        try:
+        with disk_errors(self._file.parent):
             self._file.parent.mkdir(parents=True, exist_ok=True)
             return os.open(self._file, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise MoshiError(f"{self._file.parent}: {error.strerror}.") from error
 
     def _is_current(self, fd: int) -> bool:
         # Whoever held the lock before may have dropped the whole folder, and this file with it.

@@ -6,19 +6,15 @@ nothing is ever written outside the store's folder.
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import tempfile
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
-from moshi_fl.errors import CorruptRecord, MoshiError
-from moshi_fl.store.failures import local_failure
-from moshi_fl.store.leftovers import SCRATCH, clean_store
-from moshi_fl.store.locking import FolderLock
+from moshi_fl.errors import CorruptRecord
+from moshi_fl.store.failures import disk_errors, local_failure
+from moshi_fl.store.folder import StoreFolder
 from moshi_fl.store.names import (
     checked_object,
     checked_oid,
@@ -26,31 +22,19 @@ from moshi_fl.store.names import (
     checked_prefix,
     checked_ref,
 )
-from moshi_fl.store.process import MAX_OUTPUT, Result, Task, run
-from moshi_fl.store.settings import CLIENT_SETTINGS, config_text, environment, user_settings
+from moshi_fl.store.process import MAX_OUTPUT, Task, run
+from moshi_fl.store.trees import (
+    BYTES_PER_ENTRY,
+    LISTING_SLACK,
+    TreeEntry,
+    changed,
+    parse_listing,
+    split_batch,
+    usable,
+)
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-LOCK_WAIT = 30.0  # seconds until another process's hold on the store becomes an error
-_PLAIN_BLOB = ("100644", "blob")
-_MAX_LISTED = 4096  # bytes that one entry of a listing may take, on average
-
-
-@dataclass(frozen=True)
-class TreeEntry:
-    """One line of ``ls-tree``: mode, kind, object id, size in bytes (blobs only), path."""
-
-    mode: str
-    kind: str
-    oid: str
-    size: int | None
-    path: str
-
-    @property
-    def is_plain_file(self) -> bool:
-        """Whether this is a file without execute bit: no link, no folder, no repository."""
-        return (self.mode, self.kind) == _PLAIN_BLOB
+_MAX_FILES = 100_000  # of a tree, when single files of it are asked for
+_MAX_ARGUMENTS = 200  # paths on one command line
 
 
 @dataclass(frozen=True)
@@ -61,47 +45,8 @@ class Author:
     email: str
 
 
-class ObjectStore:
+class ObjectStore(StoreFolder):
     """The local half of a ``HubRepo``: it never talks to anyone."""
-
-    def __init__(self, path: Path, *, timeout: float = 600.0) -> None:
-        """A store in the folder ``path``; ``timeout`` is in seconds per Git command."""
-        self.path = Path(os.path.abspath(path))  # noqa: PTH100  (resolve() would follow links)
-        self.timeout = timeout
-        self._env = environment(self.path)
-        self._lock = FolderLock(self.path / "moshi.lock")
-        self._user: list[tuple[str, str]] | None = None
-
-    def prepare(self) -> None:
-        """Create the store if absent, renew its settings, clear what killed processes left."""
-        with self.lock():
-            self.recover()
-            settings = self.path / "client.gitconfig"
-            if not settings.exists():
-                # No template: its hooks and excludes are not ours.
-                options = ["--quiet", "--bare", "--template=", "--initial-branch=main"]
-                env = {"GIT_DIR": str(self.path), "GIT_DEFAULT_HASH": "sha1"}
-                self._git("preparing", "init", *options, env=env)
-            safe = [value for key, value in self._user_settings() if key == "safe.directory"]
-            self._write_settings(settings, config_text(CLIENT_SETTINGS, safe=safe))
-
-    def lock(self, *, wait: float = LOCK_WAIT) -> AbstractContextManager[None]:
-        """Hold the store for writing, against other threads and processes; reentrant.
-
-        Raises:
-            HubError: Another one still held it after ``wait`` seconds.
-        """
-        return self._lock.held(wait)
-
-    def recover(self) -> None:
-        """Remove what killed processes left behind: stale locks, half packs, scratch files."""
-        with self.lock():
-            clean_store(self.path)
-
-    def drop(self) -> None:
-        """Delete the whole store."""
-        with self.lock():
-            shutil.rmtree(self.path)
 
     def resolve(self, ref: str) -> str | None:
         """The object id that a local ref points to; None when there is no such ref or object."""
@@ -144,19 +89,22 @@ class ObjectStore:
 
     def read_many(self, commit: str, paths: Sequence[str], *, limit: int) -> list[bytes]:
         """The contents of several plain files of at most ``limit`` bytes each, in two processes."""
+        if not paths:
+            return []
         found = self._plain_files(commit, paths, limit)
         wanted = "".join(entry.oid + "\n" for entry in found).encode()
         total = sum((entry.size or 0) + 128 for entry in found)
         result = self._git(
             "reading", "cat-file", "--batch", stdin=wanted, max_output=max(total, MAX_OUTPUT)
         )
-        return list(_contents(result.out, found))
+        return list(split_batch(result.out, found))
 
     def stream(self, commit: str, path: str, out: BinaryIO, *, limit: int) -> int:
         """Copy one plain file of at most ``limit`` bytes to ``out``; returns its size in bytes."""
         (entry,) = self._plain_files(commit, [path], limit)
         size = entry.size or 0
-        self._git("reading", "cat-file", "blob", entry.oid, out=out, max_output=size)
+        with disk_errors(Path(str(getattr(out, "name", "the output"))).parent):
+            self._git("reading", "cat-file", "blob", entry.oid, out=out, max_output=size)
         return size
 
     def put(self, source: Path | bytes) -> str:
@@ -166,6 +114,16 @@ class ObjectStore:
                 return self._hash(source)
             with source.open("rb") as file:
                 return self._hash(file)
+
+    def put_many(self, sources: Sequence[bytes]) -> list[str]:
+        """Store many small contents with one process; returns the blobs' ids in the same order."""
+        with self.lock(), self._scratch() as scratch:
+            files = [scratch / str(number) for number in range(len(sources))]
+            for file, source in zip(files, sources, strict=True):
+                file.write_bytes(source)
+            names = "".join(_quoted(file) + "\n" for file in files).encode()
+            argv = ["hash-object", "-w", "--no-filters", "--stdin-paths"]
+            return self._git("storing", *argv, stdin=names).lines
 
     def tree(
         self, files: Mapping[str, str], *, base: str | None = None, remove: Sequence[str] = ()
@@ -264,7 +222,7 @@ class ObjectStore:
         """
         argv = ["diff-tree", "-r", "-z", "--raw", "--no-renames", "--no-abbrev"]
         argv += ["--end-of-options", checked_object(old), checked_object(new)]
-        task = Task(argv, self._env, max_output=limit * _MAX_LISTED, timeout=self.timeout)
+        task = Task(argv, self._env, max_output=limit * BYTES_PER_ENTRY + LISTING_SLACK, timeout=self.timeout)
         result = run(self.path, task)
         fields = result.out.split(b"\0")[:-1]
         if result.overflowed or len(fields) > 2 * limit:
@@ -272,11 +230,9 @@ class ObjectStore:
         if result.status != 0:
             raise CorruptRecord(f"{new}: cannot be compared ({result.words or result.status}).")
         pairs = zip(fields[::2], fields[1::2], strict=True)
-        found = [_changed(head, path) for head, path in pairs]
+        found = [changed(head, path) for head, path in pairs]
         sizes = self._sizes([entry.oid for entry in found if entry.kind == "blob"])
         return [replace(entry, size=sizes.get(entry.oid)) for entry in found]
-
-    # The rest is how.
 
     def _sizes(self, oids: Sequence[str]) -> dict[str, int]:
         asked = "".join(oid + "\n" for oid in oids).encode()
@@ -285,47 +241,9 @@ class ObjectStore:
         fields = [line.split() for line in lines]
         return {line[0]: int(line[2]) for line in fields if len(line) == 3 and line[1] == "blob"}
 
-    def _run(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> Result:
-        return run(self.path, Task(argv, self._env | dict(env or {}), timeout=self.timeout))
-
-    def _git(
-        self,
-        action: str,
-        *argv: str,
-        env: Mapping[str, str] | None = None,
-        stdin: bytes | BinaryIO | None = None,
-        out: BinaryIO | None = None,
-        max_output: int = MAX_OUTPUT,
-    ) -> Result:
-        merged = self._env | dict(env or {})
-        task = Task(argv, merged, stdin, out, max_output, timeout=self.timeout)
-        result = run(self.path, task)
-        if result.status != 0:
-            raise local_failure(self.path, action, result)
-        return result
-
     def _hash(self, source: bytes | BinaryIO) -> str:
         argv = ["hash-object", "-w", "--no-filters", "--stdin"]
         return self._git("storing", *argv, stdin=source).out.decode().strip()
-
-    def _user_settings(self) -> list[tuple[str, str]]:
-        if self._user is None:
-            self._user = user_settings(self.path)
-        return self._user
-
-    def _write_settings(self, file: Path, text: str) -> None:
-        if file.exists() and file.read_text() == text:
-            return
-        with self._scratch() as scratch:
-            (scratch / "settings").write_text(text)
-            (scratch / "settings").replace(file)
-
-    @contextmanager
-    def _scratch(self) -> Iterator[Path]:
-        parent = self.path / SCRATCH
-        parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=parent) as folder:
-            yield Path(folder)
 
     def _update_refs(self, wanted: Mapping[str, str | None]) -> None:
         lines = "".join(
@@ -340,15 +258,15 @@ class ObjectStore:
                 self._git("updating refs", "update-ref", *options, stdin=lines.encode())
 
     def _list(self, commit: str, paths: Sequence[str], limit: int) -> list[TreeEntry]:
-        name = checked_object(commit)
-        argv = ["ls-tree", "-r", "-z", "-l", "--full-tree", name, "--", *paths]
-        task = Task(argv, self._env, max_output=limit * _MAX_LISTED, timeout=self.timeout)
+        argv = ["ls-tree", "-r", "-z", "-l", "--full-tree", checked_object(commit), "--", *paths]
+        longest = limit * BYTES_PER_ENTRY + LISTING_SLACK
+        task = Task(argv, self._env, max_output=longest, timeout=self.timeout)
         result = run(self.path, task)
         if result.overflowed:
             raise CorruptRecord(f"{commit}: its listing is too long for {limit} files.")
         if result.status != 0:
             raise CorruptRecord(f"{commit}: no readable tree ({result.words or result.status}).")
-        found = [_entry(line) for line in result.out.split(b"\0") if line]
+        found = parse_listing(result.out)
         if len(found) > limit:
             raise CorruptRecord(f"{commit}: more than {limit} files.")
         return found
@@ -356,45 +274,14 @@ class ObjectStore:
     def _plain_files(self, commit: str, paths: Sequence[str], limit: int) -> list[TreeEntry]:
         asked = [checked_path(path) for path in paths]
         # A long list of paths would not fit a command line; then the whole tree is listed.
-        listed = {entry.path: entry for entry in self._list(commit, asked[:200], 100_000)}
-        if len(asked) > 200:
-            listed = {entry.path: entry for entry in self._list(commit, [], 100_000)}
-        return [_usable(listed.get(path), commit, path, limit) for path in asked]
+        named = asked if len(asked) <= _MAX_ARGUMENTS else []
+        listed = {entry.path: entry for entry in self._list(commit, named, _MAX_FILES)}
+        return [usable(listed.get(path), commit, path, limit) for path in asked]
 
 
-def _entry(line: bytes) -> TreeEntry:
-    head, _, name = line.partition(b"\t")
-    mode, kind, oid, size = head.decode().split()
-    path = name.decode(errors="backslashreplace")
-    return TreeEntry(mode, kind, oid, None if size == "-" else int(size), path)
-
-
-def _changed(head: bytes, path: bytes) -> TreeEntry:
-    mode, oid = head.decode().split()[1:4:2]
-    kind = {"160000": "commit", "000000": "none"}.get(mode, "blob")
-    return TreeEntry(mode, kind, oid, None, path.decode(errors="backslashreplace"))
-
-
-def _usable(entry: TreeEntry | None, commit: str, path: str, limit: int) -> TreeEntry:
-    if entry is None:
-        raise CorruptRecord(f"{commit} has no file {path!r}.")
-    if not entry.is_plain_file or entry.size is None:
-        raise CorruptRecord(f"{commit}: {path!r} is no plain file ({entry.mode} {entry.kind}).")
-    if entry.size > limit:
-        raise CorruptRecord(f"{commit}: {path!r} has {entry.size} bytes, the limit is {limit}.")
-    return entry
-
-
-def _contents(out: bytes, entries: Sequence[TreeEntry]) -> Iterator[bytes]:
-    """Take apart what ``cat-file --batch`` printed: a header line, the content, a newline, each."""
-    at = 0
-    for entry in entries:
-        header = f"{entry.oid} blob {entry.size}\n".encode()
-        start, end = at + len(header), at + len(header) + (entry.size or 0)
-        if out[at:start] != header or out[end : end + 1] != b"\n":
-            raise MoshiError(f"{entry.path}: object {entry.oid} cannot be read back.")
-        yield out[start:end]
-        at = end + 1
+def _quoted(path: Path) -> str:
+    """A path as ``--stdin-paths`` reads it, whatever characters it has."""
+    return '"' + re.sub(r'(["\\])', r"\\\1", str(path)).replace("\n", "\\n") + '"'
 
 
 def _one_line(text: str) -> str:

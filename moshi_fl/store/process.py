@@ -11,7 +11,6 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import threading
 from dataclasses import dataclass
 from functools import cache
@@ -19,10 +18,11 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 
 from moshi_fl.errors import MoshiError
 from moshi_fl.store.urls import redact
+from moshi_fl.text import clean
 
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from git import Git
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 MAX_OUTPUT = 64 << 20  # bytes of answer kept in memory
 MAX_WORDS = 16 << 10  # bytes of stderr kept, the last ones
 _CHUNK = 1 << 18
+_PATIENCE = 2.0  # seconds for the last words after the end of the process
 # The user's variables that say how to reach a server; any other GIT_* could redirect our store.
 _KEPT = re.compile(r"GIT_(SSL_|PROXY_SSL_|SSH|EXEC_PATH|ASKPASS|HTTP_USER_AGENT|PYTHON_)")
-_CONTROL = re.compile(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]")
 # "$0" is the limit in blocks of 512 bytes; the command follows as separate words.
 _WITH_FILE_LIMIT = 'ulimit -f "$0" && exec "$@"'
 
@@ -59,7 +59,7 @@ class Task:
 
     argv: Sequence[str]
     env: Mapping[str, str]
-    stdin: bytes | BinaryIO | None = None
+    stdin: BinaryIO | None = None
     out: BinaryIO | None = None
     max_output: int = MAX_OUTPUT
     max_file: int | None = None
@@ -73,46 +73,29 @@ def run(folder: Path, task: Task) -> Result:
     Raises:
         MoshiError: Git cannot be started.
     """
-    with _input(task.stdin) as stdin:
-        process = _start(folder, task, stdin)
-        return _follow(process, task)
-
-
-@contextlib.contextmanager
-def _input(stdin: bytes | BinaryIO | None) -> Iterator[IO[bytes] | None]:
-    if not isinstance(stdin, bytes):
-        yield stdin
-        return
-    # A file, not a pipe: no thread has to feed it, and Git streams big objects from files only.
-    with tempfile.TemporaryFile() as file:
-        file.write(stdin)
-        file.seek(0)
-        yield file
+    return _follow(_start(folder, task), task)
 
 
 @cache
 def _git_class() -> type[Git]:
     try:
-        from git import Git  # noqa: PLC0415  (a tenth of a second that --help need not pay)
+        from git import Git  # a tenth of a second that --help need not pay
     except ImportError as error:
-        raise MoshiError("Git cannot be run.", hint="Install git 2.34 or newer.") from error
+        raise MoshiError("Git cannot be run.", hint="Install git 2.39 or newer.") from error
     return Git
 
 
-def _start(folder: Path, task: Task, stdin: IO[bytes] | None) -> subprocess.Popen[bytes]:
+def _start(folder: Path, task: Task) -> subprocess.Popen[bytes]:
     command = ["git", *task.argv]
     if sys.platform != "win32":
         if task.max_file is not None:
             command = ["sh", "-c", _WITH_FILE_LIMIT, str(-(-task.max_file // 512)), *command]
-        strays = [n for n in os.environ if n.startswith("GIT_") and not _KEPT.match(n)]
-        strays = [name for name in strays if name not in task.env]
-        if (
-            strays and not task.keep_environment
-        ):  # GitPython passes the whole environment on; GIT_QUARANTINE_PATH has no neutral value
+        # GitPython passes everything on, and GIT_QUARANTINE_PATH, say, has no neutral value.
+        if not task.keep_environment and (strays := _strays(task.env)):
             command = ["env", *(word for name in strays for word in ("-u", name)), *command]
     handle: Any = _git_class()(folder).execute(
         command,
-        istream=stdin,  # type: ignore[arg-type]
+        istream=task.stdin,
         as_process=True,
         env=task.env,
         start_new_session=True,
@@ -122,6 +105,11 @@ def _start(folder: Path, task: Task, stdin: IO[bytes] | None) -> subprocess.Pope
     return process
 
 
+def _strays(ours: Mapping[str, str]) -> list[str]:
+    inherited = (name for name in os.environ if name.startswith("GIT_"))
+    return [name for name in inherited if name not in ours and not _KEPT.match(name)]
+
+
 def _follow(process: subprocess.Popen[bytes], task: Task) -> Result:
     stdout, stderr = cast("IO[bytes]", process.stdout), cast("IO[bytes]", process.stderr)
     words = _Tail(stderr)
@@ -129,7 +117,7 @@ def _follow(process: subprocess.Popen[bytes], task: Task) -> Result:
 
     def give_up() -> None:
         timed_out.set()
-        _kill(process)
+        _kill(process)  # and whoever else of its session keeps our pipes open
 
     watchdog = threading.Timer(task.timeout, give_up)
     watchdog.start()
@@ -139,15 +127,14 @@ def _follow(process: subprocess.Popen[bytes], task: Task) -> Result:
         if overflowed:
             _kill(process)
         status = process.wait()
-        words.join()
     finally:
         watchdog.cancel()
-        _kill(process)
-        process.wait()
-        words.join()
+        if process.poll() is None:
+            _kill(process)
+            process.wait()
         stdout.close()
-        stderr.close()
-    return Result(status, out, plain(words.text()), timed_out.is_set(), overflowed)
+        words.finish()
+    return Result(status, out, words.text(), timed_out.is_set(), overflowed)
 
 
 def _collect(stream: IO[bytes], task: Task) -> tuple[bytes, bool]:
@@ -166,13 +153,11 @@ def _collect(stream: IO[bytes], task: Task) -> tuple[bytes, bool]:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End a process with its children (transports and helpers), unless it has ended already."""
-    if process.poll() is not None:
-        return
+    """End a process with its children (transports and helpers)."""
     if sys.platform == "win32":
         process.kill()
         return
-    with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
@@ -190,10 +175,13 @@ class _Tail(threading.Thread):
             self._kept += chunk
             del self._kept[:-MAX_WORDS]
 
+    def finish(self) -> None:
+        """Wait for the end of the stream; a daemon that ssh left behind may hold it for ever."""
+        self.join(_PATIENCE)
+        if not self.is_alive():
+            self._stream.close()
+
     def text(self) -> str:
-        return self._kept.decode(errors="replace")
-
-
-def plain(text: str) -> str:
-    """The text without control characters (terminals obey them) and without passwords."""
-    return redact(_CONTROL.sub("", text.replace("\r", "\n"))).strip()
+        """What was said last, safe to print: no control characters, no passwords."""
+        said = self._kept.decode(errors="replace").replace("\r", "\n")
+        return clean(redact(said).strip(), keep="\n")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from moshi_fl.errors import HubError, MoshiError, UntrustedHub
 from moshi_fl.store.failures import disk_full, hub_failure, local_failure
@@ -13,25 +14,24 @@ from moshi_fl.store.leftovers import clean_hub
 from moshi_fl.store.names import checked_oid, checked_ref, is_ref, matches
 from moshi_fl.store.objects import ObjectStore
 from moshi_fl.store.process import Result, Task, run
-from moshi_fl.store.settings import RECEIVE_PACK, UPLOAD_PACK, network_environment
+from moshi_fl.store.settings import (
+    REMOTE,
+    Pairs,
+    hub_settings,
+    network_environment,
+    whole_files_up_to,
+)
 from moshi_fl.store.urls import is_local, normalise_url, redact, split_login
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+from moshi_fl.text import clean
 
 ANY: object = object()
 """As ``expected``: whatever the ref is now."""
 
-_STALE_AFTER = 5.0  # seconds that a leftover in a local hub must not have changed
 _PACK_SLACK = 1 << 16  # bytes of headers, trees and commit beside the files of a pack
 _FETCHED = re.compile(
     r"([0-9a-f]{40,64})\t[^\t]*\t(?:(branch|tag|remote-tracking branch) )?'([^']+)'"
 )
 _FOLDERS = {"branch": "refs/heads/", "tag": "refs/tags/", "remote-tracking branch": "refs/remotes/"}
-_MOVED = re.compile(
-    r"stale info|non-fast-forward|fetch first|needs force|already exists|remote ref updated"
-    r"|failed to (update ref|lock)|cannot lock ref|incorrect old value|remote ref does not exist"
-)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class RefUpdate:
     expected: str | object | None
 
 
-class PushRejected(HubError):  # noqa: N818  (like Rejected)
+class PushRejected(HubError):
     """Refs of a push moved meanwhile, so nothing was pushed."""
 
     def __init__(self, message: str, *, refs: tuple[str, ...], hint: str = "") -> None:
@@ -83,7 +83,7 @@ class HubRepo(ObjectStore):
         """Remove what killed processes left in the store, and in the hub if it is a folder here."""
         super().recover()
         if is_local(self._url):
-            clean_hub(Path(self._url), older_than=_STALE_AFTER)
+            clean_hub(Path(self._url))
 
     def remote_refs(self, *patterns: str) -> dict[str, str]:
         """The hub's refs and what they point to; empty for an empty hub.
@@ -91,7 +91,7 @@ class HubRepo(ObjectStore):
         Args:
             patterns: Exact names, or prefixes that end in ``/`` or ``*``; none means all.
         """
-        result = self._network("ls-remote", "--refs", *self._upload_pack(), "--", self._url)
+        result = self._network("ls-remote", "--refs", "--", REMOTE)
         if result.status != 0:
             raise self._failure("listing refs", result)
         pairs = (line.split("\t", 1) for line in result.lines if "\t" in line)
@@ -125,17 +125,13 @@ class HubRepo(ObjectStore):
         if not refs:
             return {}
         names = [checked_ref(ref) for ref in refs]
-        with self.lock():
-            before = self._packs()
-            try:
-                found = self._download(names, max_bytes)
-                self._compare(found, expect or {})
-                fetched = {local: found[remote] for remote, local in refs.items()}
-                self._update_refs(fetched)
-            except MoshiError:
-                for file in self._packs() - before:
-                    file.unlink(missing_ok=True)
-                raise
+        with self.lock(), self._nothing_left_behind():
+            found = self._download(names, max_bytes)
+            self._compare(found, expect or {})
+            if max_bytes is not None:
+                self._check_complete(set(found.values()), max_bytes)
+            fetched = {local: found[remote] for remote, local in refs.items()}
+            self._update_refs(fetched)
         return fetched
 
     def push(self, updates: Sequence[RefUpdate]) -> None:
@@ -152,41 +148,39 @@ class HubRepo(ObjectStore):
         argv = ["push", "--porcelain", "--atomic", "--no-verify", "--no-progress", "--no-signed"]
         argv += ["--no-follow-tags", "--recurse-submodules=no"]
         argv += [lease for update in todo for lease in _lease(update)]
-        argv += [f"--receive-pack={RECEIVE_PACK}"] if is_local(self._url) else []
         with self.lock():
-            result = self._network(*argv, "--", self._url, *map(_refspec, todo))
+            result = self._network(*argv, "--", REMOTE, *map(_refspec, todo))
         if result.status != 0:
-            raise self._push_failure(result)
+            raise self._push_failure(todo, result)
 
-    def _network(self, *argv: str, max_file: int | None = None) -> Result:
+    def _network(self, *argv: str, ours: Pairs | None = None, limit: int | None = None) -> Result:
         user = [] if is_local(self._url) else self._user_settings()
-        env = self._env | network_environment(self._url, user, self._login)
-        return run(self.path, Task(argv, env, max_file=max_file, timeout=self.timeout))
-
-    def _upload_pack(self) -> list[str]:
-        return [f"--upload-pack={UPLOAD_PACK}"] if is_local(self._url) else []
+        pairs = hub_settings(self._url, self._login, self.timeout) + (ours or [])
+        env = self._env | network_environment(self._url, user, pairs)
+        return run(self.path, Task(argv, env, max_file=limit, timeout=self.timeout))
 
     def _download(self, refs: Sequence[str], max_bytes: int | None) -> dict[str, str]:
-        limit = None if max_bytes is None else max_bytes + max_bytes // 64 + _PACK_SLACK
         argv = ["fetch", "--no-tags", "--no-progress", "--no-auto-maintenance", "--refmap="]
-        argv += ["--no-recurse-submodules", "--no-show-forced-updates", *self._upload_pack()]
-        result = self._network(*argv, "--", self._url, *refs, max_file=limit)
+        argv += ["--no-recurse-submodules", "--no-show-forced-updates", "--", REMOTE, *refs]
+        if max_bytes is None:
+            result = self._network(*argv)
+        else:
+            limit = max_bytes + max_bytes // 64 + _PACK_SLACK
+            result = self._network(*argv, ours=whole_files_up_to(max_bytes), limit=limit)
+            if result.status != 0 and self._reached(limit):
+                raise UntrustedHub(f"fetch: {self.shown_url} sends more than {max_bytes} bytes.")
         if result.status != 0:
-            if limit is not None and self._reached(limit):
-                raise UntrustedHub(
-                    f"fetch: {self.shown_url} sends more than the {max_bytes} bytes it announced."
-                )
             raise self._failure("fetch", result)
+        return self._fetched(refs)
+
+    def _fetched(self, refs: Sequence[str]) -> dict[str, str]:
+        """What ``FETCH_HEAD`` says: ref on the hub to object id."""
         lines = (self.path / "FETCH_HEAD").read_text(errors="backslashreplace").splitlines()
         heads = [found.groups() for found in map(_FETCHED.match, lines) if found]
         found = {_FOLDERS.get(kind, "") + name: oid for oid, kind, name in heads}
         if missing := [ref for ref in refs if ref not in found]:
             raise RefMissing(f"fetch: {self.shown_url} does not have {', '.join(missing)}.")
         return found
-
-    def _reached(self, limit: int) -> bool:
-        # The system ends the writer at its limit; Git only says that the writer has gone.
-        return any(file.stat().st_size >= limit for file in self._packs())
 
     def _compare(self, found: Mapping[str, str], expect: Mapping[str, str]) -> None:
         for ref, oid in expect.items():
@@ -195,6 +189,32 @@ class HubRepo(ObjectStore):
                     f"{self.shown_url}: {ref} is {found.get(ref)}, its records promise {oid}.",
                     hint="The hub may be publishing right now: try again; then ask its maintainer.",
                 )
+
+    def _check_complete(self, oids: Iterable[str], max_bytes: int) -> None:
+        argv = ["rev-list", "--objects", "--missing=print", "--no-object-names", *oids]
+        lines = self._git("checking", *argv, "--not", "--all", "--").lines
+        if any(line.startswith("?") for line in lines):
+            raise UntrustedHub(
+                f"fetch: {self.shown_url} has a file of more than {max_bytes} bytes there.",
+                hint="Nothing of it was kept.",
+            )
+        for marker in (self.path / "objects" / "pack").glob("*.promisor"):
+            marker.unlink()
+
+    @contextmanager
+    def _nothing_left_behind(self) -> Iterator[None]:
+        """Remove the packs that came in the meantime, unless all went well."""
+        before = self._packs()
+        try:
+            yield
+            before = self._packs()
+        finally:
+            for file in self._packs() - before:
+                file.unlink(missing_ok=True)
+
+    def _reached(self, limit: int) -> bool:
+        # The system ends the writer at its limit; Git only says that the writer has gone.
+        return any(file.stat().st_size >= limit for file in self._packs())
 
     def _packs(self) -> set[Path]:
         return set((self.path / "objects" / "pack").glob("*"))
@@ -210,18 +230,26 @@ class HubRepo(ObjectStore):
             return local_failure(self.path, action, result)
         return hub_failure(self.shown_url, action, result, timeout=self.timeout)
 
-    def _push_failure(self, result: Result) -> HubError:
-        rejected = [line.split("\t") for line in result.lines if line.startswith("!\t")]
-        moved = tuple(spec.partition(":")[2] for _, spec, why in rejected if _MOVED.search(why))
-        if moved:
+    def _push_failure(self, updates: Sequence[RefUpdate], result: Result) -> MoshiError:
+        refusals = [line.split("\t")[2] for line in result.lines if line.startswith("!\t")]
+        if refusals and (moved := self._moved(updates)):
             return PushRejected(
                 f"push: {', '.join(moved)} moved on {self.shown_url}; nothing was pushed.",
                 refs=moved,
                 hint="Fetch, then try again.",
             )
-        words = "\n".join([*("\t".join(line[2:]) for line in rejected), result.words])
-        told = Result(result.status, b"", words, result.timed_out, result.overflowed)
-        return hub_failure(self.shown_url, "push", told, timeout=self.timeout)
+        words = "\n".join([*(clean(refusal) for refusal in refusals), result.words])
+        return self._failure("push", replace(result, words=words))
+
+    def _moved(self, updates: Sequence[RefUpdate]) -> tuple[str, ...]:
+        """Refs that are not as expected: by what the hub has, since servers word it differently."""
+        now = self.remote_refs(*(update.ref for update in updates))
+        return tuple(
+            update.ref
+            for update in updates
+            if update.expected is not ANY
+            and now.get(update.ref) not in {update.expected, update.new}
+        )
 
 
 def _lease(update: RefUpdate) -> list[str]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from moshi_fl.store.process import Task, run
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-    from pathlib import Path
+from moshi_fl.store.urls import is_local
 
 HUB_SETTINGS: Mapping[str, str] = {
     # Weights do not compress as text does: no delta search, no zlib. Pushing a 43 MB round takes
@@ -39,19 +37,20 @@ CLIENT_SETTINGS: Mapping[str, str] = {
     "push.gpgSign": "false",
     "protocol.version": "2",
     "http.lowSpeedLimit": "1",
-    "http.lowSpeedTime": "60",
 }
 
 _USER_PREFIXES = ("credential.", "http.")
 _USER_KEYS = {"core.sshcommand", "ssh.variant", "safe.directory"}
 _SSH = "ssh -oBatchMode=yes -oConnectTimeout=20 -oServerAliveInterval=15 -oServerAliveCountMax=4"
-# Options of the server side of a local hub: its own config must not run anything on our side.
-_LOCAL_OPTIONS = (
-    f"-c core.hooksPath={os.devnull} -c core.alternateRefsCommand=: "
-    "-c receive.denyCurrentBranch=refuse -c gc.auto=0 -c receive.autogc=false"
+# The server side of a hub on this machine runs as us, but with the config of the hub. So that the
+# config runs nothing: no hooks, no checkout, no command for alternates, no fetching from elsewhere.
+_LOCAL_SERVER = (
+    f"GIT_ALLOW_PROTOCOL=none git -c core.hooksPath={os.devnull} -c core.alternateRefsCommand=: "
+    "-c receive.denyCurrentBranch=refuse -c gc.auto=0 -c receive.autogc=false "
+    "-c uploadpack.allowFilter=true "
+    "-c core.filesRefLockTimeout=10000 -c core.packedRefsTimeout=10000"
 )
-UPLOAD_PACK = f"git {_LOCAL_OPTIONS} upload-pack"
-RECEIVE_PACK = f"git {_LOCAL_OPTIONS} receive-pack"
+REMOTE = "hub"
 
 Pairs = list[tuple[str, str]]
 
@@ -74,12 +73,35 @@ def environment(store: Path) -> dict[str, str]:
     }
 
 
-def network_environment(url: str, user: Pairs, login: str | None) -> dict[str, str]:
-    """What is added for commands that talk to the hub at ``url`` (without userinfo)."""
-    pairs = [pair for pair in user if pair[0].startswith(_USER_PREFIXES)]
-    ssh = dict(user).get("core.sshcommand")
+def hub_settings(url: str, login: str | None, timeout: float) -> Pairs:
+    """The remote called ``REMOTE``: its address without userinfo, and how to talk to it."""
+    pairs = [(f"remote.{REMOTE}.url", url)]
+    if is_local(url):
+        pairs += [
+            (f"remote.{REMOTE}.uploadpack", f"{_LOCAL_SERVER} upload-pack"),
+            (f"remote.{REMOTE}.receivepack", f"{_LOCAL_SERVER} receive-pack"),
+        ]
     if login:
         pairs.append((f"http.{url}.extraHeader", login))
+    return [*pairs, ("http.lowSpeedTime", str(max(1, min(60, int(timeout)))))]
+
+
+def whole_files_up_to(size: int) -> Pairs:
+    """Ask the hub to leave out larger files, so that they cost no traffic and no unpacking.
+
+    The setting lives as long as the command: the store never becomes a partial clone, so nothing
+    is fetched later behind our back.
+    """
+    return [
+        (f"remote.{REMOTE}.promisor", "true"),
+        (f"remote.{REMOTE}.partialCloneFilter", f"blob:limit={size + 1}"),
+    ]
+
+
+def network_environment(url: str, user: Pairs, ours: Pairs) -> dict[str, str]:
+    """What is added for commands that talk to the hub at ``url``."""
+    pairs = [*(pair for pair in user if pair[0].startswith(_USER_PREFIXES)), *ours]
+    ssh = dict(user).get("core.sshcommand")
     env = {"GIT_CONFIG_COUNT": str(len(pairs))}
     for number, (key, value) in enumerate(pairs):
         env |= {f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value}

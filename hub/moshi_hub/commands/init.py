@@ -1,0 +1,77 @@
+"""``moshi-hub init``: create a hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from moshi_fl.cli import output_options
+from moshi_fl.config import ensure_home
+from moshi_fl.console import Console
+from moshi_fl.history import PREFIXES
+from moshi_fl.store import redact
+from moshi_fl.text import Size
+from moshi_hub.options import maintainer
+
+
+@click.command()
+@click.argument("hub", metavar="PATH|URL")
+@click.option("--family", default="char", show_default=True, help="Model family.")
+@click.option("--preset", default="tiny", show_default=True, help="Ready-made settings of it.")
+@click.option("--name", help="The hub's name in texts. [default: from PATH or URL]")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of round 0.")
+@click.option(
+    "--eval-data",
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="Held-out files; they stay on this machine, and merges are measured on them.",
+)
+@click.option(
+    "--branches-only",
+    is_flag=True,
+    help=f"Keep weights under {PREFIXES[1]}, for hosts that take only branches and tags.",
+)
+@output_options
+def init(
+    console: Console,
+    hub: str,
+    family: str,
+    preset: str,
+    name: str | None,
+    seed: int,
+    eval_data: tuple[Path, ...],
+    branches_only: bool,
+) -> None:
+    r"""Create a hub, or fill an empty repository, and publish round 0: random weights.
+
+    \b
+    Examples:
+      moshi-hub init ./hub.git --eval-data ~/held-out
+      moshi-hub init https://git.example.org/team/model.git --preset base
+    """
+    from moshi_hub.create import Plan, create
+
+    plan = Plan(
+        url=hub,
+        family=family,
+        preset=preset,
+        name=name or hub.rstrip("/").removesuffix(".git").replace("\\", "/").split("/")[-1],
+        seed=seed,
+        prefix=PREFIXES[1] if branches_only else PREFIXES[0],
+        eval_data=eval_data,
+        maintainer=maintainer(),
+    )
+    snapshot = create(plan, ensure_home())
+    record, shown = snapshot.record, redact(hub)
+    console.done(
+        f"Created a hub at {shown}",
+        hub=snapshot.state.config.hub.id,
+        model=f"{family}/{preset}",
+        parameters=record.parameters,
+        keyframe=Size(record.keyframe.bytes if record.keyframe else 0),
+        weights=record.weights,
+    )
+    if not eval_data:
+        console.note("No held-out data: merges will not be measured. (--eval-data DIR)")
+    console.hint(f"moshi-fl contribute --hub {shown} --data PATH   (anyone can, from now on)")

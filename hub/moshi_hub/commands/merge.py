@@ -1,0 +1,105 @@
+"""``moshi-hub merge``: make the next round."""
+
+from __future__ import annotations
+
+import click
+
+from moshi_fl.aggregate import Strategy, get_strategy
+from moshi_fl.cli import hub_option, output_options
+from moshi_fl.console import Console
+from moshi_fl.records import Scalar
+from moshi_fl.text import Percent, Size
+from moshi_hub.options import maintainer, replica_for
+
+
+@click.command()
+@hub_option
+@click.option("--publish", is_flag=True, help="Publish at once; otherwise the round is proposed.")
+@click.option("--strategy", help="Aggregate by this instead of the hub's strategy, this once.")
+@click.option("--exclude", multiple=True, metavar="ID", help="Leave this contribution out.")
+@click.option("--dry-run", is_flag=True, help="Compute and report; push nothing.")
+@output_options
+def merge(
+    console: Console,
+    hub: str | None,
+    publish: bool,
+    strategy: str | None,
+    exclude: tuple[str, ...],
+    dry_run: bool,
+) -> None:
+    r"""Verify the open contributions, aggregate the accepted ones, and make the next round.
+
+    Without --publish the round is proposed on branch round/<n>, for review; `moshi-hub publish`
+    then makes it the current one. Of two merges at the same time, exactly one is published.
+
+    \b
+    Examples:
+      moshi-hub merge --hub ./hub.git --publish
+      moshi-hub merge --dry-run --strategy median
+    """
+    from moshi_hub.heldout import evaluator_for
+    from moshi_hub.merge import Options, Outcome
+    from moshi_hub.merge import merge as run
+
+    replica = replica_for(hub)
+    options = Options(publish, dry_run, strategy, exclude, maintainer())
+    outcome: Outcome = run(
+        replica, options, evaluator=evaluator_for(replica), find_strategy=find_strategy
+    )
+    _contributions(console, outcome)
+    record = outcome.built.record if outcome.built else outcome.proposal.record
+    done = {True: "Published", False: "Proposed"}[publish] if not dry_run else "Computed"
+    proposal = outcome.proposal
+    console.done(
+        f"{done} round {record.round}",
+        round=record.round,
+        contributions=len(record.contributions),
+        rejected=len(outcome.open_round.verdicts) - len(outcome.open_round.accepted),
+        held_out_before=record.evaluation.before if record.evaluation else None,
+        held_out_after=record.evaluation.after if record.evaluation else None,
+        update=Size(sum(path for path in outcome.update_sizes)),
+        keyframe=Size(outcome.keyframe_size) if proposal.keyframe_files else None,
+        weights=record.weights,
+    )
+    if outcome.leftovers:
+        console.warn(f"the round is published, but the clean-up is not complete: {outcome.leftovers}")
+    if not publish and not dry_run:
+        console.hint("moshi-hub publish   (after review: makes it the current round)")
+
+
+def find_strategy(name: str, options: dict[str, Scalar]) -> Strategy:
+    """A strategy by name; Flower is imported only for its own."""
+    if ":" not in name:
+        return get_strategy(name, options)
+    from moshi_fl.flower import find_strategy as find
+
+    return find(name, options)
+
+
+def _contributions(console: Console, outcome: object) -> None:
+    from moshi_hub.merge import Outcome
+
+    assert isinstance(outcome, Outcome)
+    record = outcome.proposal.record
+    total = sum(merged.weight for merged in record.contributions)
+    rows = []
+    for merged in record.contributions:
+        entry = outcome.proposal.contributions[merged.id]
+        rows.append(
+            {
+                "contribution": merged.id[:12],
+                "contributor": entry.contributor,
+                "base": merged.base_round,
+                "examples": entry.num_examples,
+                "share": Percent(merged.weight / total),
+                "own_loss": entry.metrics.held_out_after,
+                "size": Size(entry.delta.bytes),
+                "verdict": "accepted",
+            }
+        )
+    for verdict in outcome.open_round.verdicts:
+        if not verdict.accepted:
+            name = verdict.contribution.id[:12] if verdict.contribution else verdict.branch
+            rows.append({"contribution": name, "verdict": verdict.findings[0].code})
+    shown = ["contribution", "contributor", "base", "examples", "share", "own_loss", "size"]
+    console.table(rows, [*shown, "verdict"], name="table")

@@ -1,0 +1,81 @@
+"""``moshi-hub verify``: judge open contributions."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import click
+
+from moshi_fl.cli import hub_option, output_options
+from moshi_fl.console import Console
+from moshi_fl.errors import Exit, HubError
+from moshi_fl.text import Size
+from moshi_hub.options import replica_for
+from moshi_hub.verify import Verdict
+
+
+@click.command()
+@click.argument("ids", nargs=-1, metavar="[ID]...")
+@hub_option
+@output_options
+def verify(console: Console, ids: tuple[str, ...], hub: str | None) -> int:
+    r"""Check open contributions against the hub's rules, without running any of them.
+
+    Without an ID, all of them. The status is 3 when one is rejected.
+
+    \b
+    Examples:
+      moshi-hub verify --hub ./hub.git
+      moshi-hub verify 4f1c09 --json
+    """
+    from moshi_hub.merge import look
+
+    replica = replica_for(hub)
+    replica.folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="verify-", dir=replica.folder))
+    try:
+        found = look(replica, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    verdicts = [verdict for verdict in found.verdicts if _asked(verdict, ids)]
+    if ids and not verdicts:
+        raise HubError(
+            f"no open contribution begins with {' or '.join(ids)}.",
+            hint="moshi-hub verify   (lists all)",
+        )
+    if not verdicts:
+        console.note(f"No open contributions to round {found.rules.round}.")
+    rows = [_row(verdict) for verdict in verdicts]
+    console.table(
+        rows, ["contribution", "contributor", "base", "size", "norm", "verdict"], name="verdicts"
+    )
+    for verdict in verdicts:
+        for finding in verdict.findings:
+            console.note(f"{_name(verdict)}: {finding.code}: {finding.message}")
+    rejected = sum(not verdict.accepted for verdict in verdicts)
+    console.result(accepted=len(verdicts) - rejected, rejected=rejected)
+    return Exit.REJECTED if rejected else Exit.DONE
+
+
+def _asked(verdict: Verdict, ids: tuple[str, ...]) -> bool:
+    return not ids or any(verdict.branch.rsplit("/", 1)[-1].startswith(start) for start in ids)
+
+
+def _name(verdict: Verdict) -> str:
+    return verdict.contribution.id[:12] if verdict.contribution else verdict.branch
+
+
+def _row(verdict: Verdict) -> dict[str, object]:
+    record = verdict.contribution
+    return {
+        "contribution": _name(verdict),
+        "contributor": record.contributor if record else None,
+        "base": record.round if record else None,
+        "size": Size(record.delta.bytes) if record else None,
+        "norm": None if verdict.norm is None else round(verdict.norm, 4),
+        "verdict": "accepted" if verdict.accepted else verdict.findings[0].code,
+        "branch": verdict.branch,
+        "findings": [{"code": f.code, "message": f.message} for f in verdict.findings],
+    }
