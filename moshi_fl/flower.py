@@ -23,15 +23,15 @@ from flwr.app import (
     ConfigRecord,
     Context,
     Message,
+    Metadata,
     MetricRecord,
     RecordDict,
 )
 from flwr.app.message import make_message
-from flwr.app import Metadata
 from flwr.serverapp import strategy as flower_strategies
 from numpy.typing import NDArray
 
-from moshi_fl.aggregate import Strategy, Update, get_strategy
+from moshi_fl.aggregate import Update
 from moshi_fl.errors import ConfigError
 from moshi_fl.records import Scalar
 from moshi_fl.rules import Shapes
@@ -53,6 +53,22 @@ def to_arrays(weights: Weights) -> ArrayRecord:
 def to_weights(arrays: ArrayRecord) -> dict[str, NDArray[np.float32]]:
     """A Flower record as float32 weights, in canonical order."""
     return {name: np.asarray(arrays[name].numpy(), dtype=np.float32) for name in sorted(arrays)}
+
+
+def arrays_in(message: Message) -> dict[str, NDArray[np.float32]]:
+    """The weights that a message carries."""
+    record = message.content[ARRAYS]
+    if not isinstance(record, ArrayRecord):
+        raise ConfigError(f"the message's {ARRAYS!r} is no array record.")
+    return to_weights(record)
+
+
+def config_in(message: Message) -> ConfigRecord:
+    """The settings that a message carries."""
+    record = message.content[CONFIG]
+    if not isinstance(record, ConfigRecord):
+        raise ConfigError(f"the message's {CONFIG!r} is no config record.")
+    return record
 
 
 def train_message(weights: Weights, config: Mapping[str, Scalar | bytes]) -> Message:
@@ -85,15 +101,15 @@ def local_context(**node_config: Scalar) -> Context:
     )
 
 
-def find_strategy(name: str, options: Mapping[str, Scalar]) -> Strategy:
-    """A native strategy, or Flower's own for names such as ``flower:FedMedian``.
+def flower_strategy(name: str, options: Mapping[str, Scalar]) -> FlowerStrategy:
+    """One of Flower's strategies, named such as ``flower:FedMedian``.
 
     Raises:
-        ConfigError: Unknown strategy, or one that cannot work on a hub.
+        ConfigError: Unknown, or one that cannot work on a hub.
     """
-    if name.startswith(PREFIX):
-        return FlowerStrategy(name.removeprefix(PREFIX), options)
-    return get_strategy(name, options)
+    if not name.startswith(PREFIX):
+        raise ConfigError(f"there is no strategy {name!r}.", hint=f"Flower's: {PREFIX}FedMedian")
+    return FlowerStrategy(name.removeprefix(PREFIX), options)
 
 
 class FlowerStrategy:

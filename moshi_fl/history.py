@@ -155,11 +155,15 @@ def _check_state(manifest: Manifest, config: HubConfig, refs: Refs, tokenizer: b
     if len(ids) != 1:
         raise UntrustedHub("the manifest mixes records of different hubs.")
     if config.hub.refs != refs.prefix:
-        raise UntrustedHub(f"hub.toml says refs = {config.hub.refs!r}, but {refs.prefix!r} was used.")
+        raise UntrustedHub(
+            f"hub.toml says refs = {config.hub.refs!r}, but {refs.prefix!r} was used."
+        )
     if manifest.rounds[0].keyframe is None:
         raise UntrustedHub(f"the manifest starts at round {manifest.rounds[0].round}: no keyframe.")
     if sha256_bytes(tokenizer) != manifest.newest.tokenizer:
-        raise UntrustedHub(f"the tokenizer is not the one that round {manifest.newest.round} names.")
+        raise UntrustedHub(
+            f"the tokenizer is not the one that round {manifest.newest.round} names."
+        )
 
 
 def check_chain(rounds: Sequence[Round]) -> None:
@@ -200,7 +204,9 @@ def read_contributions(repo: HubRepo, main: str, record: Round) -> dict[str, Con
     ids = [merged.id for merged in record.contributions]
     paths = [accepted_path(record.round, contribution_id) for contribution_id in ids]
     contributions = {}
-    for path, data, wanted in zip(paths, repo.read_many(main, paths, limit=1 << 20), ids, strict=True):
+    for path, data, wanted in zip(
+        paths, repo.read_many(main, paths, limit=1 << 20), ids, strict=True
+    ):
         contribution = load(data, Contribution, name=path)
         if contribution.id != wanted:
             raise UntrustedHub(f"{path} holds contribution {contribution.id}.")

@@ -31,9 +31,21 @@ from moshi_fl.history import (
     read_rounds,
     read_state,
 )
-from moshi_fl.records import Count, HubId, Oid, Record, Round, RoundNumber, Sha256, digest, dump, load
+from moshi_fl.records import (
+    Count,
+    HubId,
+    Oid,
+    Record,
+    Round,
+    RoundNumber,
+    Sha256,
+    digest,
+    dump,
+    load,
+)
 from moshi_fl.restore import plan, restore
 from moshi_fl.store import HubRepo, normalise_url
+from moshi_fl.strategies import find_strategy
 from moshi_fl.weights import Weights, open_weights, weights_digest, write_atomic
 
 MAX_MAIN_PACK = 1 << 30
@@ -91,7 +103,11 @@ class Snapshot:
 def hub_folder(home: Path, url: str) -> Path:
     """Where a hub's replica lies: readable, and distinct for distinct URLs."""
     tail = re.sub(r"[^A-Za-z0-9]+", "-", url.rstrip("/").removesuffix(".git").split("/")[-1])
-    return home / "hubs" / f"{tail.strip('-') or 'hub'}-{hashlib.sha256(url.encode()).hexdigest()[:10]}"
+    return (
+        home
+        / "hubs"
+        / f"{tail.strip('-') or 'hub'}-{hashlib.sha256(url.encode()).hexdigest()[:10]}"
+    )
 
 
 def _alive(pid: int) -> bool:
@@ -114,7 +130,9 @@ class Replica:
         timeout: Seconds after which one Git operation is given up.
     """
 
-    def __init__(self, url: str, home: Path, *, keep_rounds: int = 2, timeout: float = 600.0) -> None:
+    def __init__(
+        self, url: str, home: Path, *, keep_rounds: int = 2, timeout: float = 600.0
+    ) -> None:
         self.url = normalise_url(url)
         self.folder = hub_folder(home, self.url)
         self.keep_rounds = max(1, keep_rounds)
@@ -278,7 +296,8 @@ class Replica:
         way = plan(rounds or state.manifest.rounds, record.round, have)
         base = open_weights(self.weights_path(have)) if have is not None else None
         with self.scratch() as scratch:
-            restore(scratch, way, None if way.keyframe else base, path)
+            start = None if way.keyframe else base
+            restore(scratch, way, start, path, find_strategy=find_strategy)
         return way.bytes
 
     def _usable_base(self, record: Round, rounds: list[Round]) -> int | None:
@@ -312,5 +331,3 @@ class Replica:
     def _prune(self) -> None:
         for number in self.rounds_at_hand()[: -self.keep_rounds]:
             self.weights_path(number).unlink(missing_ok=True)
-
-

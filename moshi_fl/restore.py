@@ -16,10 +16,9 @@ from moshi_fl.aggregate import Strategy, Update, apply_step, get_strategy
 from moshi_fl.codec import get_codec
 from moshi_fl.codec.delta import Delta
 from moshi_fl.errors import CorruptRecord, HubError, UntrustedHub
-from moshi_fl.growth import grow
 from moshi_fl.records import Location, Merged, Round
 from moshi_fl.rules import Shapes, shapes_before_growth, shapes_of
-from moshi_fl.snapshot import OpenFile, decode_keyframe, decode_step
+from moshi_fl.snapshot import decode_keyframe, decode_step, grow
 from moshi_fl.store import HubRepo
 from moshi_fl.weights import Weights, open_weights, save_weights, sha256_file, weights_digest
 
@@ -73,9 +72,7 @@ def _updates(by_number: dict[int, Round], first: int, last: int) -> tuple[Round,
     return tuple(by_number[number] for number in range(first, last + 1))
 
 
-def fetch_locations(
-    scratch: HubRepo, locations: Sequence[Location], folder: Path
-) -> list[Path]:
+def fetch_locations(scratch: HubRepo, locations: Sequence[Location], folder: Path) -> list[Path]:
     """Fetch files into ``folder``, one sub-folder per location, each checked by size and hash.
 
     Raises:
@@ -151,14 +148,10 @@ def restore(
 
 
 def _open_keyframe(record: Round, files: Path, out: Path) -> Weights:
-    decode_keyframe(_opener(files), out, parameters=record.parameters)
+    decode_keyframe(files, out, parameters=record.parameters)
     weights = open_weights(out)
     check_digest(weights, record)
     return weights
-
-
-def _opener(folder: Path) -> OpenFile:
-    return lambda name: (folder / name).open("rb")
 
 
 def check_digest(weights: Weights, record: Round) -> None:
@@ -186,9 +179,7 @@ def advance(
         raise UntrustedHub(f"round {record.round} has no update.")
     try:
         if record.update.kind == "step":
-            out = files / "stepped.safetensors"
-            decode_step(_opener(files), weights, out)
-            weights = open_weights(out)
+            weights = decode_step(weights, files)
         else:
             weights = aggregate(weights, record, files, find_strategy)
     except CorruptRecord as error:

@@ -37,12 +37,12 @@ def shapes_of(weights: Weights) -> dict[str, tuple[int, ...]]:
     return {name: array.shape for name, array in weights.items()}
 
 
-def shapes_before_growth(shapes: Shapes, tensors: Iterable[str], rows: int) -> dict[str, tuple[int, ...]]:
+def shapes_before_growth(
+    shapes: Shapes, tensors: Iterable[str], rows: int
+) -> dict[str, tuple[int, ...]]:
     """Shapes before the vocabulary tensors gained their last ``rows`` rows."""
     grown = set(tensors)
     return {
         name: (shape[0] - rows, *shape[1:]) if name in grown else shape
         for name, shape in shapes.items()
     }
-
-

@@ -82,7 +82,9 @@ def judge(
         if verdict.accepted and verdict.contribution:
             target = out / f"{verdict.contribution.id}.safetensors"
             limit = delta_limit(now, verdict.contribution.round)
-            submission = _fetch_delta(scratch, submission, verdict.contribution.delta, limit, target)
+            submission = _fetch_delta(
+                scratch, submission, verdict.contribution.delta, limit, target
+            )
             verdict = verify(submission, now)
         if verdict.accepted and verdict.contribution:
             seen[verdict.contribution.delta.files[0].sha256] = verdict.contribution.id
@@ -98,7 +100,7 @@ def _fetch_branch(repo: HubRepo, main: str, branch: str, commit: str) -> Submiss
         repo.fetch({branch: local}, max_bytes=MAX_BRANCH_PACK, expect={branch: commit})
         return _read_branch(repo, main, branch, commit)
     except MoshiError as error:
-        return Submission(branch, f"the branch could not be read: {error}", ())
+        return Submission(branch, "", (), unreadable=str(error))
     finally:
         repo.delete_refs(local)
 
@@ -134,8 +136,8 @@ def _fetch_delta(
             with target.open("wb") as file:
                 scratch.stream(found, DELTA_FILE, file, limit=limit)
             return replace(submission, delta_commit=found, delta_entries=entries, delta=target)
-    except HubError:
-        entries = ()
+    except HubError as error:
+        return replace(submission, delta_commit=found, unreadable=str(error))
     return replace(submission, delta_commit=found, delta_entries=entries)
 
 
@@ -145,9 +147,12 @@ def known_deltas(replica: Replica, main: str, newest: Round) -> dict[str, str]:
     Kept in the replica's folder and extended by new rounds only: main never goes back.
     """
     path = replica.folder / "known-deltas.json"
-    stored = json.loads(path.read_text()) if path.exists() else {"round": 0, "deltas": {}}
-    table: dict[str, str] = stored["deltas"]
-    for record in read_rounds(replica.repo, main, stored["round"] + 1, newest.round):
+    table: dict[str, str] = {}
+    known = 0
+    if path.exists():
+        stored = json.loads(path.read_text())
+        table, known = stored["deltas"], stored["round"]
+    for record in read_rounds(replica.repo, main, known + 1, newest.round):
         for contribution in read_contributions(replica.repo, main, record).values():
             table[contribution.delta.files[0].sha256] = contribution.id
     write_atomic(path, json.dumps({"round": newest.round, "deltas": table}).encode())

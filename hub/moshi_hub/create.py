@@ -129,9 +129,9 @@ def _first_commit(repo: HubRepo, texts: Mapping[str, bytes], by: Author, when: i
     return repo.commit(tree, message="Round 0: random weights\n", author=by, when=when)
 
 
-def render(name: str, **values: str) -> str:
+def render(template: str, /, **values: str) -> str:
     """A file of the hub template with its placeholders filled."""
-    text = (files("moshi_hub") / "template" / name).read_text(encoding="utf-8")
+    text = (files("moshi_hub") / "template" / template).read_text(encoding="utf-8")
     return Template(text).substitute(values)
 
 
@@ -158,5 +158,3 @@ def _toml(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{ " + ", ".join(f"{key} = {_toml(entry)}" for key, entry in value.items()) + " }"
     return json.dumps(value, ensure_ascii=False)
-
-

@@ -19,9 +19,7 @@ def pool_path(replica: Replica) -> Path:
     return replica.folder / "held-out.pool"
 
 
-def store_pool(
-    replica: Replica, config: HubConfig, tokenizer: bytes, paths: Sequence[Path]
-) -> str:
+def store_pool(replica: Replica, config: HubConfig, tokenizer: bytes, paths: Sequence[Path]) -> str:
     """Draw evaluation sequences from files and keep them on this machine.
 
     Returns:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from moshi_fl.aggregate import get_strategy
 from moshi_fl.errors import HubError, MoshiError
-from moshi_fl.history import HUB_FILE, HubState, round_branch
+from moshi_fl.history import HUB_FILE, round_branch
 from moshi_fl.hubfile import MAX_HUBFILE_BYTES, HubConfig, parse_hubfile
-from moshi_fl.records import Contribution, Scalar, Strategy
+from moshi_fl.records import Contribution, Round, Scalar, Strategy
 from moshi_fl.replica import Replica, Snapshot
 from moshi_fl.restore import StrategyFinder
 from moshi_fl.rules import shapes_of
@@ -23,6 +23,7 @@ from moshi_hub.publish import (
     Built,
     author,
     build_round,
+    publish_proposed,
     push_proposed,
     push_published,
     stale_refs,
@@ -67,6 +68,8 @@ class Outcome:
     proposal: Proposal
     built: Built | None
     waiting: tuple[Contribution, ...]
+    update_bytes: int
+    keyframe_bytes: int
     leftovers: str = ""
     """Why the clean-up after publishing is not complete; empty when it is."""
 
@@ -138,7 +141,7 @@ def merge(
             evaluate=evaluator(found.rules.config),
         )
         if options.dry_run:
-            return Outcome(found, proposal, None, tuple(waiting))
+            return _outcome(found, proposal, None, waiting)
         return _push(replica, found, proposal, waiting, options)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -197,10 +200,45 @@ def _push(
     present = repo.remote_refs(f"{state.refs.prefix}*", round_branch(built.record.round))
     if not options.publish:
         push_proposed(repo, state, built, present)
-        return Outcome(found, proposal, built, tuple(waiting))
+        return _outcome(found, proposal, built, waiting)
     push_published(repo, state, built, present)
     leftovers = clean_up(replica, found, {c.id for c in waiting})
-    return Outcome(found, proposal, built, tuple(waiting), leftovers)
+    return _outcome(found, proposal, built, waiting, leftovers)
+
+
+def _outcome(
+    found: OpenRound,
+    proposal: Proposal,
+    built: Built | None,
+    waiting: Sequence[Contribution],
+    leftovers: str = "",
+) -> Outcome:
+    update = sum(path.stat().st_size for path in proposal.update_files)
+    keyframe = sum(path.stat().st_size for path in proposal.keyframe_files)
+    return Outcome(found, proposal, built, tuple(waiting), update, keyframe, leftovers)
+
+
+def publish_round(replica: Replica, number: int | None = None) -> tuple[Round, str]:
+    """Publish a proposed round, then remove what it has settled.
+
+    Args:
+        replica: The hub's copy on this machine.
+        number: Which round; the next one when None.
+
+    Returns:
+        The round's record, and why the clean-up is not complete (empty when it is).
+    """
+    folder = Path(tempfile.mkdtemp(prefix="publish-", dir=_made(replica.folder)))
+    try:
+        found = look(replica, folder)
+        wanted = found.snapshot.round + 1 if number is None else number
+        publish_proposed(replica.repo, found.snapshot.state, found.main, wanted)
+        record = replica.pull().record
+        taken = {merged.id for merged in record.contributions}
+        waiting = {entry.id for entry in found.accepted if entry.id not in taken}
+        return record, clean_up(replica, found, waiting)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def clean_up(replica: Replica, found: OpenRound, waiting: set[str]) -> str:
@@ -212,7 +250,7 @@ def clean_up(replica: Replica, found: OpenRound, waiting: set[str]) -> str:
     state = replica.pull().state
     settled = []
     for verdict in found.verdicts:
-        if verdict.contribution is None or verdict.contribution.id not in waiting:
+        if verdict.is_settled and _id(verdict) not in waiting:
             settled.append(RefUpdate(verdict.branch, None, found.branches[verdict.branch]))
     present = repo.remote_refs(f"{state.refs.prefix}*")
     stale = stale_refs(present, state.refs, found.rules.config.storage, state.manifest)
@@ -224,6 +262,10 @@ def clean_up(replica: Replica, found: OpenRound, waiting: set[str]) -> str:
             stale.append(ref)
     updates = settled + [RefUpdate(ref, None, present[ref]) for ref in stale]
     return remove(repo, updates)
+
+
+def _id(verdict: Verdict) -> str:
+    return verdict.contribution.id if verdict.contribution else ""
 
 
 def _settled(ref: str, number: int, oldest: int, found: OpenRound) -> bool:

@@ -15,7 +15,6 @@ from pathlib import Path
 import msgspec
 
 import moshi_fl
-from moshi_fl.growth import grow
 from moshi_fl.history import HubState
 from moshi_fl.hubfile import HubConfig, StorageRules
 from moshi_fl.records import (
@@ -32,7 +31,7 @@ from moshi_fl.records import (
 )
 from moshi_fl.restore import StrategyFinder, aggregate, delta_name
 from moshi_fl.rules import accepted_characters, contribution_weight
-from moshi_fl.snapshot import encode_keyframe, encode_step
+from moshi_fl.snapshot import encode_keyframe, encode_step, grow
 from moshi_fl.tokenizer import CharVocabulary
 from moshi_fl.weights import Weights, count_parameters, sha256_bytes, weights_digest
 from moshi_hub.verify import Rules
@@ -137,9 +136,7 @@ def weigh(contributions: Sequence[Contribution], rules: Rules) -> tuple[Merged, 
 def weighting(config: HubConfig) -> Weighting:
     """How this hub turns examples and age into weights."""
     rules = config.aggregation
-    return Weighting(
-        max_examples=rules.max_examples, staleness_discount=rules.staleness_discount
-    )
+    return Weighting(max_examples=rules.max_examples, staleness_discount=rules.staleness_discount)
 
 
 def draft(state: HubState, rules: Rules, merged: tuple[Merged, ...], strategy: Strategy) -> Round:

@@ -127,9 +127,7 @@ def _locate(
     return record, {place.ref: place.commit for place in places}
 
 
-def commit_files(
-    repo: HubRepo, ref: str, paths: Sequence[Path], by: Author, when: int
-) -> Location:
+def commit_files(repo: HubRepo, ref: str, paths: Sequence[Path], by: Author, when: int) -> Location:
     """Make an orphan commit of files, all at its root."""
     blobs = {path.name: repo.put(path) for path in sorted(paths)}
     commit = repo.commit(repo.tree(blobs), message=f"{ref}\n", author=by, when=when)
@@ -200,9 +198,7 @@ def push_published(
     _push(repo, updates, built.record.round)
 
 
-def push_proposed(
-    repo: HubRepo, state: HubState, built: Built, present: Mapping[str, str]
-) -> None:
+def push_proposed(repo: HubRepo, state: HubState, built: Built, present: Mapping[str, str]) -> None:
     """Offer a round for review on its own branch; main and ``latest`` stay as they are."""
     number = built.record.round
     branch, prepared = round_branch(number), state.refs.next(number)
@@ -263,13 +259,14 @@ def _has_round(repo: HubRepo, main: str, latest: str, number: int) -> bool:
     manifest = msgspec.json.decode(repo.read(latest, MANIFEST_FILE, limit=8 << 20), type=Manifest)
     wanted = dump(manifest.newest)
     return any(
-        entry.path == round_path(number)
-        and repo.read(main, entry.path, limit=1 << 20) == wanted
+        entry.path == round_path(number) and repo.read(main, entry.path, limit=1 << 20) == wanted
         for entry in repo.entries(main, round_folder(number))
     )
 
 
-def stale_refs(refs: Mapping[str, str], names: Refs, rules: StorageRules, manifest: Manifest) -> list[str]:
+def stale_refs(
+    refs: Mapping[str, str], names: Refs, rules: StorageRules, manifest: Manifest
+) -> list[str]:
     """Refs that the storage policy no longer keeps, of those on the hub.
 
     Keyframes can be recomputed from the updates, so only the first and those in the manifest stay.

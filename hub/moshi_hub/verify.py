@@ -26,6 +26,7 @@ PLAIN_FILE = ("100644", "blob")
 REASONS = {
     "wrong-branch": "the branch is not named contribute/<round>/<id>",
     "wrong-history": "the branch is not one commit on top of main",
+    "unreadable": "it could not be fetched or read; it stays, and is tried again",
     "extra-files": "the branch changes more than its own record",
     "wrong-mode": "a file is not a plain file (symlink, submodule or executable)",
     "oversize": "larger than the hub accepts",
@@ -91,6 +92,8 @@ class Submission:
     record: bytes | None = None
     delta_commit: str | None = None
     delta_entries: tuple[TreeEntry, ...] = ()
+    unreadable: str = ""
+    """Why fetching failed; empty when it did not."""
     delta: Path | None = None
     """The delta file; fetched only after ``precheck`` found nothing."""
 
@@ -108,6 +111,11 @@ class Verdict:
     def accepted(self) -> bool:
         """Whether no rule was broken."""
         return not self.findings
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether looking again could not change the verdict."""
+        return all(finding.code != "unreadable" for finding in self.findings)
 
 
 def precheck(submission: Submission, rules: Rules) -> Verdict:
@@ -134,6 +142,8 @@ def _read_record(submission: Submission) -> tuple[Contribution | None, list[Find
     place = branch_place(submission.branch)
     if place is None:
         return None, [Finding("wrong-branch", f"{submission.branch!r} names no contribution.")]
+    if submission.unreadable:
+        return None, [Finding("unreadable", submission.unreadable)]
     if submission.history:
         return None, [Finding("wrong-history", submission.history)]
     path = contribution_path(*place)
@@ -155,7 +165,10 @@ def branch_place(branch: str) -> tuple[int, str] | None:
     if len(parts) != 3 or parts[0] != "contribute":
         return None
     number, contribution_id = parts[1], parts[2]
-    if not (number.isascii() and number.isdigit() and len(number) < 10) or str(int(number)) != number:
+    if (
+        not (number.isascii() and number.isdigit() and len(number) < 10)
+        or str(int(number)) != number
+    ):
         return None
     if len(contribution_id) != 32 or not set(contribution_id) <= set("0123456789abcdef"):
         return None

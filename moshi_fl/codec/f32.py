@@ -21,7 +21,7 @@ class Float32:
         """The same values."""
         return delta.astype("<f4")
 
-    def check(self, entry: Array, shape: Shape) -> str:  # noqa: ARG002 - the codec interface
+    def check(self, entry: Array, shape: Shape) -> str:
         """Every finite value is fine."""
         return "" if np.isfinite(entry).all() else "holds a value that is not finite"
 
@@ -29,7 +29,7 @@ class Float32:
         """The same values."""
         return entry.astype(np.float32).reshape(shape)
 
-    def add(self, entry: Array, shape: Shape, start: int, total: F64, weight: float) -> None:  # noqa: ARG002
+    def add(self, entry: Array, shape: Shape, start: int, total: F64, weight: float) -> None:
         """Widen, scale, add."""
         term = entry.reshape(-1)[start : start + len(total)].astype(np.float64)
         term *= weight

@@ -42,7 +42,7 @@ class Int8:
         values = np.clip(np.rint(matrix / divisor), -LARGEST, LARGEST).astype(np.int8)
         return np.concatenate([_as_bytes(scale), values.view(np.uint8)], axis=1)
 
-    def check(self, entry: Array, shape: Shape) -> str:  # noqa: ARG002 - the codec interface
+    def check(self, entry: Array, shape: Shape) -> str:
         """Scales in range, the largest value of each row 127, rows of scale zero all zero."""
         scale, values = _parts(entry)
         zero = scale.view(np.uint32) == 0

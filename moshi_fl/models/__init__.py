@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 from moshi_fl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from moshi_fl.models.family import Family
+    from moshi_fl.models.family import Family, Preset
 
 ENTRY_POINTS = "moshi_fl.families"
 _BUILT_IN = {"char": "moshi_fl.models.char_family:FAMILY"}
@@ -43,3 +43,18 @@ def get_family(name: str) -> Family:
         f"there is no model family {name!r}; known: {', '.join(known_families())}.",
         hint="Install the package that provides it, or correct [model] family in hub.toml.",
     )
+
+
+def get_preset(family: str, name: str) -> Preset:
+    """A family's ready-made settings.
+
+    Raises:
+        ConfigError: There is no such family or preset; names those there are.
+    """
+    presets = get_family(family).presets
+    if name not in presets:
+        raise ConfigError(
+            f"family {family!r} has no preset {name!r}.",
+            hint=f"--preset {' | '.join(presets)}",
+        )
+    return presets[name]

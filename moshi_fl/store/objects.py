@@ -222,7 +222,12 @@ class ObjectStore(StoreFolder):
         """
         argv = ["diff-tree", "-r", "-z", "--raw", "--no-renames", "--no-abbrev"]
         argv += ["--end-of-options", checked_object(old), checked_object(new)]
-        task = Task(argv, self._env, max_output=limit * BYTES_PER_ENTRY + LISTING_SLACK, timeout=self.timeout)
+        task = Task(
+            argv,
+            self._env,
+            max_output=limit * BYTES_PER_ENTRY + LISTING_SLACK,
+            timeout=self.timeout,
+        )
         result = run(self.path, task)
         fields = result.out.split(b"\0")[:-1]
         if result.overflowed or len(fields) > 2 * limit:

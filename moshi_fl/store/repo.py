@@ -57,7 +57,7 @@ class PushRejected(HubError):
         self.refs = refs
 
 
-class RefMissing(HubError):  # noqa: N818  (like Rejected)
+class RefMissing(HubError):
     """The hub answers, but does not have a ref."""
 
 

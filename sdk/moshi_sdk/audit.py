@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-
 from moshi_fl.errors import CorruptRecord, HubError, UntrustedHub
-from moshi_fl.growth import grow
 from moshi_fl.history import read_contributions
 from moshi_fl.records import Contribution, Location, Round
 from moshi_fl.replica import Replica
 from moshi_fl.restore import StrategyFinder, aggregate, delta_name, fetch_locations
 from moshi_fl.rules import contribution_weight
+from moshi_fl.snapshot import grow
 from moshi_fl.weights import Weights, weights_digest
 
 

@@ -21,7 +21,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from moshi_fl.errors import ConfigError
-from moshi_fl.flower import ARRAYS, CONFIG, METRICS, to_arrays, to_weights
+from moshi_fl.flower import ARRAYS, METRICS, arrays_in, config_in, to_arrays
 from moshi_fl.models import get_family
 from moshi_fl.models.common import extract_weights, load_weights
 from moshi_fl.models.family import Corpus, Task
@@ -55,7 +55,9 @@ def watched(on_step: OnStep | None, corpus: Corpus | None = None) -> Iterator[No
         _corpus.reset(tokens[1])
 
 
-def job_config(family: str, model: Mapping[str, Any], tokenizer: bytes, recipe: Recipe) -> dict[str, Any]:
+def job_config(
+    family: str, model: Mapping[str, Any], tokenizer: bytes, recipe: Recipe
+) -> dict[str, Any]:
     """The ``config`` record of a train message: everything a client needs except data."""
     return {
         "family": family,
@@ -76,10 +78,9 @@ def job_config(family: str, model: Mapping[str, Any], tokenizer: bytes, recipe: 
 @app.train()
 def train_client(message: Message, context: Context) -> Message:
     """Train the weights in the message on this node's data and reply with what became of them."""
-    config = message.content[CONFIG]
-    job = _job(config, context)
+    job = _job(config_in(message), context)
     module = job.task.build()
-    load_weights(module, to_weights(message.content[ARRAYS]))
+    load_weights(module, arrays_in(message))
     result = train(
         module,
         job.task,
@@ -88,7 +89,7 @@ def train_client(message: Message, context: Context) -> Message:
         checkpoint=job.checkpoint,
         on_step=_on_step.get(),
     )
-    metrics = {
+    metrics: dict[str, int | float | list[int] | list[float]] = {
         "num-examples": job.recipe.steps * job.recipe.batch_size,
         "train-loss": result.loss,
         "steps": job.recipe.steps,
@@ -102,9 +103,9 @@ def train_client(message: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate_client(message: Message, context: Context) -> Message:
     """Measure the weights in the message on this node's held-out data."""
-    job = _job(message.content[CONFIG], context)
+    job = _job(config_in(message), context)
     module = job.task.build()
-    load_weights(module, to_weights(message.content[ARRAYS]))
+    load_weights(module, arrays_in(message))
     pool = job.task.pool(job.corpus, 32, seed=job.recipe.seed, held_out=True)
     losses = job.task.evaluate(module, pool, torch.device(job.recipe.device))
     metrics = MetricRecord({"num-examples": len(losses), "loss": float(losses.mean())})
@@ -137,6 +138,6 @@ def _read(task: Task, context: Context, seed: int) -> Corpus:
     if not data:
         raise ConfigError(
             "this node does not say where its data lies.",
-            hint='flower-supernode --node-config "data=\'/path/to/code\'"',
+            hint="flower-supernode --node-config \"data='/path/to/code'\"",
         )
     return task.read([Path(path) for path in data.split(os.pathsep)], seed=seed)

@@ -227,9 +227,7 @@ def _seed(options: Options, snapshot: Snapshot) -> int:
     return int(sha256_bytes(f"{options.contributor}/{snapshot.round}".encode())[:8], 16)
 
 
-def _steps(
-    snapshot: Snapshot, task: Task, corpus: Corpus, recipe: Recipe, options: Options
-) -> int:
+def _steps(snapshot: Snapshot, task: Task, corpus: Corpus, recipe: Recipe, options: Options) -> int:
     if options.steps is not None:
         return options.steps
     if options.epochs is not None:
@@ -305,7 +303,7 @@ def recipe_of(plan: RunPlan) -> Recipe:
 
 
 def _train(work: _Work, corpus: Corpus, recipe: Recipe) -> None:
-    from moshi_fl.flower import ARRAYS, local_context, to_weights, train_message
+    from moshi_fl.flower import arrays_in, local_context, train_message
     from moshi_sdk.client import app, job_config, watched
 
     state = work.state
@@ -314,7 +312,7 @@ def _train(work: _Work, corpus: Corpus, recipe: Recipe) -> None:
     context = local_context(checkpoint=str(work.run.checkpoint))
     with watched(work.listener.step, corpus):
         reply = app(message=message, context=context)
-    save_weights(work.run.trained, to_weights(reply.content[ARRAYS]))
+    save_weights(work.run.trained, arrays_in(reply))
     work.run.checkpoint.unlink(missing_ok=True)
 
 
@@ -419,5 +417,3 @@ def _remember(work: _Work, contribution: Contribution) -> None:
     before = feedback.base(merged_test(work.replica, work.state))
     if work.run.carry.exists() and before != contribution.id:
         feedback.sent(contribution.id, contribution.round, open_weights(work.run.carry), before)
-
-

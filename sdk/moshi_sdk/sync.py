@@ -36,7 +36,9 @@ class SyncManager:
         keep_rounds: int = 2,
         timeout: float = 600.0,
     ) -> None:
-        self.replica = Replica(hub, home or default_home(), keep_rounds=keep_rounds, timeout=timeout)
+        self.replica = Replica(
+            hub, home or default_home(), keep_rounds=keep_rounds, timeout=timeout
+        )
 
     def pull(self, number: int | None = None, *, offline: bool = False) -> Snapshot:
         """Bring a round here and return it.
@@ -66,8 +68,9 @@ class SyncManager:
         snapshot = self.replica.cached()
         if snapshot is None or (number is not None and number != snapshot.round):
             raise HubError(
-                f"{error} Round {'' if number is None else number} is not on this machine either."
-                .replace("Round  is", "No round is"),
+                f"{error} Round {'' if number is None else number} is not on this machine either.".replace(
+                    "Round  is", "No round is"
+                ),
                 hint=error.hint or "try again when the hub can be reached",
             ) from error
         return dataclasses.replace(snapshot, online=False)

@@ -15,7 +15,7 @@ from moshi_fl.checkup import Check, advise, attempt, report, require
 from moshi_fl.cli import output_options
 from moshi_fl.console import Console
 from moshi_fl.errors import MoshiError
-from moshi_fl.history import MAIN, HubState, fetch_state, find_latest
+from moshi_fl.history import MAIN, HubState, fetch_latest, read_state
 from moshi_fl.records import Location
 from moshi_fl.store import HUB_SETTINGS, HubRepo, hub_settings, is_local, local_path
 from moshi_fl.text import Duration, Moment, Size
@@ -47,7 +47,7 @@ def _checks(repo: HubRepo, hub: str) -> Iterator[Check]:
         yield _space(folder)
     yield require(MAIN in refs, "main", refs.get(MAIN, "absent"), f"moshi-hub init {hub}")
     try:
-        state = fetch_state(repo, *find_latest(repo))
+        state = read_state(repo, *fetch_latest(repo))
     except MoshiError as error:
         yield Check("rounds", "fail", str(error), error.hint)
         return

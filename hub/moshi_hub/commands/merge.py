@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import click
 
-from moshi_fl.aggregate import Strategy, get_strategy
 from moshi_fl.cli import hub_option, output_options
 from moshi_fl.console import Console
-from moshi_fl.records import Scalar
+from moshi_fl.strategies import find_strategy
 from moshi_fl.text import Percent, Size
 from moshi_hub.options import maintainer, replica_for
 
@@ -49,7 +48,6 @@ def merge(
     _contributions(console, outcome)
     record = outcome.built.record if outcome.built else outcome.proposal.record
     done = {True: "Published", False: "Proposed"}[publish] if not dry_run else "Computed"
-    proposal = outcome.proposal
     console.done(
         f"{done} round {record.round}",
         round=record.round,
@@ -57,23 +55,16 @@ def merge(
         rejected=len(outcome.open_round.verdicts) - len(outcome.open_round.accepted),
         held_out_before=record.evaluation.before if record.evaluation else None,
         held_out_after=record.evaluation.after if record.evaluation else None,
-        update=Size(sum(path for path in outcome.update_sizes)),
-        keyframe=Size(outcome.keyframe_size) if proposal.keyframe_files else None,
+        update=Size(outcome.update_bytes),
+        keyframe=Size(outcome.keyframe_bytes) if outcome.keyframe_bytes else None,
         weights=record.weights,
     )
     if outcome.leftovers:
-        console.warn(f"the round is published, but the clean-up is not complete: {outcome.leftovers}")
+        console.warn(
+            f"the round is published, but the clean-up is not complete: {outcome.leftovers}"
+        )
     if not publish and not dry_run:
         console.hint("moshi-hub publish   (after review: makes it the current round)")
-
-
-def find_strategy(name: str, options: dict[str, Scalar]) -> Strategy:
-    """A strategy by name; Flower is imported only for its own."""
-    if ":" not in name:
-        return get_strategy(name, options)
-    from moshi_fl.flower import find_strategy as find
-
-    return find(name, options)
 
 
 def _contributions(console: Console, outcome: object) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-
 import click
 
 from moshi_fl.cli import hub_option, output_options
 from moshi_fl.console import Console
 from moshi_fl.errors import Exit
+from moshi_fl.strategies import find_strategy
 from moshi_sdk.options import settings_for, sync_manager
 
 
@@ -34,7 +34,7 @@ def audit(console: Console, hub: str | None, number: int | None, everything: boo
         console.done("Only round 0: random weights, nothing to recompute", audited=0)
         return Exit.DONE
     first, last = (1, newest) if everything else (number or newest, number or newest)
-    auditor = Auditor(manager.replica, find_strategy=_find_strategy)
+    auditor = Auditor(manager.replica, find_strategy=find_strategy)
     findings = []
     with console.progress("Auditing", last - first + 1, unit="rounds") as bar:
         for finding in auditor.audit(first, last):
@@ -60,16 +60,3 @@ def audit(console: Console, hub: str | None, number: int | None, everything: boo
     done = sum(finding.identical is True for finding in findings)
     console.done(f"{done} of {len(findings)} round(s) recomputed, bit for bit", audited=done)
     return Exit.DONE if done == len(findings) else Exit.FAILED
-
-
-def _find_strategy(name: str, options: dict[str, bool | int | float | str]) -> object:
-    """A strategy by name; Flower is imported only for its own."""
-    if ":" not in name:
-        from moshi_fl.aggregate import get_strategy
-
-        return get_strategy(name, options)
-    from moshi_fl.flower import find_strategy
-
-    return find_strategy(name, options)
-
-

@@ -146,5 +146,3 @@ def _report(console: Console, outcome: Any, hub: str) -> None:
     console.done(what, **facts)
     console.note("That record and that delta are all that left this machine; Git keeps them.")
     console.hint("moshi-fl status   (shows when a maintainer has merged it into a round)")
-
-

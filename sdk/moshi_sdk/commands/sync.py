@@ -36,7 +36,9 @@ def sync(console: Console, hub: str | None, number: int | None, offline: bool) -
     checked = datetime.fromtimestamp(snapshot.checked, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     if not snapshot.online and not offline:
         console.warn(f"the hub does not answer; this is what was last seen, at {checked}.")
-    what = f"Round {record.round} is here" if snapshot.received else f"Round {record.round} is current"
+    what = (
+        f"Round {record.round} is here" if snapshot.received else f"Round {record.round} is current"
+    )
     console.done(
         what if snapshot.online else f"Round {record.round} from the cache",
         round=record.round,

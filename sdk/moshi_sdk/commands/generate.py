@@ -1,0 +1,69 @@
+"""``moshi-fl generate``: continue a text with the global model."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from moshi_fl.cli import hub_option, output_options
+from moshi_fl.console import Console
+from moshi_sdk.options import pick_device, settings_for, sync_manager, use_threads
+
+
+@click.command()
+@click.argument("prompt", required=False)
+@hub_option
+@click.option("--round", "number", type=click.IntRange(0), help="Use this round.")
+@click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True)
+@click.option("--temperature", type=click.FloatRange(0), default=0.7, show_default=True)
+@click.option("--top-k", type=click.IntRange(1), help="Choose among this many tokens only.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Nucleus sampling.")
+@click.option("--seed", type=click.IntRange(0), help="Makes the answer repeatable.")
+@click.option("--stop", multiple=True, help="Stop before this text; may be given several times.")
+@click.option("--device", help="auto, cpu, mps, cuda or cuda:N.")
+@click.option("--offline", is_flag=True, help="Use the round on this machine; ask no hub.")
+@output_options
+def generate(
+    console: Console,
+    prompt: str | None,
+    hub: str | None,
+    number: int | None,
+    device: str | None,
+    offline: bool,
+    **choices: object,
+) -> None:
+    r"""Continue PROMPT (or standard input) with the hub's model, piece by piece as it is made.
+
+    \b
+    Examples:
+      moshi-fl generate 'def main(' --max-tokens 80
+      git diff | moshi-fl generate --temperature 0
+    """
+    settings = settings_for(hub=hub, device=device)
+    text = prompt if prompt is not None else _piped()
+    snapshot = sync_manager(settings).pull(number, offline=offline)
+    use_threads(settings.threads)
+    from moshi_fl.models.common import load_weights
+    from moshi_fl.models.family import Sampling
+    from moshi_sdk.contribute import load_task
+
+    task = load_task(snapshot.state)
+    module = task.build()
+    load_weights(module, snapshot.load())
+    module.to(pick_device(settings.device))
+    sampling = Sampling(**choices)  # type: ignore[arg-type]
+    if not console.json_mode:
+        console.write(text)
+    for piece in task.generate(module, text, sampling):
+        console.write(piece)
+    if console.json_mode:
+        console.result(prompt=text, round=snapshot.round)
+    else:
+        console.write("\n")
+
+
+def _piped() -> str:
+    if sys.stdin.isatty():
+        raise click.UsageError("Give a PROMPT, or pipe one in.")
+    return sys.stdin.read()

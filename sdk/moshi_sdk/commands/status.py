@@ -1,0 +1,95 @@
+"""``moshi-fl status``: where the hub stands, and where one's own contributions are."""
+
+from __future__ import annotations
+
+import click
+
+from moshi_fl.cli import hub_option, output_options
+from moshi_fl.console import Console
+from moshi_fl.history import HubState, contribution_branch
+from moshi_fl.replica import Replica, Snapshot
+from moshi_fl.text import Moment, Size
+from moshi_sdk.options import settings_for, sync_manager
+from moshi_sdk.runs import Run, Runs
+
+SHOWN_ROUNDS = 10
+
+
+@click.command()
+@hub_option
+@click.option("--offline", is_flag=True, help="Show what is known; do not ask the hub.")
+@output_options
+def status(console: Console, hub: str | None, offline: bool) -> None:
+    r"""Show a hub's rounds, and what became of the contributions from this machine.
+
+    \b
+    Examples:
+      moshi-fl status --hub ./hub.git
+      moshi-fl status --json
+    """
+    settings = settings_for(hub=hub)
+    manager = sync_manager(settings)
+    snapshot = manager.pull(offline=offline)
+    _show_hub(console, settings.hub, snapshot)
+    console.table(_rounds(snapshot.state), name="rounds")
+    rows = [_contribution(run, manager.replica, snapshot) for run in _runs(manager.replica)]
+    if rows:
+        console.table(rows, name="contributions")
+    else:
+        console.note("No contributions from this machine yet.")
+        console.hint("moshi-fl contribute --data PATH")
+
+
+def _show_hub(console: Console, hub: str, snapshot: Snapshot) -> None:
+    config, record = snapshot.state.config, snapshot.record
+    console.result(
+        hub=hub,
+        name=config.hub.name,
+        model=f"{config.family}, {record.parameters:,} parameters",
+        round=record.round,
+        online=snapshot.online,
+    )
+
+
+def _rounds(state: HubState) -> list[dict[str, object]]:
+    return [
+        {
+            "round": record.round,
+            "published": Moment(record.created),
+            "contributions": len(record.contributions),
+            "held_out_loss": record.evaluation.after if record.evaluation else None,
+            "update": Size(record.update.location.bytes) if record.update else None,
+            "keyframe": Size(record.keyframe.bytes) if record.keyframe else None,
+        }
+        for record in state.manifest.rounds[-SHOWN_ROUNDS:]
+    ]
+
+
+def _runs(replica: Replica) -> list[Run]:
+    return list(Runs(replica.folder / "runs"))[:SHOWN_ROUNDS]
+
+
+def _contribution(run: Run, replica: Replica, snapshot: Snapshot) -> dict[str, object]:
+    contribution = run.contribution()
+    return {
+        "contribution": contribution.id[:12] if contribution else "-",
+        "base": run.plan.base_round,
+        "steps": run.plan.training.steps,
+        "own_loss": contribution.metrics.held_out_after if contribution else None,
+        "state": _state(run, replica, snapshot),
+    }
+
+
+def _state(run: Run, replica: Replica, snapshot: Snapshot) -> str:
+    contribution = run.contribution()
+    if contribution is None:
+        return "training; moshi-fl contribute --resume"
+    if not run.is_sent:
+        return "ready; moshi-fl contribute --resume"
+    if not snapshot.online:
+        return "sent"
+    for record in replica.chain(snapshot.state, min(contribution.round + 1, snapshot.round)):
+        if any(merged.id == contribution.id for merged in record.contributions):
+            return f"in round {record.round}"
+    branch = contribution_branch(contribution.round, contribution.id)
+    return "open" if replica.repo.remote_refs(branch) else "not taken"
