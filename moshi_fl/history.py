@@ -5,6 +5,7 @@ Reads and checks records; moves no weights (``moshi_fl.restore`` does) and keeps
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -172,7 +173,7 @@ def check_chain(rounds: Sequence[Round]) -> None:
     Raises:
         UntrustedHub: The chain is broken; names the round.
     """
-    for earlier, later in zip(rounds, rounds[1:], strict=False):
+    for earlier, later in itertools.pairwise(rounds):
         if later.round != earlier.round + 1 or later.previous != digest(earlier):
             raise UntrustedHub(
                 f"the chain of rounds is broken: round {later.round} does not follow "

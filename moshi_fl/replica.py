@@ -168,7 +168,7 @@ class Replica:
             return self._look()
 
     def cached(self) -> Snapshot | None:
-        """The newest verified round on this machine, without asking the hub; None if there is none."""
+        """The newest verified round on this machine, if any; the hub is not asked."""
         seen = self.seen()
         if seen is None or not self.weights_path(seen.round).exists():
             return None

@@ -57,10 +57,11 @@ def plan(rounds: Sequence[Round], target: int, have: int | None) -> Plan:
         HubError: The chain offers no way there.
     """
     by_number = {record.round: record for record in rounds}
-    ways = []
-    for start in by_number:
-        if start <= target and by_number[start].keyframe is not None:
-            ways.append(Plan(by_number[start], _updates(by_number, start + 1, target)))
+    ways = [
+        Plan(record, _updates(by_number, record.round + 1, target))
+        for record in rounds
+        if record.round <= target and record.keyframe is not None
+    ]
     if have is not None and have <= target and have + 1 >= rounds[0].round:
         ways.append(Plan(None, _updates(by_number, have + 1, target)))
     if not ways:

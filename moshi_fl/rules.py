@@ -13,7 +13,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def contribution_weight(rule: Weighting, num_examples: int, staleness: int) -> int:
-    """Integer weight of a contribution: its examples within the limit, discounted by age in rounds."""
+    """Integer weight of a contribution: examples within the limit, discounted by age in rounds."""
     discounted = min(num_examples, rule.max_examples) * rule.staleness_discount**staleness
     return max(1, int(discounted))
 

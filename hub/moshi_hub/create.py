@@ -87,7 +87,7 @@ def _refuse_used(repo: HubRepo) -> None:
     repo.prepare()
     if present := repo.remote_refs():
         raise HubError(
-            f"{repo.url} already holds {len(present)} ref(s), such as {sorted(present)[0]}.",
+            f"{repo.shown_url} already holds {len(present)} ref(s), such as {min(present)}.",
             hint="a hub starts in an empty repository; give another path or URL",
         )
 
@@ -121,7 +121,7 @@ def _push_first(
             ]
         )
     except PushRejected as error:
-        raise HubError(f"{repo.url} was filled by someone else meanwhile.") from error
+        raise HubError(f"{repo.shown_url} was filled by someone else meanwhile.") from error
 
 
 def _first_commit(repo: HubRepo, texts: Mapping[str, bytes], by: Author, when: int) -> str:

@@ -248,10 +248,11 @@ def clean_up(replica: Replica, found: OpenRound, waiting: set[str]) -> str:
     """
     repo = replica.repo
     state = replica.pull().state
-    settled = []
-    for verdict in found.verdicts:
-        if verdict.is_settled and _id(verdict) not in waiting:
-            settled.append(RefUpdate(verdict.branch, None, found.branches[verdict.branch]))
+    settled = [
+        RefUpdate(verdict.branch, None, found.branches[verdict.branch])
+        for verdict in found.verdicts
+        if verdict.is_settled and _id(verdict) not in waiting
+    ]
     present = repo.remote_refs(f"{state.refs.prefix}*")
     stale = stale_refs(present, state.refs, found.rules.config.storage, state.manifest)
     kept = {c.delta.ref for c in found.accepted if c.id in waiting}

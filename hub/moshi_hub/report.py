@@ -59,7 +59,7 @@ def _accepted(proposal: Proposal) -> str:
     total = sum(merged.weight for merged in proposal.record.contributions)
     rows = [
         "## Accepted\n",
-        "| contribution | contributor | base | examples | weight | own loss before | after | size |",
+        "| contribution | contributor | base | examples | weight | own loss | after | size |",
         "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for merged in proposal.record.contributions[:MAX_ROWS]:

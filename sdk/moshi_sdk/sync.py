@@ -67,10 +67,9 @@ class SyncManager:
     def _cached(self, number: int | None, error: HubError) -> Snapshot:
         snapshot = self.replica.cached()
         if snapshot is None or (number is not None and number != snapshot.round):
+            wanted = "no round" if number is None else f"not round {number}"
             raise HubError(
-                f"{error} Round {'' if number is None else number} is not on this machine either.".replace(
-                    "Round  is", "No round is"
-                ),
+                f"{error} On this machine there is {wanted} of it either.",
                 hint=error.hint or "try again when the hub can be reached",
             ) from error
         return dataclasses.replace(snapshot, online=False)

@@ -177,7 +177,7 @@ class _Handler(BaseHTTPRequestHandler):
         return env
 
     def _feed(self, stdin) -> None:
-        # The whole body must be read, even if Git has given up, or the client never sees the answer.
+        # The whole body must be read, even if Git has given up, or no client sees the answer.
         broken = False
         with contextlib.suppress(OSError, ValueError):
             for data in self._body():
