@@ -16,6 +16,7 @@ from moshi_fl.store import HubRepo, RefMissing
 from moshi_fl.weights import sha256_bytes
 
 MAIN = "refs/heads/main"
+ROUND_BRANCHES = "refs/heads/round/*"
 PREFIXES = ("refs/moshi/", "refs/heads/moshi/")
 """Where weights may lie. The second is for hosts that take only branches and tags."""
 

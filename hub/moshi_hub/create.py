@@ -42,8 +42,13 @@ class Plan:
     maintainer: str = "moshi-hub"
 
 
-def create(plan: Plan, home: Path) -> Snapshot:
+def create(plan: Plan, home: Path, preset: Preset | None = None) -> Snapshot:
     """Create a hub, or fill an empty repository, and publish round 0.
+
+    Args:
+        plan: What is wanted.
+        home: Folder of this user's moshi-fl data.
+        preset: Settings to use instead of the family's preset that the plan names.
 
     Raises:
         HubError: The repository already holds something, or cannot be reached.
@@ -51,7 +56,7 @@ def create(plan: Plan, home: Path) -> Snapshot:
     """
     from moshi_fl.models import get_family, get_preset
 
-    preset = get_preset(plan.family, plan.preset)
+    preset = preset or get_preset(plan.family, plan.preset)
     hubfile = render_hubfile(plan, preset)
     config = parse_hubfile(hubfile)
     if is_local(plan.url):

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moshi_fl.aggregate import get_strategy
-from moshi_fl.errors import HubError, MoshiError
+from moshi_fl.errors import HubError
 from moshi_fl.history import HUB_FILE, round_branch
 from moshi_fl.hubfile import MAX_HUBFILE_BYTES, HubConfig, parse_hubfile
 from moshi_fl.records import Contribution, Round, Scalar, Strategy
 from moshi_fl.replica import Replica, Snapshot
 from moshi_fl.restore import StrategyFinder
 from moshi_fl.rules import shapes_of
-from moshi_fl.store import HubRepo, PushRejected, RefUpdate
+from moshi_fl.store import HubRepo
+from moshi_hub.cleanup import clean_up, settle
 from moshi_hub.collect import judge, known_deltas, make_rules, open_branches
 from moshi_hub.propose import Evaluator, Proposal, propose
 from moshi_hub.publish import (
@@ -26,7 +27,6 @@ from moshi_hub.publish import (
     publish_proposed,
     push_proposed,
     push_published,
-    stale_refs,
 )
 from moshi_hub.report import round_report
 from moshi_hub.verify import Rules, Verdict
@@ -202,8 +202,14 @@ def _push(
         push_proposed(repo, state, built, present)
         return _outcome(found, proposal, built, waiting)
     push_published(repo, state, built, present)
-    leftovers = clean_up(replica, found, {c.id for c in waiting})
+    leftovers = _clean_up(replica, found, {c.id for c in waiting})
     return _outcome(found, proposal, built, waiting, leftovers)
+
+
+def _clean_up(replica: Replica, found: OpenRound, waiting: set[str]) -> str:
+    state = replica.pull().state
+    settled = settle(found.verdicts, found.branches, waiting)
+    return clean_up(replica.repo, state, found.rules, settled)
 
 
 def _outcome(
@@ -236,54 +242,6 @@ def publish_round(replica: Replica, number: int | None = None) -> tuple[Round, s
         record = replica.pull().record
         taken = {merged.id for merged in record.contributions}
         waiting = {entry.id for entry in found.accepted if entry.id not in taken}
-        return record, clean_up(replica, found, waiting)
+        return record, _clean_up(replica, found, waiting)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def clean_up(replica: Replica, found: OpenRound, waiting: set[str]) -> str:
-    """Remove what a published round has settled from the hub: branches, deltas, old weights.
-
-    Each ref goes only if it still is what was judged. Returns what went wrong, or nothing.
-    """
-    repo = replica.repo
-    state = replica.pull().state
-    settled = [
-        RefUpdate(verdict.branch, None, found.branches[verdict.branch])
-        for verdict in found.verdicts
-        if verdict.is_settled and _id(verdict) not in waiting
-    ]
-    present = repo.remote_refs(f"{state.refs.prefix}*")
-    stale = stale_refs(present, state.refs, found.rules.config.storage, state.manifest)
-    kept = {c.delta.ref for c in found.accepted if c.id in waiting}
-    oldest = found.rules.round - found.rules.config.delta.max_staleness
-    for ref in present:
-        number = ref.removeprefix(f"{state.refs.prefix}delta/").split("/")[0]
-        if number.isdigit() and ref not in kept and _settled(ref, int(number), oldest, found):
-            stale.append(ref)
-    updates = settled + [RefUpdate(ref, None, present[ref]) for ref in stale]
-    return remove(repo, updates)
-
-
-def _id(verdict: Verdict) -> str:
-    return verdict.contribution.id if verdict.contribution else ""
-
-
-def _settled(ref: str, number: int, oldest: int, found: OpenRound) -> bool:
-    judged = {v.contribution.delta.ref for v in found.verdicts if v.contribution}
-    return ref in judged or number < oldest
-
-
-def remove(repo: HubRepo, updates: Sequence[RefUpdate]) -> str:
-    """Delete refs one batch at a time; a ref that moved meanwhile stays and is named."""
-    if not updates:
-        return ""
-    try:
-        repo.push(updates)
-    except PushRejected as error:
-        rest = [update for update in updates if update.ref not in error.refs]
-        again = remove(repo, rest) if len(rest) < len(updates) else ""
-        return f"moved meanwhile and kept: {', '.join(error.refs)}. {again}".strip()
-    except MoshiError as error:
-        return str(error)
-    return ""

@@ -28,7 +28,6 @@ from moshi_fl.history import (
     round_folder,
     round_path,
 )
-from moshi_fl.hubfile import StorageRules
 from moshi_fl.records import File, Location, Manifest, Round, Update, dump
 from moshi_fl.store import Author, HubRepo, PushRejected, RefUpdate
 from moshi_fl.weights import sha256_file
@@ -262,30 +261,3 @@ def _has_round(repo: HubRepo, main: str, latest: str, number: int) -> bool:
         entry.path == round_path(number) and repo.read(main, entry.path, limit=1 << 20) == wanted
         for entry in repo.entries(main, round_folder(number))
     )
-
-
-def stale_refs(
-    refs: Mapping[str, str], names: Refs, rules: StorageRules, manifest: Manifest
-) -> list[str]:
-    """Refs that the storage policy no longer keeps, of those on the hub.
-
-    Keyframes can be recomputed from the updates, so only the first and those in the manifest stay.
-    """
-    newest = manifest.newest.round
-    wanted = {record.keyframe.ref for record in manifest.rounds if record.keyframe}
-    first_kept = newest - rules.keep_rounds + 1 if rules.keep_rounds else 0
-    first_kept = min(first_kept, manifest.rounds[0].round)
-    stale = []
-    for ref in refs:
-        kind, _, number = ref.removeprefix(names.prefix).partition("/")
-        if not number.isdigit():
-            continue
-        keep = {
-            "keyframe": ref in wanted or (int(number) == 0 and not rules.keep_rounds),
-            "update": int(number) >= first_kept,
-            "archive": int(number) >= first_kept,
-            "next": int(number) > newest,
-        }
-        if not keep.get(kind, True):
-            stale.append(ref)
-    return stale

@@ -1,0 +1,205 @@
+"""``HubSimulator``: a real bare repository with helper verbs, so that tests read as stories."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from moshi_hub.create import Plan, create
+from moshi_hub.merge import Options, OpenRound, Outcome, look, merge
+from moshi_hub.verify import Verdict
+from moshi_sdk.submit import DELTA_AUTHOR
+from moshi_sdk.sync import SyncManager
+
+from moshi_fl.codec import get_codec
+from moshi_fl.codec.delta import delta_bytes, encode_delta
+from moshi_fl.history import DELTA_FILE, MAIN, contribution_branch, contribution_path
+from moshi_fl.models import get_preset
+from moshi_fl.models.family import Preset
+from moshi_fl.records import Contribution, File, Location, Training, dump
+from moshi_fl.replica import Replica, Snapshot
+from moshi_fl.store import ANY, Author, RefUpdate
+from moshi_fl.strategies import find_strategy
+from moshi_fl.weights import Weights, sha256_bytes
+
+MODEL = {"n_layer": 1, "n_head": 2, "d_model": 16, "d_ff": 32, "context": 32}
+TEXT = "def area(width, height):\n    return width * height\n\n\nprint(area(3, 4))\n"
+
+
+def small_preset(**tables: Mapping[str, Any]) -> Preset:
+    """The char family at a size that trains in no time; tables may be changed by name."""
+    preset = get_preset("char", "tiny")
+    preset = replace(
+        preset,
+        model=preset.model | MODEL,
+        training={"steps": 3, "batch_size": 4, "learning_rate": 3e-3},
+        delta={"codec": "topk"},
+        evaluation={"sequences": 4},
+    )
+    return replace(preset, **{name: getattr(preset, name) | dict(t) for name, t in tables.items()})
+
+
+def write_corpus(folder: Path, text: str = TEXT, files: int = 3) -> Path:
+    """A little source tree."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(files):
+        (folder / f"part{number}.py").write_text(f"# part {number}\n" + text * (20 + number))
+    return folder
+
+
+def random_delta(base: Weights, seed: int, scale: float = 1e-2) -> dict[str, np.ndarray]:
+    """A delta that no training made, of every tensor."""
+    random = np.random.default_rng(seed)
+    return {
+        name: (random.standard_normal(array.shape) * scale).astype(np.float32)
+        for name, array in base.items()
+    }
+
+
+class HubSimulator:
+    """A hub in a folder, its maintainer's home, and contributors who need no training."""
+
+    def __init__(self, folder: Path, *, url: str | None = None, **tables: Mapping[str, Any]):
+        self.folder = folder
+        self.path = folder / "hub.git"
+        self.url = url or str(self.path)
+        self.home = folder / "maintainer"
+        plan = Plan(url=self.url, family="char", preset="tiny", name="test", eval_data=())
+        create(plan, self.home, small_preset(**tables))
+        self.replica = Replica(self.url, self.home)
+
+    def person(self, name: str) -> Replica:
+        """Someone else's copy of the hub."""
+        return Replica(self.url, self.folder / name)
+
+    def sync(self, name: str = "reader", **how: Any) -> Snapshot:
+        """Someone brings the newest round to their machine."""
+        return SyncManager(self.url, home=self.folder / name).pull(**how)
+
+    def contribute(
+        self,
+        name: str = "ann",
+        *,
+        seed: int = 1,
+        delta: Weights | None = None,
+        base: Snapshot | None = None,
+        mutate: Callable[[bytes], bytes] = lambda data: data,
+        tree: Callable[[Replica, str], dict[str, str]] | None = None,
+        **fields: Any,
+    ) -> Contribution:
+        """Submit a made-up delta; every part of it can be falsified.
+
+        Args:
+            name: The contributor.
+            seed: Of the delta, when none is given.
+            delta: What to send.
+            base: The round it is based on; the newest by default.
+            mutate: Changes the delta file's bytes.
+            tree: Gives other files for the branch than the record, path to blob.
+            fields: Fields of the record to overwrite.
+        """
+        replica = self.person(name)
+        base = base or replica.pull()
+        rules = base.state.config.delta
+        codec = get_codec(rules.codec, rules.options)
+        entries, _ = encode_delta(delta or random_delta(base.load(), seed), codec, None)
+        data = mutate(delta_bytes(entries, codec))
+        place, commit = self._place(replica, base, data)
+        record = Contribution(
+            hub=base.state.config.hub.id,
+            round=base.round,
+            base=base.record.weights,
+            family="char",
+            codec=rules.codec,
+            contributor=name,
+            delta=place,
+            num_examples=12,
+            training=Training(
+                steps=3, batch_size=4, learning_rate=3e-3, seed=seed, precision="fp32"
+            ),
+            software="test",
+        )
+        record = msgspec.structs.replace(record, **fields)
+        self._push(replica, record, commit, tree)
+        return record
+
+    def _place(self, replica: Replica, base: Snapshot, data: bytes) -> tuple[Location, str]:
+        repo, sha256 = replica.repo, sha256_bytes(data)
+        ref = base.state.refs.delta(base.round, sha256)
+        tree = repo.tree({DELTA_FILE: repo.put(data)})
+        commit = repo.commit(tree, message=f"{ref}\n", author=DELTA_AUTHOR, when=0)
+        file = File(name=DELTA_FILE, bytes=len(data), sha256=sha256)
+        return Location(ref=ref, commit=commit, files=(file,)), commit
+
+    def _push(
+        self,
+        replica: Replica,
+        record: Contribution,
+        commit: str,
+        tree: Callable[[Replica, str], dict[str, str]] | None,
+    ) -> None:
+        repo, main = replica.repo, replica.fetch_main()
+        path = contribution_path(record.round, record.id)
+        files = {path: repo.put(dump(record))} if tree is None else tree(replica, path)
+        author = Author(record.contributor, "noreply@moshi-fl.invalid")
+        new = repo.commit(
+            repo.tree(files, base=main), parents=(main,), message="x\n", author=author, when=0
+        )
+        branch = contribution_branch(record.round, record.id)
+        repo.push([RefUpdate(branch, new, ANY), RefUpdate(record.delta.ref, commit, ANY)])
+
+    def look(self) -> OpenRound:
+        """Judge what is open."""
+        folder = self.folder / "look"
+        folder.mkdir(exist_ok=True)
+        return look(self.replica, folder / str(len(list(folder.iterdir()))))
+
+    def verdicts(self) -> dict[str, Verdict]:
+        """Verdict by contribution id, or by branch where there is no record."""
+        return {
+            verdict.contribution.id if verdict.contribution else verdict.branch: verdict
+            for verdict in self.look().verdicts
+        }
+
+    def codes(self) -> list[str]:
+        """First reason code of each rejected contribution."""
+        return sorted(v.findings[0].code for v in self.look().verdicts if not v.accepted)
+
+    def merge(self, *, publish: bool = True, replica: Replica | None = None, **how: Any) -> Outcome:
+        """Make a round without held-out data."""
+        return merge(
+            replica or self.replica,
+            Options(publish=publish, **how),
+            evaluator=lambda _: None,
+            find_strategy=find_strategy,
+        )
+
+    def rounds(self, count: int, contributors: int = 1) -> None:
+        """Publish some rounds."""
+        for number in range(count):
+            for person in range(contributors):
+                self.contribute(f"person{person}", seed=1000 * number + person)
+            self.merge()
+
+    def refs(self) -> dict[str, str]:
+        """All refs on the hub."""
+        return self.replica.repo.remote_refs()
+
+    def main(self) -> str:
+        """Commit of main on the hub."""
+        return self.refs()[MAIN]
+
+    def edit_settings(self, old: str, new: str) -> None:
+        """A maintainer commits a change of hub.toml."""
+        repo, main = self.replica.repo, self.replica.fetch_main()
+        text = repo.read(main, "hub.toml", limit=1 << 18).decode()
+        assert old in text
+        tree = repo.tree({"hub.toml": repo.put(text.replace(old, new).encode())}, base=main)
+        commit = repo.commit(
+            tree, parents=(main,), message="Settings\n", author=Author("m", "m@x"), when=0
+        )
+        repo.push([RefUpdate(MAIN, commit, main)])
