@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import click
-import moshi_hub.cli
-import moshi_sdk.cli
 import pytest
 
+import moshi_hub.cli
+import moshi_sdk.cli
 from moshi_fl.cli import group, run
 
 SAMPLE = '''

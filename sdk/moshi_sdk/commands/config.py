@@ -29,19 +29,24 @@ def config(console: Console) -> None:
 
 
 def _rows() -> list[dict[str, object]]:
+    settings = settings_file.load_settings()
+    return [
+        {
+            "setting": name,
+            "value": _shown(name, getattr(settings, name)),
+            "origin": settings.origin(name),
+            "meaning": meaning,
+        }
+        for name, meaning in settings_file.SETTINGS.items()
+    ]
+
+
+def _shown(name: str, value: object) -> object:
     from moshi_fl.store import redact
 
-    settings = settings_file.load_settings()
-    rows: list[dict[str, object]] = []
-    for name, meaning in settings_file.SETTINGS.items():
-        value = getattr(settings, name)
-        if name == "cache_size":
-            value = Size(value)
-        elif name == "hub":
-            value = redact(value)
-        row = {"setting": name, "value": value, "origin": settings.origin(name), "meaning": meaning}
-        rows.append(row)
-    return rows
+    if name == "cache_size":
+        return Size(str(value))
+    return redact(str(value)) if name == "hub" else value
 
 
 @config.command("set")
@@ -51,7 +56,7 @@ def _rows() -> list[dict[str, object]]:
 def set_(console: Console, key: str, value: tuple[str, ...]) -> None:
     """Write a setting to config.toml. DATA takes several paths."""
     parsed = settings_file.set_value(key, value)
-    console.done(f"Set {key}", **{key: parsed})
+    console.done(f"Set {key}", **{key: _shown(key, parsed)})
 
 
 @config.command()
