@@ -7,15 +7,13 @@ names and messages may come from a hostile hub.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
-from moshi_fl.progress import Progress
+from moshi_fl.progress import Progress, terminal_columns
 from moshi_fl.text import clean, human, shorten, spell, width, words
 
 _BOLD, _DIM, _RED, _GREEN, _YELLOW, _CYAN = "1", "2", "31;1", "32", "33", "36"
@@ -138,6 +136,8 @@ class Console:
     def finish(self) -> None:
         """Write what was collected; called once, by ``main``."""
         if self.json_mode:
+            import json
+
             self._out.write(json.dumps(self._document, indent=2, allow_nan=False) + "\n")
         self._out.flush()
 
@@ -164,7 +164,7 @@ class Console:
         """
         if not self._out.isatty():
             return
-        room = shutil.get_terminal_size().columns
+        room = terminal_columns()
         while sum(widths) + len(_GAP) * (len(widths) - 1) > room:
             texts = [i for i, is_right in enumerate(right[:-1]) if not is_right]
             widest = max(texts, key=lambda i: widths[i], default=None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from types import TracebackType
 from typing import Self, TextIO
@@ -12,6 +11,13 @@ from moshi_fl.text import Count, Duration, human, shorten, spell, words
 REDRAW_SECONDS = 0.1
 LOG_SECONDS = 10.0
 BAR_COLUMNS = 24
+
+
+def terminal_columns() -> int:
+    """Width of the terminal, or what ``COLUMNS`` says."""
+    import shutil
+
+    return shutil.get_terminal_size().columns
 
 
 class Progress:
@@ -104,8 +110,7 @@ class Progress:
             self._tenth = int(10 * self._done / self._total)
         text = "  ".join(part for part in self._parts(last) if part)
         if self._live:
-            columns = shutil.get_terminal_size().columns
-            self._write("\r" + shorten(text, columns - 1) + "\033[K")
+            self._write("\r" + shorten(text, terminal_columns() - 1) + "\033[K")
             self._visible = True
         else:
             self._write(text + "\n")
