@@ -38,6 +38,8 @@ def attempt(check: str, examine: Callable[[], Check]) -> Check:
         return examine()
     except MoshiError as error:
         return Check(check, "fail", str(error), error.hint)
+    except OSError as error:
+        return Check(check, "fail", str(error))
 
 
 def report(console: Console, checks: Iterable[Check]) -> None:

@@ -117,7 +117,11 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
 
 def home() -> Path:
     """The folder of everything that moshi-fl keeps; it need not exist yet."""
-    return Path(os.environ.get("MOSHI_FL_HOME") or "~/.moshi-fl").expanduser().absolute()
+    folder = Path(os.environ.get("MOSHI_FL_HOME") or "~/.moshi-fl")
+    try:
+        return folder.expanduser().absolute()
+    except RuntimeError as error:
+        raise ConfigError(f"{folder}: {error}.", hint="Set MOSHI_FL_HOME to a folder.") from error
 
 
 def ensure_home() -> Path:

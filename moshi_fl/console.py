@@ -11,6 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 from moshi_fl.progress import Progress, terminal_columns
@@ -43,7 +44,8 @@ class Console:
         self.quiet = quiet
         self.resume_command = ""
         """What continues this work after Ctrl-C; a command sets it as soon as it can be resumed."""
-        self._out, self._err = stdout or sys.stdout, stderr or sys.stderr
+        self._out = stdout or sys.stdout or _nowhere()
+        self._err = stderr or sys.stderr or _nowhere()
         self._document: dict[str, Any] = {}
         self._bar: Progress | None = None
 
@@ -208,6 +210,11 @@ def _row(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> 
 
 def _is_number(value: object) -> bool:
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _nowhere() -> TextIO:
+    """What stands for a stream that the caller closed (``>&-``)."""
+    return Path(os.devnull).open("w", encoding="utf-8")
 
 
 def _is_terminal(stream: TextIO) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import shutil
 import tempfile
@@ -44,7 +45,7 @@ def _checks(repo: HubRepo, hub: str) -> Iterator[Check]:
     if is_local(repo.url):
         folder = local_path(repo.url)
         yield attempt("settings", lambda: _settings(folder))
-        yield _space(folder)
+        yield attempt("disk", lambda: _space(folder))
     yield require(MAIN in refs, "main", refs.get(MAIN, "absent"), f"moshi-hub init {hub}")
     try:
         state = read_state(repo, *fetch_latest(repo))
@@ -68,7 +69,10 @@ def _settings(folder: Path) -> Check:
 
 
 def _space(folder: Path) -> Check:
-    used = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+    used = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # Git moves files while we look
+            used += path.lstat().st_size
     free = shutil.disk_usage(folder).free
     found = f"{Size(used)} used, {Size(free)} free"
     return advise(free >= LITTLE_SPACE, "disk", found, "Pushes fail on a full disk; make room.")

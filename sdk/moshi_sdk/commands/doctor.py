@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import re
 import shutil
@@ -49,9 +50,9 @@ def _checks(hub: str | None) -> Iterator[Check]:
     yield from _torch()
     yield _flower()
     yield attempt("home", _home)
-    yield _space()
+    yield attempt("disk", _space)
     yield attempt("clock", _clock)
-    yield _leftovers()
+    yield attempt("leftovers", _leftovers)
     yield attempt("hub", lambda: _hub(hub))
 
 
@@ -132,17 +133,24 @@ def _clock() -> Check:
 def _leftovers() -> Check:
     """Files that a killed process left; a young one may belong to somebody at work."""
     before = time.time() - STALE_SECONDS
-    stale = [path for path in _temporary(home()) if path.lstat().st_mtime < before]
+    stale = sum(_last_change(path) < before for path in _temporary(home()))
     return advise(
         not stale,
         "leftovers",
-        f"{len(stale)} stale lock or temporary files" if stale else "none",
+        f"{stale} stale lock or temporary files" if stale else "none",
         "The next moshi-fl sync clears those of its hub away.",
     )
 
 
 def _temporary(folder: Path) -> set[Path]:
     return {path for pattern in _LEFTOVERS for path in folder.rglob(pattern)}
+
+
+def _last_change(path: Path) -> float:
+    try:
+        return path.lstat().st_mtime
+    except FileNotFoundError:  # whoever made it has finished meanwhile
+        return math.inf
 
 
 def _hub(hub: str | None) -> Check:
