@@ -47,6 +47,8 @@ class LazyGroup(click.Group):
         command = getattr(importlib.import_module(module), function)
         assert isinstance(command, click.Command), target
         command.short_help = short_help
+        # Docstrings are raw strings; click's mark for "do not wrap" is the character itself.
+        command.help = (command.help or "").replace("\\b\n", "\b\n")
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -254,6 +254,7 @@ def test_every_listed_command_exists_and_explains_itself(cli):
         assert command is not None
         assert command.name == name
         assert command.help, name
+        assert "\\b" not in command.help, name
         assert help_text.endswith(".")
         assert any("--json" in option.opts for option in command.params), name
 

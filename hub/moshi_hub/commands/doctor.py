@@ -48,6 +48,7 @@ def _checks(repo: HubRepo, hub: str) -> Iterator[Check]:
         yield attempt("disk", lambda: _space(folder))
     yield require(MAIN in refs, "main", refs.get(MAIN, "absent"), f"moshi-hub init {hub}")
     try:
+        repo.prepare()
         state = read_state(repo, *fetch_latest(repo))
     except MoshiError as error:
         yield Check("rounds", "fail", str(error), error.hint)
