@@ -63,6 +63,8 @@ def test_what_a_killed_process_left_is_found_when_it_is_old(examine):
     (store / "young.lock").write_text("")
     _, checks = examine()
     assert checks["leftovers"]["found"] == "2 stale lock or temporary files"
+    assert "shallow.lock" in checks["leftovers"]["next"]
+    assert "young.lock" not in checks["leftovers"]["next"]
 
 
 def test_a_broken_settings_file_is_one_failed_check(examine):

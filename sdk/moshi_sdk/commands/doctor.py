@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -133,12 +134,13 @@ def _clock() -> Check:
 def _leftovers() -> Check:
     """Files that a killed process left; a young one may belong to somebody at work."""
     before = time.time() - STALE_SECONDS
-    stale = sum(_last_change(path) < before for path in _temporary(home()))
+    stale = sorted(path for path in _temporary(home()) if _last_change(path) < before)
+    names = " ".join(shlex.quote(str(path)) for path in stale[:5])
     return advise(
         not stale,
         "leftovers",
-        f"{stale} stale lock or temporary files" if stale else "none",
-        "The next moshi-fl sync clears those of its hub away.",
+        f"{len(stale)} stale lock or temporary files" if stale else "none",
+        f"When no moshi-fl is running: rm -r {names}{' …' if len(stale) > 5 else ''}",
     )
 
 
