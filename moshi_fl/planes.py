@@ -34,7 +34,8 @@ MASK_BELOW = 15 / 16  # share of changed weights from which the mask no longer p
 _ENTROPY = zstandard.ZstdCompressionParameters(
     strategy=zstandard.STRATEGY_FAST, window_log=17, hash_log=6, chain_log=6, min_match=7
 )
-_compressors = (zstandard.ZstdCompressor(compression_params=_ENTROPY), zstandard.ZstdCompressor(3))
+_entropy = zstandard.ZstdCompressor(compression_params=_ENTROPY)
+_matches = zstandard.ZstdCompressor(3)
 _decompressor = zstandard.ZstdDecompressor()
 
 
@@ -89,7 +90,9 @@ def decode_block(file: IO[bytes], count: int, name: str) -> Words:
 def _squeeze(data: Bytes) -> bytes:
     """The shortest of raw and compressed; of equal length, raw."""
     raw = data.tobytes()
-    return min(raw, *(compressor.compress(raw) for compressor in _compressors), key=len)
+    coded = _entropy.compress(raw)
+    # Three planes in four are random bits: what has no entropy to spare is not searched further.
+    return min(coded, _matches.compress(raw), key=len) if len(coded) < len(raw) else raw
 
 
 def _expand(file: IO[bytes], length: int, size: int, name: str) -> Bytes:

@@ -10,7 +10,7 @@ import numpy as np
 from moshi_fl.aggregate.base import Update, blocks, carried, in_order
 from moshi_fl.codec.base import F64, Shape
 
-BLOCK = 1 << 15  # weights; sums and terms of this many stay in a core's own cache
+BLOCK = 1 << 16  # weights; sums and terms of this many stay in a core's own cache
 
 
 class FedAvg:

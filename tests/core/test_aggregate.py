@@ -18,7 +18,7 @@ from moshi_fl.errors import ConfigError, MoshiError
 from moshi_fl.weights import weights_digest
 
 # The matrix is longer than a block of the aggregation, so that blocks have to fit together.
-SHAPES = {"bias": (384,), "embedding": (40, 96), "scalar": (), "weight": (300, 120)}
+SHAPES = {"bias": (384,), "embedding": (40, 96), "scalar": (), "weight": (600, 120)}
 STRATEGIES = [("fedavg", {}), ("median", {}), ("trimmed-mean", {"trim": 0.2})]
 every_strategy = pytest.mark.parametrize(("name", "options"), STRATEGIES)
 
@@ -87,7 +87,7 @@ def test_trimmed_mean_leaves_out_both_ends(count, trim, drop):
 
 def test_one_liar_moves_the_mean_but_not_the_median():
     honest = updates(6)
-    liar = Update("f" * 32, 10**9, delta_of({"weight": np.full((300, 120), 1e6, np.float32)}))
+    liar = Update("f" * 32, 10**9, delta_of({"weight": np.full((600, 120), 1e6, np.float32)}))
     assert np.abs(aggregated("fedavg", {}, [*honest, liar])["weight"]).min() > 1e5
     for name, options in STRATEGIES[1:]:
         assert np.abs(aggregated(name, options, [*honest, liar])["weight"]).max() < 5
@@ -177,7 +177,7 @@ def test_mistakes_of_the_caller_are_not_averaged():
         aggregated("fedavg", {}, [one, one])
     with pytest.raises(ValueError, match="weight is not positive"):
         aggregated("fedavg", {}, [Update("b", 0, one.delta)])
-    for shape in ((299, 120), (300, 119), (36000,)):
+    for shape in ((599, 120), (600, 119), (72000,)):
         with pytest.raises(ValueError, match="'weight' of shape"):
             aggregated("fedavg", {}, [one], {**SHAPES, "weight": shape})
 
