@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from io import BufferedReader
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -207,7 +208,7 @@ def _file_name(number: int) -> str:
 
 
 def _index(directory: Path, kind: Kind) -> Index:
-    with (directory / INDEX).open("rb") as file:
+    with _open(directory, INDEX) as file:
         index = load(file.read(MAX_RECORD_BYTES + 1), Index, name=INDEX)
     if index.kind != kind:
         raise CorruptRecord(f"{INDEX}: a {index.kind} where a {kind} was expected.")
@@ -215,6 +216,12 @@ def _index(directory: Path, kind: Kind) -> Index:
     if any(a >= b for a, b in itertools.pairwise(names)):
         raise CorruptRecord(f"{INDEX}: tensors repeated or not in canonical order.")
     return index
+
+
+def _open(directory: Path, name: str) -> BufferedReader:
+    if not (directory / name).is_file():
+        raise CorruptRecord(f"{name}: missing.")
+    return (directory / name).open("rb")
 
 
 def _shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
@@ -247,11 +254,8 @@ def _differences(index: Index, directory: Path) -> Iterator[Words]:
     lengths = _block_lengths(index.parameters)
     for number in range(index.files):
         name = _file_name(number)
-        path = directory / name
-        if not path.is_file():
-            raise CorruptRecord(f"{name}: missing.")
-        with path.open("rb") as file:
-            while file.tell() < path.stat().st_size:
+        with _open(directory, name) as file:
+            while file.peek(1):
                 if not (count := next(lengths, 0)):
                     raise CorruptRecord(f"{name}: data beyond the last weight.")
                 yield decode_block(file, count, name)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -245,6 +246,49 @@ def test_neither_threads_nor_instruction_sets_change_a_bit(environment):
         check=True,
     )
     assert run.stdout.strip() == round_digest()
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from moshi_fl.aggregate import Update, get_strategy
+from moshi_fl.codec import get_codec
+from moshi_fl.codec.delta import Delta
+
+def resident(field):
+    return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0]) << 10
+
+shapes, codec = {"w": (1 << 20,)}, get_codec("f32", {})
+
+def average(files):
+    updates = [Update(name, 1, Delta.open(Path(name), shapes, codec)) for name in files]
+    for _ in get_strategy("fedavg", {}).aggregate(updates, shapes):
+        pass
+
+average(sys.argv[1:2])
+before = resident("VmHWM")
+average(sys.argv[1:])
+print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory use from /proc")
+def test_many_open_deltas_take_no_more_memory_than_one(tmp_path):
+    codec = get_codec("f32", {})
+    values = np.random.default_rng(0).standard_normal(1 << 20, np.float32)
+    files = [str(tmp_path / f"{number}.safetensors") for number in range(24)]
+    for file in files:
+        Path(file).write_bytes(delta_bytes({"w": values}, codec))
+    path = os.pathsep.join(p for p in sys.path if p)
+    run = subprocess.run(
+        [sys.executable, "-c", PEAK, *files],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    # The files are 24 times 4 MiB; without letting go of them all of that would be resident.
+    assert int(run.stdout) < 8 << 20
 
 
 def test_fedavg_equals_flowers_within_float32_rounding():

@@ -201,6 +201,10 @@ def test_a_bent_index_is_refused(keyframe, change):
     refusal(keyframe)
 
 
+def test_a_folder_without_an_index_is_refused(tmp_path):
+    assert refusal(tmp_path) == "index.json: missing."
+
+
 def test_an_endless_index_is_not_read(keyframe):
     (keyframe / "index.json").write_bytes(b" " * (1 << 21))
     assert "the limit for a record" in refusal(keyframe)
