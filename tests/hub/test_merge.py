@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,17 @@ def test_two_merges_race_and_one_wins(hub: HubSimulator) -> None:
         late()
     assert hub.sync().round == 1
     assert audit(hub, 1, 1) == [True]
+
+
+def test_the_same_merge_twice_is_one_merge(hub: HubSimulator) -> None:
+    """Down to the commit: publishing what is already published is no error, and no second round."""
+    hub.contribute("ann")
+    seconds = int(time.time())
+    first = hub.merge(publish=False)
+    again = hub.merge(publish=False)
+    if int(time.time()) == seconds:
+        assert first.built == again.built
+    assert first.proposal.record.weights == again.proposal.record.weights
 
 
 def _merge_interrupted_by(hub: HubSimulator, replica: Replica, event):
