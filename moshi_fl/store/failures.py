@@ -52,6 +52,11 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
         "Check the network and the address; work that needs no hub goes on from the cache.",
     ),
     (
+        r"certificate|SSL_ERROR|TLS connect error",
+        "{hub} has no certificate that this machine trusts",
+        "Check the address and the clock; your own authority: git config --global http.sslCAInfo.",
+    ),
+    (
         r"Operation too slow|curl 28",
         "{hub} stopped answering",
         "Try again later.",
@@ -70,7 +75,7 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
         "Ask its maintainer for the limit (receive.maxInputSize).",
     ),
     (
-        r"hook declined|protected branch|GH006|GH013|pre-receive|deletion prohibited|denying",
+        r"declined|refusing to|protected branch|GH006|GH013|deletion prohibited|denying",
         "{hub} refused the push",
         "Its rules forbid this; its own words follow.",
     ),
@@ -87,7 +92,7 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
             r"|inflate|early EOF|bad pack|bad line length|protocol error|invalid server response"
             r"|unexpected disconnect|hung up unexpectedly|RPC failed|not valid:|bad band"
             r"|expected flush"
-            r"|invalid (packet|ls-refs)|Empty reply|malformed"
+            r"|invalid (packet|ls-refs)|Empty reply|malformed|transfer closed|Recv failure"
         ),
         "{hub} gave a broken answer",
         "Try again; if it persists, the hub or something between you and it is damaged.",

@@ -125,6 +125,8 @@ class HubRepo(ObjectStore):
         if not refs:
             return {}
         names = [checked_ref(ref) for ref in refs]
+        for local in refs.values():
+            checked_ref(local)
         with self.lock(), self._nothing_left_behind():
             found = self._download(names, max_bytes)
             self._compare(found, expect or {})

@@ -45,7 +45,7 @@ _SSH = "ssh -oBatchMode=yes -oConnectTimeout=20 -oServerAliveInterval=15 -oServe
 # The server side of a hub on this machine runs as us, but with the config of the hub. So that the
 # config runs nothing: no hooks, no checkout, no command for alternates, no fetching from elsewhere.
 _LOCAL_SERVER = (
-    f"GIT_ALLOW_PROTOCOL=none git -c core.hooksPath={os.devnull} -c core.alternateRefsCommand=: "
+    f"GIT_ALLOW_PROTOCOL=none git -c core.hooksPath={os.devnull} -c core.alternateRefsCommand=true "
     "-c receive.denyCurrentBranch=refuse -c gc.auto=0 -c receive.autogc=false "
     "-c uploadpack.allowFilter=true "
     "-c core.filesRefLockTimeout=10000 -c core.packedRefsTimeout=10000"
