@@ -153,7 +153,7 @@ class HubRepo(ObjectStore):
         with self.lock():
             result = self._network(*argv, "--", REMOTE, *map(_refspec, todo))
         if result.status != 0:
-            raise self._push_failure(todo, result)
+            self._judge(todo, result)
 
     def _network(self, *argv: str, ours: Pairs | None = None, limit: int | None = None) -> Result:
         user = [] if is_local(self._url) else self._user_settings()
@@ -232,26 +232,30 @@ class HubRepo(ObjectStore):
             return local_failure(self.path, action, result)
         return hub_failure(self.shown_url, action, result, timeout=self.timeout)
 
-    def _push_failure(self, updates: Sequence[RefUpdate], result: Result) -> MoshiError:
+    def _judge(self, updates: Sequence[RefUpdate], result: Result) -> None:
+        """Find out what a push that failed means."""
         refusals = [line.split("\t")[2] for line in result.lines if line.startswith("!\t")]
-        if refusals and (moved := self._moved(updates)):
-            return PushRejected(
+        # What the hub has decides, since servers word it differently; and the same push, sent by
+        # a process that was killed, may have come through in this moment.
+        now = self.remote_refs(*(update.ref for update in updates)) if refusals else {}
+        if refusals and all(now.get(update.ref) == update.new for update in updates):
+            return
+        if refusals and (moved := _moved(updates, now)):
+            raise PushRejected(
                 f"push: {', '.join(moved)} moved on {self.shown_url}; nothing was pushed.",
                 refs=moved,
                 hint="Fetch, then try again.",
             )
         words = "\n".join([*(clean(refusal) for refusal in refusals), result.words])
-        return self._failure("push", replace(result, words=words))
+        raise self._failure("push", replace(result, words=words))
 
-    def _moved(self, updates: Sequence[RefUpdate]) -> tuple[str, ...]:
-        """Refs that are not as expected: by what the hub has, since servers word it differently."""
-        now = self.remote_refs(*(update.ref for update in updates))
-        return tuple(
-            update.ref
-            for update in updates
-            if update.expected is not ANY
-            and now.get(update.ref) not in {update.expected, update.new}
-        )
+
+def _moved(updates: Sequence[RefUpdate], now: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(
+        update.ref
+        for update in updates
+        if update.expected is not ANY and now.get(update.ref) not in {update.expected, update.new}
+    )
 
 
 def _lease(update: RefUpdate) -> list[str]:

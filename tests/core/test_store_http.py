@@ -108,6 +108,36 @@ def test_of_five_racing_merges_exactly_one_wins(tmp_path: Path, address: str) ->
     assert refs == {MAIN: winner, f"refs/moshi/by/{results.index(winner)}": winner}
 
 
+def test_the_same_push_four_times_at_once_is_fine(tmp_path: Path, address: str) -> None:
+    """As when a killed push still comes through while its successor pushes again."""
+    repos = [prepared(tmp_path / f"again-{n}", address) for n in range(4)]
+    oids = {commit(repo, {"record": b"1"}) for repo in repos}
+    assert len(oids) == 1
+    updates = [RefUpdate(f"refs/heads/contribute/{n}", min(oids), None) for n in range(5)]
+    start = threading.Barrier(4)
+
+    def contribute(repo: HubRepo) -> None:
+        start.wait()
+        repo.push(updates)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(contribute, repos))
+    assert repos[0].remote_refs() == {update.ref: update.new for update in updates}
+
+
+def test_a_push_whose_answer_was_lost_can_be_sent_again(
+    tmp_path: Path, web: str, faults: Faults
+) -> None:
+    repo = prepared(tmp_path / "a", web, timeout=20)
+    update = RefUpdate(MAIN, commit(repo, {"a": b"1"}), None)
+    faults.on, faults.cut_after = "git-receive-pack", 0
+    with pytest.raises(HubError):
+        repo.push([update])
+    faults.cut_after = None
+    repo.push([update])
+    assert repo.remote_refs() == {MAIN: update.new}
+
+
 def test_pushing_needs_the_password_and_reading_does_not(
     tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,7 +251,7 @@ def test_a_server_that_never_stops_talking_is_given_up(
     tmp_path: Path, web: str, faults: Faults
 ) -> None:
     faults.on, faults.flood = "info/refs", b"x" * 100_000
-    repo = prepared(tmp_path / "a", web, timeout=3)
+    repo = prepared(tmp_path / "a", web, timeout=1)
     with pytest.raises(HubError):
         repo.remote_refs()
 
