@@ -29,10 +29,13 @@ def clean_hub(hub: Path) -> None:
 
     So only what is too old to be in use goes; for a ref lock that is younger, this waits.
     """
+    deadline = time.monotonic() + STALE_LOCK
     for lock in list(_locks(hub)):
-        while 0 <= _age(lock) < STALE_LOCK:
+        # Others may take and release the same lock all the time: then it is never stale.
+        while _age(lock) < STALE_LOCK and time.monotonic() < deadline:
             time.sleep(0.05)
-        _remove(lock)
+        if _age(lock) >= STALE_LOCK:
+            _remove(lock)
     for half in _half_objects(hub):
         if half.name.endswith(".keep"):
             continue  # the hub's maintainer may keep packs

@@ -54,13 +54,12 @@ def normalise_url(url: str | os.PathLike[str]) -> str:
 def local_path(url: str) -> Path:
     """The folder that a local address names."""
     if url.startswith("file://"):
-        parts = urlsplit(url)
-        if parts.netloc not in {"", "localhost"} or parts.query or parts.fragment:
-            raise ConfigError(f"{redact(url)!r} names no folder of this machine.", hint=_HINT)
-        url = unquote(parts.path)
-        if not url or "\0" in url:
-            raise ConfigError("file:// needs an absolute path.", hint=_HINT)
-    return Path(os.path.abspath(Path(url).expanduser()))  # noqa: PTH100  (resolve() would follow links)
+        host, _, path = url.removeprefix("file://").partition("/")
+        url = "/" + unquote(path)
+        if host not in {"", "localhost"} or not path or _UNPRINTABLE.search(url):
+            raise ConfigError("file:// names no folder of this machine.", hint=_HINT)
+    # Not resolve(), which would follow links; nor Path.expanduser(), which fails for a ~stranger.
+    return Path(os.path.abspath(os.path.expanduser(url)))  # noqa: PTH100, PTH111
 
 
 def split_login(url: str) -> tuple[str, str | None]:

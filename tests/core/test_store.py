@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from support.hubs import WHO, commit, files_below, git, noise, prepared, publish
 
@@ -344,6 +344,9 @@ def test_addresses_that_could_do_something_else_are_refused(hostile: str) -> Non
         normalise_url(hostile)
 
 
+@example("~nobody-has-this-name/hub.git")
+@example("file://[")
+@example("file:///a%0ab")
 @given(st.text(max_size=40))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_text_is_an_address_or_a_clear_error(text: str) -> None:

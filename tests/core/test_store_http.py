@@ -369,6 +369,20 @@ def test_a_killed_push_is_recovered(tmp_path: Path, address: str, root: Path, pa
     git(root / "hub.git", "fsck", "--strict", "--no-dangling")
 
 
+def test_a_fresh_lock_of_a_killed_push_in_a_hub_on_this_machine_is_waited_out(
+    tmp_path: Path, root: Path
+) -> None:
+    repo = prepared(tmp_path / "a", root / "hub.git")
+    lock = root / "hub.git" / "refs" / "heads" / "main.lock"
+    lock.touch()
+    almost = time.time() - 4.5  # it becomes stale after five seconds
+    os.utime(lock, (almost, almost))
+    repo.recover()
+    assert not lock.exists()
+    oid = publish(repo, MAIN, {"a": b"1"})
+    assert repo.remote_refs() == {MAIN: oid}
+
+
 def test_what_a_killed_push_left_in_a_hub_on_this_machine_goes_when_it_is_old(
     tmp_path: Path, root: Path
 ) -> None:
