@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.http_hub import Faults, serve
-from support.hubs import commit, files_below, git, noise, prepared, publish
 
 from moshi_fl.errors import ConfigError, CorruptRecord, HubError, MoshiError, UntrustedHub
 from moshi_fl.store import HubRepo, RefUpdate, create_hub
+from tests.support.http_hub import Faults, serve
+from tests.support.hubs import commit, files_below, git, noise, prepared, publish
 
 MAIN = "refs/heads/main"
 WHO = "Test <test@example.org> 1 +0000"

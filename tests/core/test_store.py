@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from support.hubs import WHO, commit, files_below, git, noise, prepared, publish
 
 from moshi_fl.errors import ConfigError, CorruptRecord, HubError, MoshiError
 from moshi_fl.store import (
@@ -24,6 +23,7 @@ from moshi_fl.store import (
     normalise_url,
     redact,
 )
+from tests.support.hubs import WHO, commit, files_below, git, noise, prepared, publish
 
 MAIN = "refs/heads/main"
 

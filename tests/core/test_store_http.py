@@ -15,11 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from support.http_hub import Faults, serve
-from support.hubs import commit, files_below, git, noise, prepared, publish
 
 from moshi_fl.errors import HubError, MoshiError
 from moshi_fl.store import HubRepo, PushRejected, RefUpdate, create_hub
+from tests.support.http_hub import Faults, serve
+from tests.support.hubs import commit, files_below, git, noise, prepared, publish
 
 MAIN = "refs/heads/main"
 PASSWORD = "p@ss:w/rd"
