@@ -115,7 +115,7 @@ def _read_branch(repo: HubRepo, main: str, branch: str, commit: str) -> Submissi
     record = None
     if [entry.path for entry in changes] == [path]:
         entry = changes[0]
-        if entry.kind == "blob" and (entry.size or 0) <= MAX_CONTRIBUTION_BYTES:
+        if entry.is_plain_file and (entry.size or 0) <= MAX_CONTRIBUTION_BYTES:
             record = repo.read(commit, path, limit=MAX_CONTRIBUTION_BYTES)
     return Submission(branch, "", changes, record)
 

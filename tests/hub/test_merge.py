@@ -155,7 +155,7 @@ def test_what_exceeds_the_limit_waits_for_the_next_round(hub: HubSimulator) -> N
 def test_an_older_base_counts_less(hub: HubSimulator) -> None:
     old = hub.sync("slow")
     hub.rounds(1)
-    slow = hub.contribute("slow", base=old, seed=7)
+    slow = hub.contribute("slow", on=old, seed=7)
     fast = hub.contribute("fast", seed=8)
     record = hub.merge().proposal.record
     assert {m.id: m.weight for m in record.contributions} == {slow.id: 6, fast.id: 12}
@@ -252,7 +252,7 @@ def test_a_delta_of_an_older_vocabulary_still_merges(hub: HubSimulator) -> None:
     hub.contribute("ann", seed=1, proposed_characters="é")
     hub.contribute("bob", seed=2, proposed_characters="é")
     hub.merge()
-    hub.contribute("slow", base=old, seed=3)
+    hub.contribute("slow", on=old, seed=3)
     hub.contribute("fast", seed=4)
     record = hub.merge().proposal.record
     assert sorted(merged.missing_rows for merged in record.contributions) == [0, 1]

@@ -86,7 +86,7 @@ class HubSimulator:
         *,
         seed: int = 1,
         delta: Weights | None = None,
-        base: Snapshot | None = None,
+        on: Snapshot | None = None,
         mutate: Callable[[bytes], bytes] = lambda data: data,
         tree: Callable[[Replica, str], dict[str, str]] | None = None,
         **fields: Any,
@@ -97,13 +97,13 @@ class HubSimulator:
             name: The contributor.
             seed: Of the delta, when none is given.
             delta: What to send.
-            base: The round it is based on; the newest by default.
+            on: The round it is based on; the newest by default.
             mutate: Changes the delta file's bytes.
             tree: Gives other files for the branch than the record, path to blob.
             fields: Fields of the record to overwrite.
         """
         replica = self.person(name)
-        base = base or replica.pull()
+        base = on or replica.pull()
         rules = base.state.config.delta
         codec = get_codec(rules.codec, rules.options)
         entries, _ = encode_delta(delta or random_delta(base.load(), seed), codec, None)
