@@ -49,17 +49,6 @@ class CharConfig:
             raise ConfigError(f"[model]: context = {self.context} must be at least 16.")
 
 
-class KeyValueCache:
-    """Keys and values of the tokens seen so far, for all layers, in memory taken once."""
-
-    def __init__(self, model: CharTransformer, batch_size: int = 1) -> None:
-        config, weight = model.config, model.fc_out.weight
-        heads, size = config.n_head, config.d_model // config.n_head
-        shape = (config.n_layer, 2, batch_size, heads, config.context, size)
-        self.layers = list(torch.zeros(shape, dtype=weight.dtype, device=weight.device))
-        self.length = 0
-
-
 class CausalAttention(nn.Module):
     """Multi-head self-attention in which a token sees itself and those before it."""
 
@@ -72,23 +61,13 @@ class CausalAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, cache: Tensor | None, start: int) -> Tensor:
-        """Attend over the ``start`` cached tokens and the new ones. ``x``: (B, T, C)."""
+    def forward(self, x: Tensor) -> Tensor:
+        """``x``: (B, T, C), the same back."""
         B, T, C = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-        if cache is not None:
-            cache[0, :, :, start : start + T] = k
-            cache[1, :, :, start : start + T] = v
-            k, v = cache[:, :, :, : start + T]
-        mask = None
-        if start and T > 1:  # new token t sees the cached ones and the new ones up to itself
-            mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
         dropout = self.dropout if self.training else 0.0
-        causal = start == 0 and T > 1
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal
-        )
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, C))  # type: ignore[no-any-return]
 
 
@@ -107,9 +86,9 @@ class Block(nn.Module):
         )
         self.norm2 = nn.LayerNorm(config.d_model)
 
-    def forward(self, x: Tensor, cache: Tensor | None, start: int) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """``x``: (B, T, C), the same back."""
-        x = self.norm1(x + self.attn(x, cache, start))
+        x = self.norm1(x + self.attn(x))
         return self.norm2(x + self.ff(x))  # type: ignore[no-any-return]
 
 
@@ -129,16 +108,12 @@ class CharTransformer(nn.Module):
         table = sinusoids(config.context, config.d_model)
         self.register_buffer("positions", table, persistent=False)
 
-    def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Logits (B, T, V) for tokens (B, T), which follow those already in the cache."""
-        T = tokens.shape[1]
-        start = cache.length if cache else 0
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits (B, T, V) for tokens (B, T), where T is at most ``context``."""
         x = self.embedding(tokens)  # (B, T, C)
-        x = x + self.positions[start : start + T].to(x.dtype)
-        for i, block in enumerate(self.blocks):
-            x = block(x, cache.layers[i] if cache else None, start)
-        if cache:
-            cache.length += T
+        x = x + self.positions[: tokens.shape[1]].to(x.dtype)
+        for block in self.blocks:
+            x = block(x)
         return self.fc_out(x)  # type: ignore[no-any-return]
 
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from moshi_fl import data
 from moshi_fl.generate import Sampler, until_stop
-from moshi_fl.models.char import CharConfig, CharTransformer, KeyValueCache
+from moshi_fl.models.char import CharConfig, CharTransformer
 from moshi_fl.models.char_corpus import CharCorpus, make_pool, read_pool, stream, windows
+from moshi_fl.models.char_decode import CharDecoder
 from moshi_fl.models.common import extract_weights, settings_from
 from moshi_fl.models.family import DataSummary, Preset, Sampling, Table
 from moshi_fl.tokenizer import CharVocabulary, Decoder
@@ -108,8 +109,8 @@ class CharTask:
     ) -> Iterator[str]:
         """Text after the prompt, or between prompt and suffix, piece by piece.
 
-        Of a prompt longer than the context its end is used. When the context is full, the model
-        reads the last half of it anew and goes on; between prompt and suffix it stops instead.
+        When the context is full, the model reads the last half of it anew and goes on, as it does
+        with a prompt longer than the context; between prompt and suffix it stops instead.
 
         Raises:
             ConfigError: A sampling setting out of range.
@@ -125,8 +126,7 @@ class CharTask:
         return until_stop(_text(self.vocabulary, made), sampling.stop)
 
     def _after(self, prompt: str) -> list[int]:
-        tokens: list[int] = self.vocabulary.encode(prompt).tolist()
-        return tokens[-self.config.context :] or [self.vocabulary.end]
+        return self.vocabulary.encode(prompt).tolist() or [self.vocabulary.end]
 
     def _between(self, prompt: str, suffix: str) -> list[int]:
         """The fill-in-the-middle prompt; half of the context is left for the answer."""
@@ -139,25 +139,27 @@ class CharTask:
     def _continue(
         self, module: nn.Module, tokens: list[int], sampler: Sampler, limit: int, *, slide: bool
     ) -> Iterator[int]:
-        model = cast("CharTransformer", module.eval())
-        context, device = self.config.context, _device(module)
-        with torch.inference_mode():
-            cache = KeyValueCache(model)
-        new = tokens
+        decoder = CharDecoder(cast("CharTransformer", module.eval()))
+        half = self.config.context // 2
+        logits = decoder.restart(tokens if len(tokens) <= self.config.context else tokens[-half:])
         for _ in range(limit):
-            if cache.length + len(new) > context:
-                if not slide:
-                    return
-                cache.length, new = 0, tokens[-(context // 2) :]
-            with torch.inference_mode():
-                logits = model(torch.tensor([new], device=device), cache)[0, -1]
-                logits[self.vocabulary.prefix : self.vocabulary.middle + 1] = -torch.inf
-                token = sampler.pick(logits)
+            token = self._pick(sampler, logits)
             if token == self.vocabulary.end:
                 return
             yield token
-            new = [token]
-            tokens = [*tokens[-context:], token]
+            tokens.append(token)
+            if decoder.length < self.config.context:
+                logits = decoder.step(token)
+            elif slide:
+                logits = decoder.restart(tokens[-half:])
+            else:
+                return
+
+    @torch.inference_mode()
+    def _pick(self, sampler: Sampler, logits: Tensor) -> int:
+        """Any token but the marks, which are not text."""
+        logits[self.vocabulary.prefix : self.vocabulary.middle + 1] = -torch.inf
+        return sampler.pick(logits)
 
 
 def _text(vocabulary: CharVocabulary, tokens: Iterator[int]) -> Iterator[str]:

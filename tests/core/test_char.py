@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from moshi_fl.errors import ConfigError, CorruptRecord
-from moshi_fl.models.char import CharConfig, CharTransformer, KeyValueCache
+from moshi_fl.models.char import CharConfig, CharTransformer
+from moshi_fl.models.char_decode import CharDecoder
 from moshi_fl.models.common import extract_weights, load_weights
 from moshi_fl.optimizer import AdamW, clip_, one_cycle
 from moshi_fl.weights import Weights, open_weights
@@ -126,16 +127,27 @@ def test_weights_that_do_not_fit_are_listed_and_nothing_is_loaded(reference: Wei
         load_weights(model, {})
 
 
-@pytest.mark.parametrize("cuts", [[], [1], [10, 11, 12], [5, 20], list(range(1, 32))])
-def test_tokens_fed_in_any_portions_give_the_logits_of_all_at_once(cuts: list[int]) -> None:
+@pytest.mark.parametrize("first", [1, 2, 17, 32])
+def test_reading_token_by_token_gives_the_logits_of_all_at_once(first: int) -> None:
     torch.manual_seed(0)
     model = CharTransformer(TINY, 50).eval()
-    tokens = torch.randint(50, (2, 32))
-    cache = KeyValueCache(model, batch_size=2)
-    with torch.inference_mode():
-        portions = [model(portion, cache) for portion in tokens.tensor_split(cuts, dim=1)]
-        # The sums run over differently shaped blocks, so the last bits may differ.
-        assert torch.allclose(torch.cat(portions, 1), model(tokens), atol=1e-5)
+    tokens = torch.randint(50, (32,)).tolist()
+    decoder = CharDecoder(model)
+    decoder.restart([7, 7, 7])  # must leave no trace
+    logits = [decoder.restart(tokens[:first]), *map(decoder.step, tokens[first:])]
+    wanted = model(torch.tensor([tokens]))[0, first - 1 :]
+    # The sums run over differently shaped blocks, so the last bits may differ.
+    assert torch.allclose(torch.stack(logits), wanted, atol=1e-5)
+
+
+def test_the_decoder_uses_the_models_weights_as_they_are_now() -> None:
+    model = CharTransformer(TINY, 50).eval()
+    decoder = CharDecoder(model)
+    before = decoder.restart([1, 2, 3])
+    load_weights(model, {name: value * 0.5 for name, value in extract_weights(model).items()})
+    after = decoder.restart([1, 2, 3])
+    assert not torch.allclose(before, after)
+    assert torch.allclose(after, model(torch.tensor([[1, 2, 3]]))[0, -1], atol=1e-5)
 
 
 def test_a_token_does_not_see_those_after_it() -> None:
