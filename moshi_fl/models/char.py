@@ -64,8 +64,8 @@ class CausalAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x``: (B, T, C), the same back."""
         B, T, C = x.shape
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = qkv.view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        qkv = torch.split(F.linear(x, self.in_proj_weight, self.in_proj_bias), C, dim=2)
+        q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in qkv)  # (B, H, T, D)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, C))  # type: ignore[no-any-return]

@@ -20,7 +20,7 @@ from moshi_fl.models.char import CharConfig, CharTransformer
 from moshi_fl.models.char_corpus import CharCorpus, make_pool, read_pool, stream, windows
 from moshi_fl.models.char_decode import CharDecoder
 from moshi_fl.models.common import extract_weights, settings_from
-from moshi_fl.models.family import DataSummary, Preset, Sampling, Table
+from moshi_fl.models.family import Corpus, DataSummary, Family, Preset, Sampling, Table
 from moshi_fl.tokenizer import CharVocabulary, Decoder
 from moshi_fl.weights import Weights
 
@@ -67,11 +67,13 @@ class CharTask:
         return CharCorpus(split, summary, tokens, self.config.context)
 
     def batches(
-        self, corpus: CharCorpus, batch_size: int, *, seed: int, start: int = 0
+        self, corpus: Corpus, batch_size: int, *, seed: int, start: int = 0
     ) -> Iterator[Tensor]:
         """Random windows of ``context + 1`` tokens, (B, T + 1)."""
         share = self.config.fill_in_middle
-        rows = windows(corpus, batch_size, fill_in_middle=share, seed=seed, start=start)
+        rows = windows(
+            cast("CharCorpus", corpus), batch_size, fill_in_middle=share, seed=seed, start=start
+        )
         return map(torch.from_numpy, rows)
 
     def loss(self, module: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
@@ -81,9 +83,10 @@ class CharTask:
         logits = module(batch[:, :-1]).flatten(0, 1)
         return F.cross_entropy(logits.float(), targets), len(targets)
 
-    def pool(self, corpus: CharCorpus, sequences: int, *, seed: int, held_out: bool) -> bytes:
+    def pool(self, corpus: Corpus, sequences: int, *, seed: int, held_out: bool) -> bytes:
         """Up to this many pieces of the held-out (or the training) texts as a file."""
-        texts = corpus.split.held_out if held_out else corpus.split.training
+        split = cast("CharCorpus", corpus).split
+        texts = split.held_out if held_out else split.training
         return make_pool(texts, sequences, context=self.config.context, seed=seed)
 
     @torch.inference_mode()
@@ -228,4 +231,4 @@ class CharFamily:
         return CharTask(config, CharVocabulary.from_bytes(tokenizer))
 
 
-FAMILY = CharFamily()
+FAMILY: Family = CharFamily()

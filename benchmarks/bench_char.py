@@ -1,0 +1,203 @@
+"""The character model against nanoGPT-style code of the same size: training step and generation.
+
+The rival is written here from the papers (GPT-2: pre-norm blocks with biases, learnt positions,
+tied head; fused attention) and runs the way nanoGPT runs on a CPU: ``torch.optim.AdamW``, no cache
+in generation. Both sides train on the same batches, turn by turn in one run; medians count.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.common import Row, print_table
+from moshi_fl.models import get_family
+from moshi_fl.models.char import CharConfig
+from moshi_fl.models.char_family import CharTask
+from moshi_fl.models.common import load_weights
+from moshi_fl.models.family import Sampling
+from moshi_fl.train import Progress, Recipe, train
+
+STEPS = 7
+NEW_TOKENS = 384
+RIVAL_TOKENS = 12
+
+
+class RivalBlock(nn.Module):
+    def __init__(self, config: CharConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.ln_1 = nn.LayerNorm(config.d_model)
+        self.c_attn = nn.Linear(config.d_model, 3 * config.d_model)
+        self.c_proj = nn.Linear(config.d_model, config.d_model)
+        self.ln_2 = nn.LayerNorm(config.d_model)
+        self.c_fc = nn.Linear(config.d_model, config.d_ff)
+        self.gelu = nn.GELU()
+        self.c_out = nn.Linear(config.d_ff, config.d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.c_attn(self.ln_1(x)).split(C, dim=2)
+        q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for z in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.c_proj(y.transpose(1, 2).contiguous().view(B, T, C))
+        return torch.add(x, self.c_out(self.gelu(self.c_fc(self.ln_2(x)))))
+
+
+class Rival(nn.Module):
+    def __init__(self, config: CharConfig, vocabulary_size: int) -> None:
+        super().__init__()
+        self.context = config.context
+        self.wte = nn.Embedding(vocabulary_size, config.d_model)
+        self.wpe = nn.Embedding(config.context, config.d_model)
+        self.h = nn.ModuleList(RivalBlock(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.d_model)
+        self.lm_head = nn.Linear(config.d_model, vocabulary_size, bias=False)
+        self.wte.weight = self.lm_head.weight
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1]))
+        for block in self.h:
+            x = block(x)
+        x = self.ln_f(x)
+        if targets is None:  # nanoGPT's shortcut: only the last position goes through the head
+            return self.lm_head(x[:, [-1]]), None
+        logits = self.lm_head(x)
+        return logits, F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
+
+    @torch.no_grad()
+    def generate(self, idx: Tensor, count: int) -> Tensor:
+        for _ in range(count):
+            logits, _ = self(idx[:, -self.context :])
+            probabilities = F.softmax(logits[:, -1, :] / 0.8, dim=-1)
+            idx = torch.cat((idx, torch.multinomial(probabilities, num_samples=1)), dim=1)
+        return idx
+
+
+class RivalTrainer:
+    def __init__(self, model: Rival, batches: Iterator[Tensor]) -> None:
+        self.model, self.batches = model, batches
+        groups = [
+            {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1},
+            {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
+
+    def step(self) -> None:
+        batch = next(self.batches)
+        _, loss = self.model(batch[:, :-1], batch[:, 1:])
+        assert loss is not None
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.item()
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+@dataclass
+class Turns:
+    """Called after each of our steps: lets the rival make one, and times both."""
+
+    rival: Callable[[], None]
+
+    def __post_init__(self) -> None:
+        self.ours: list[float] = []
+        self.theirs: list[float] = []
+        self.start = time.perf_counter()
+
+    def __call__(self, _: Progress) -> None:
+        self.ours.append(time.perf_counter() - self.start)
+        self.theirs.append(seconds(self.rival))
+        self.start = time.perf_counter()
+
+
+def training_row(task: CharTask, code: Path, count: int, precision: str) -> Row:
+    corpus = task.read([code], seed=0)
+    module = task.build()
+    load_weights(module, task.initial_weights(0))
+    rival = Rival(task.config, task.vocabulary.size)
+    trainer = RivalTrainer(rival, task.batches(corpus, 8, seed=0))
+    recipe = Recipe(steps=STEPS, batch_size=8, precision=precision)
+    with threads(count):
+        turns = Turns(trainer.step)
+        train(module, task, corpus, recipe, on_step=turns)
+    ours, theirs = (statistics.median(times[1:]) for times in (turns.ours, turns.theirs))
+    tokens = 8 * task.config.context
+    return Row(
+        what=f"char training step, base, {precision}, {count} thread{'s'[: count - 1]}",
+        ours=f"{tokens / ours:,.0f} tokens/s",
+        rival=f"{tokens / theirs:,.0f} tokens/s (nanoGPT-style, fp32)",
+        ratio=theirs / ours,
+        target=">= 1.0x" if precision == "fp32" else "",
+    )
+
+
+def generation_row(task: CharTask, count: int) -> Row:
+    module = task.build()
+    load_weights(module, task.initial_weights(0))
+    module.fc_out.bias.data[task.vocabulary.end] = -1e4  # untrained weights must not stop early
+    rival = Rival(task.config, task.vocabulary.size).eval()
+    prompt = "x" * 2 * task.config.context  # so that the window is full from the start
+    window = torch.tensor([task.vocabulary.encode(prompt).tolist()])
+    sampling = Sampling(max_tokens=NEW_TOKENS, temperature=0.8, seed=0)
+    ours, theirs = [], []
+    with threads(count):
+        for _ in range(5):
+            start = time.perf_counter()
+            made = sum(1 for _ in task.generate(module, prompt, sampling))
+            ours.append((time.perf_counter() - start) / made)
+            theirs.append(seconds(lambda: rival.generate(window, RIVAL_TOKENS)) / RIVAL_TOKENS)
+    mine, other = statistics.median(ours), statistics.median(theirs)
+    return Row(
+        what=f"char generation at full context 384, {count} thread{'s'[: count - 1]}",
+        ours=f"{1 / mine:,.0f} tokens/s",
+        rival=f"{1 / other:,.1f} tokens/s (nanoGPT-style, no cache)",
+        ratio=other / mine,
+        target=">= 20x",
+    )
+
+
+def run() -> list[Row]:
+    family = get_family("char")
+    preset = family.presets["base"]
+    task = family.load(preset.model, preset.tokenizer)
+    assert isinstance(task, CharTask)
+    rows = [generation_row(task, count) for count in (1, 2)]
+    with tempfile.TemporaryDirectory() as folder:
+        code = Path(folder) / "code.py"
+        code.write_text("".join(f"def f{i}(x):\n    return x * {i}\n" for i in range(3000)))
+        rows += [training_row(task, code, count, "fp32") for count in (1, 2)]
+        rows.append(training_row(task, code, 1, "bf16"))
+    return rows
+
+
+if __name__ == "__main__":
+    print_table(run())
