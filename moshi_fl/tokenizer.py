@@ -96,7 +96,7 @@ class CharVocabulary:
     def encode(self, text: str) -> Tokens:
         """Token ids of a text. Half of a surrogate pair, which UTF-8 cannot say, becomes ``?``."""
         points = np.frombuffer(text.encode("utf-32-le", "replace"), np.uint32)
-        ids = self._ids_by_code_point[np.minimum(points, len(self._ids_by_code_point) - 1)]
+        ids = self._ids_by_code_point.take(points, mode="clip")
         unknown = ids == 0
         if not unknown.any():
             return ids
