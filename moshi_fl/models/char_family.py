@@ -190,7 +190,7 @@ class CharFamily:
         return {
             "tiny": Preset(
                 model={
-                    "n_layer": 3,
+                    "n_layer": 2,
                     "n_head": 4,
                     "d_model": 128,
                     "d_ff": 384,
