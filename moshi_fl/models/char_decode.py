@@ -20,9 +20,7 @@ from moshi_fl.models.char import Block, CharTransformer
 class _Layer:
     """A block's weights, transposed for ``addmm``, and its memory of the tokens read so far."""
 
-    qkv: Tensor  # (context, 3C)
-    keys: Tensor  # (H, context, D), a view of qkv
-    values: Tensor  # (H, context, D), a view of qkv
+    memory: Tensor  # (2, H, context, D): keys and values
     attention_in: tuple[Tensor, Tensor]
     attention_out: tuple[Tensor, Tensor]
     ff_in: tuple[Tensor, Tensor]
@@ -45,12 +43,9 @@ class CharDecoder:
         attention = block.attn
         first, second = cast("nn.Linear", block.ff[0]), cast("nn.Linear", block.ff[2])
         (width,) = self._width
-        qkv = attention.in_proj_weight.new_zeros(self.context, 3 * width)
-        _, keys, values = qkv.view(self.context, 3, self._heads, -1).permute(1, 2, 0, 3)
+        shape = (2, self._heads, self.context, width // self._heads)
         return _Layer(
-            qkv=qkv,
-            keys=keys,
-            values=values,
+            memory=attention.in_proj_weight.new_zeros(shape),
             attention_in=_transposed(attention.in_proj_weight, attention.in_proj_bias),
             attention_out=_transposed(attention.out_proj.weight, attention.out_proj.bias),
             ff_in=_transposed(first.weight, first.bias),
@@ -84,13 +79,13 @@ class CharDecoder:
         return _linear(self._head, x[-1:])[0]
 
     def _attention(self, layer: _Layer, x: Tensor, start: int, stop: int) -> Tensor:
-        rows = layer.qkv[start:stop]  # (T, 3C)
-        _linear(layer.attention_in, x, out=rows)
-        queries = rows[:, : self._width[0]].view(len(x), self._heads, -1).transpose(0, 1)
+        qkv = _linear(layer.attention_in, x).view(len(x), 3, self._heads, -1).permute(1, 2, 0, 3)
+        layer.memory[:, :, start:stop] = qkv[1:]
+        seen = layer.memory[:, :, :stop]  # (2, H, L, D)
         y = F.scaled_dot_product_attention(
-            queries[None],
-            layer.keys[None, :, :stop],
-            layer.values[None, :, :stop],
+            qkv[:1],
+            seen[:1],
+            seen[1:],
             is_causal=len(x) > 1,  # then start is 0; a single token sees all before it
         )
         y = y[0].transpose(0, 1).reshape(x.shape)  # (T, C)
@@ -101,6 +96,6 @@ def _transposed(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return weight.t(), bias
 
 
-def _linear(layer: tuple[Tensor, Tensor], x: Tensor, out: Tensor | None = None) -> Tensor:
+def _linear(layer: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
     weight, bias = layer
-    return torch.addmm(bias, x, weight, out=out)
+    return torch.addmm(bias, x, weight)
