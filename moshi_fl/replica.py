@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,7 +153,7 @@ class Replica:
             state = self._look()
             if number is not None and number != state.newest.round:
                 return self._pull_old(state, number)
-            received = self._ensure(state.newest, state)
+            received = self._ensure(state.newest, state.manifest.rounds)
             self._remember(state)
             self._prune()
             return self._snapshot(state, state.newest, received)
@@ -185,6 +185,10 @@ class Replica:
             return load((self.folder / "seen.json").read_bytes(), Seen, name="seen.json")
         except FileNotFoundError:
             return None
+
+    def forget(self) -> None:
+        """Delete this copy and all that was seen; for whoever makes a new hub at an old address."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def fetch_main(self) -> str:
         """Fetch main (small text only) and return its commit, checked against what was seen."""
@@ -285,22 +289,25 @@ class Replica:
         if number < rounds[0].round:
             rounds = self.chain(state, 0)
         record = rounds[number - rounds[0].round]
-        received = self._ensure(record, state, rounds)
+        present = self.repo.remote_refs(f"{state.refs.prefix}*")
+        received = self._ensure(record, rounds, present)
         return self._snapshot(state, record, received)
 
-    def _ensure(self, record: Round, state: HubState, rounds: list[Round] | None = None) -> int:
+    def _ensure(
+        self, record: Round, rounds: Sequence[Round], present: Container[str] | None = None
+    ) -> int:
         path = self.weights_path(record.round)
         if path.exists():
             return 0
-        have = self._usable_base(record, rounds or list(state.manifest.rounds))
-        way = plan(rounds or state.manifest.rounds, record.round, have)
+        have = self._usable_base(record, rounds)
+        way = plan(rounds, record.round, have, present)
         base = open_weights(self.weights_path(have)) if have is not None else None
         with self.scratch() as scratch:
             start = None if way.keyframe else base
             restore(scratch, way, start, path, find_strategy=find_strategy)
         return way.bytes
 
-    def _usable_base(self, record: Round, rounds: list[Round]) -> int | None:
+    def _usable_base(self, record: Round, rounds: Sequence[Round]) -> int | None:
         by_number = {entry.round: entry.weights for entry in rounds}
         for number in reversed(self.rounds_at_hand()):
             if number > record.round or number + 1 < rounds[0].round:

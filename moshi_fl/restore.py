@@ -8,7 +8,7 @@ sends stays unless it proved right.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,13 +45,19 @@ class Plan:
         return sum(location.bytes for location in self.locations)
 
 
-def plan(rounds: Sequence[Round], target: int, have: int | None) -> Plan:
+def plan(
+    rounds: Sequence[Round],
+    target: int,
+    have: int | None,
+    present: Container[str] | None = None,
+) -> Plan:
     """Choose what to fetch for the target round.
 
     Args:
         rounds: A checked chain of rounds that reaches the target.
         target: Number of the wanted round.
         have: Number of a round whose verified weights are at hand, if any.
+        present: Refs that the hub still keeps; None when it surely keeps all of these rounds.
 
     Raises:
         HubError: The chain offers no way there.
@@ -64,8 +70,10 @@ def plan(rounds: Sequence[Round], target: int, have: int | None) -> Plan:
     ]
     if have is not None and have <= target and have + 1 >= rounds[0].round:
         ways.append(Plan(None, _updates(by_number, have + 1, target)))
+    if present is not None:
+        ways = [way for way in ways if all(place.ref in present for place in way.locations)]
     if not ways:
-        raise HubError(f"round {target} cannot be restored: the hub keeps no keyframe before it.")
+        raise HubError(f"round {target} cannot be had: the hub no longer keeps what leads to it.")
     return min(ways, key=lambda way: way.bytes)
 
 

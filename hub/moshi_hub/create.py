@@ -63,6 +63,8 @@ def create(plan: Plan, home: Path, preset: Preset | None = None) -> Snapshot:
         create_hub(Path(plan.url.removeprefix("file://")).expanduser())
     replica = Replica(plan.url, home)
     _refuse_used(replica.repo)
+    replica.forget()
+    replica.repo.prepare()
     task = get_family(plan.family).load(config.model_table, preset.tokenizer)
     weights = task.initial_weights(plan.seed)
     if plan.eval_data:

@@ -71,6 +71,7 @@ class HubSimulator:
         plan = Plan(url=self.url, family="char", preset="tiny", name="test", eval_data=())
         create(plan, self.home, small_preset(**tables))
         self.replica = Replica(self.url, self.home)
+        self._seed = 1_000_000
 
     def person(self, name: str) -> Replica:
         """Someone else's copy of the hub."""
@@ -180,9 +181,10 @@ class HubSimulator:
 
     def rounds(self, count: int, contributors: int = 1) -> None:
         """Publish some rounds."""
-        for number in range(count):
+        for _ in range(count):
             for person in range(contributors):
-                self.contribute(f"person{person}", seed=1000 * number + person)
+                self._seed += 1
+                self.contribute(f"person{person}", seed=self._seed)
             self.merge()
 
     def refs(self) -> dict[str, str]:

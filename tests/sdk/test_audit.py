@@ -1,0 +1,151 @@
+"""Auditing: a merger who lies is found out, and the round is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+import numpy as np
+import pytest
+from moshi_hub import merge as merging
+from moshi_hub.propose import Proposal
+from moshi_sdk.audit import Auditor, Finding
+
+from moshi_fl.errors import HubError
+from moshi_fl.records import Merged
+from moshi_fl.snapshot import encode_step
+from moshi_fl.strategies import find_strategy
+from moshi_fl.weights import weights_digest
+from tests.support.simulator import HubSimulator
+
+
+def audit(hub: HubSimulator, first: int = 1, last: int | None = None) -> list[Finding]:
+    replica = hub.person("auditor")
+    last = last or replica.look().newest.round
+    return list(Auditor(replica, find_strategy=find_strategy).audit(first, last))
+
+
+def lie(
+    hub: HubSimulator, monkeypatch: pytest.MonkeyPatch, falsify: Callable[[Proposal], Proposal]
+) -> None:
+    """Merge with a maintainer's tool that falsifies the proposal before it is published."""
+    honest = merging.propose
+    with monkeypatch.context() as patch:
+        patch.setattr(merging, "propose", lambda *a, **k: falsify(honest(*a, **k)))
+        hub.merge()
+
+
+def test_an_honest_history_is_identical(hub: HubSimulator) -> None:
+    hub.rounds(3, contributors=2)
+    findings = audit(hub)
+    assert [finding.identical for finding in findings] == [True] * 3
+    assert [finding.contributions for finding in findings] == [2] * 3
+
+
+def test_a_round_can_be_audited_alone(hub: HubSimulator) -> None:
+    hub.rounds(3)
+    assert [finding.round for finding in audit(hub, 2, 2)] == [2]
+
+
+def test_rounds_that_do_not_exist_are_said(hub: HubSimulator) -> None:
+    with pytest.raises(HubError, match="the hub has only round 0"):
+        audit(hub, 1, 1)
+
+
+def test_a_model_that_is_not_the_mean_is_found(
+    hub: HubSimulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def falsify(proposal: Proposal) -> Proposal:
+        weights = {name: array.copy() for name, array in proposal.weights.items()}
+        weights["fc_out.bias"][0] += np.float32(1e-3)
+        folder = proposal.deltas.parent / "lie"
+        folder.mkdir()
+        base = hub.replica.pull().load()
+        files = tuple(folder / file.name for file in encode_step(base, weights, folder))
+        update = msgspec.structs.replace(proposal.record.update, kind="step")
+        record = msgspec.structs.replace(
+            proposal.record, weights=weights_digest(weights), update=update
+        )
+        return _replace(proposal, record=record, weights=weights, update_files=files)
+
+    hub.rounds(1)
+    hub.contribute("ann", seed=50)
+    lie(hub, monkeypatch, falsify)
+    hub.rounds(1)
+    assert hub.sync().load()  # a step tells nobody how it was made
+    findings = audit(hub)
+    assert [finding.identical for finding in findings] == [True, False, True]
+    assert "published" in findings[1].problem
+
+
+def _replace(proposal: Proposal, **changes) -> Proposal:
+    from dataclasses import replace
+
+    return replace(proposal, **changes)
+
+
+def test_a_digest_that_the_deltas_do_not_give_is_refused_by_sync(
+    hub: HubSimulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def falsify(proposal: Proposal) -> Proposal:
+        record = msgspec.structs.replace(proposal.record, weights="0" * 64)
+        return _replace(proposal, record=record)
+
+    hub.contribute("ann")
+    with pytest.raises(HubError, match="does not give the weights it promises"):
+        lie(hub, monkeypatch, falsify)  # the merger's own copy refuses its round
+    with pytest.raises(HubError, match="does not give the weights it promises"):
+        hub.sync("reader")
+    assert [finding.identical for finding in audit(hub)] == [False]
+
+
+def test_a_favoured_contributor_is_found(
+    hub: HubSimulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = merging.propose
+
+    def favour(state, rules, base, contributions, folder, **how):
+        from moshi_hub import propose as proposing
+
+        def weigh(entries, rules):
+            fair = original(entries, rules)
+            return (msgspec.structs.replace(fair[0], weight=fair[0].weight * 100), *fair[1:])
+
+        original = proposing.weigh
+        with monkeypatch.context() as patch:
+            patch.setattr(proposing, "weigh", weigh)
+            return honest(state, rules, base, contributions, folder, **how)
+
+    hub.contribute("ann")
+    hub.contribute("bob", seed=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(merging, "propose", favour)
+        hub.merge()
+    (finding,) = audit(hub)
+    assert finding.identical is False
+    assert "by the rule 12" in finding.problem
+
+
+def test_a_contribution_that_nobody_made_is_found(
+    hub: HubSimulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.contribute("ann")
+    hub.contribute("bob", seed=2)
+
+    def falsify(proposal: Proposal) -> Proposal:
+        first, second = proposal.record.contributions
+        swapped = (
+            Merged(id=first.id, base_round=0, weight=second.weight),
+            Merged(id=second.id, base_round=0, weight=first.weight),
+        )
+        a, b = proposal.delta_files
+        content = a.read_bytes()
+        a.write_bytes(b.read_bytes())
+        b.write_bytes(content)
+        record = msgspec.structs.replace(proposal.record, contributions=swapped)
+        return _replace(proposal, record=record)
+
+    lie(hub, monkeypatch, falsify)
+    (finding,) = audit(hub)
+    assert finding.identical is False
+    assert "is not its contributor's" in finding.problem

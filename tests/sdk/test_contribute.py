@@ -1,0 +1,221 @@
+"""Contributing for real: training in a Flower client, resuming, rebasing, sending once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from moshi_sdk.contribute import Options, contribute, resume
+from moshi_sdk.feedback import Feedback
+from moshi_sdk.runs import Runs
+
+from moshi_fl.errors import DataError, HubError, MoshiError, Rejected
+from moshi_fl.records import Contribution
+from moshi_fl.train import Progress
+from moshi_fl.weights import open_weights
+from tests.support.simulator import HubSimulator, write_corpus
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """A source tree to train on."""
+    return write_corpus(tmp_path / "code")
+
+
+class Stop(Exception):
+    """What a test raises in the middle of training."""
+
+
+class Stopper:
+    """A listener that interrupts training after some steps."""
+
+    def __init__(self, after: int) -> None:
+        self._after = after
+        self.steps: list[int] = []
+
+    def stage(self, name: str, text: str) -> None:
+        """Ignore."""
+
+    def step(self, progress: Progress) -> None:
+        """Interrupt."""
+        self.steps.append(progress.step)
+        if len(self.steps) == self._after:
+            raise Stop
+
+
+def runs_of(hub: HubSimulator, home: Path) -> Runs:
+    from moshi_fl.replica import Replica
+
+    return Runs(Replica(hub.url, home).folder / "runs")
+
+
+def send(hub: HubSimulator, corpus: Path, home: str = "ann", **options) -> Contribution:
+    chosen = Options(**{"seed": 1, "contributor": home} | options)
+    return contribute(hub.url, [corpus], chosen, home=hub.folder / home).contribution
+
+
+def test_what_was_learned_reaches_the_hub(hub: HubSimulator, corpus: Path) -> None:
+    outcome = contribute(
+        hub.url, [corpus], Options(seed=1, contributor="ann"), home=hub.folder / "ann"
+    )
+    record = outcome.contribution
+    assert outcome.sent
+    assert outcome.data
+    assert outcome.data.files == 3
+    assert record.metrics.held_out_after < record.metrics.held_out_before
+    assert hub.verdicts()[record.id].accepted
+    assert record.num_examples == 3 * 4
+
+
+def test_nothing_but_record_and_delta_is_pushed(hub: HubSimulator, corpus: Path) -> None:
+    before = hub.refs()
+    record = send(hub, corpus)
+    new = set(hub.refs()) - set(before)
+    assert new == {f"refs/heads/contribute/0/{record.id}", record.delta.ref}
+    repo = hub.replica.repo
+    hub.replica.pull()
+    repo.fetch({ref: f"refs/test/{n}" for n, ref in enumerate(sorted(new))})
+    pushed = [repo.entries(hub.refs()[ref]) for ref in sorted(new)]
+    texts = b"".join(
+        repo.read(hub.refs()[ref], entry.path, limit=10**6)
+        for ref, entries in zip(sorted(new), pushed, strict=True)
+        for entry in entries
+    )
+    assert b"def area" not in texts
+    assert str(corpus).encode() not in texts
+
+
+def test_the_same_again_sends_nothing_twice(hub: HubSimulator, corpus: Path) -> None:
+    first = send(hub, corpus)
+    refs = hub.refs()
+    again = send(hub, corpus)
+    assert again.id == first.id
+    assert hub.refs() == refs
+
+
+def test_a_dry_run_sends_nothing_and_can_be_sent_later(hub: HubSimulator, corpus: Path) -> None:
+    before = hub.refs()
+    dry = send(hub, corpus, dry_run=True)
+    assert hub.refs() == before
+    sent = resume(hub.url, home=hub.folder / "ann")
+    assert sent.contribution.id == dry.id
+    assert hub.verdicts()[dry.id].accepted
+
+
+@pytest.mark.parametrize("after", [1, 4, 6])
+def test_an_interrupted_contribution_ends_with_the_same_id(
+    hub: HubSimulator, corpus: Path, after: int
+) -> None:
+    whole = send(hub, corpus, "whole", steps=6, contributor="ann", dry_run=True)
+    options = Options(seed=1, steps=6, contributor="ann")
+    home = hub.folder / "ann"
+    with pytest.raises(Stop):
+        contribute(hub.url, [corpus], options, home=home, listener=Stopper(after))
+    resumed = resume(hub.url, home=home)
+    assert resumed.contribution.id == whole.id
+
+
+def test_resuming_nothing_is_said(hub: HubSimulator) -> None:
+    with pytest.raises(MoshiError, match="no unfinished contribution"):
+        resume(hub.url, home=hub.folder / "ann")
+
+
+def test_changed_data_cannot_be_resumed(hub: HubSimulator, corpus: Path) -> None:
+    home = hub.folder / "ann"
+    with pytest.raises(Stop):
+        contribute(hub.url, [corpus], Options(seed=1), home=home, listener=Stopper(1))
+    (corpus / "part0.py").write_text("print('something else entirely')\n" * 40)
+    with pytest.raises(Rejected, match="data has changed"):
+        resume(hub.url, home=home)
+
+
+def test_a_contribution_survives_an_unreachable_hub(hub: HubSimulator, corpus: Path) -> None:
+    dry = send(hub, corpus, dry_run=True)
+    hub.path.rename(hub.folder / "away")
+    with pytest.raises(HubError):
+        resume(hub.url, home=hub.folder / "ann")
+    (hub.folder / "away").rename(hub.path)
+    assert resume(hub.url, home=hub.folder / "ann").contribution.id == dry.id
+
+
+def test_the_hub_moved_on_a_little_and_the_delta_counts_less(
+    hub: HubSimulator, corpus: Path
+) -> None:
+    dry = send(hub, corpus, dry_run=True)
+    hub.rounds(1)
+    outcome = resume(hub.url, home=hub.folder / "ann")
+    assert outcome.contribution.id == dry.id
+    assert "counts 50%" in outcome.note
+    record = hub.merge().proposal.record
+    assert [merged.weight for merged in record.contributions] == [6]
+
+
+def test_the_hub_moved_on_a_lot_and_the_delta_is_rebased(hub: HubSimulator, corpus: Path) -> None:
+    send(hub, corpus, dry_run=True)
+    hub.rounds(3)
+    outcome = resume(hub.url, home=hub.folder / "ann")
+    record = outcome.contribution
+    assert (record.round, record.rebased_from) == (3, 0)
+    assert "rebased to round 3" in outcome.note
+    assert hub.verdicts()[record.id].accepted
+
+
+def test_what_was_merged_is_not_sent_again(hub: HubSimulator, corpus: Path) -> None:
+    first = send(hub, corpus)
+    hub.merge()
+    run = next(iter(runs_of(hub, hub.folder / "ann")))
+    assert run.is_sent
+    assert run.contribution() == first
+    second = send(hub, corpus)
+    assert (second.round, second.id != first.id) == (1, True)
+
+
+def test_error_feedback_says_later_what_the_codec_could_not(
+    hub: HubSimulator, corpus: Path
+) -> None:
+    send(hub, corpus)
+    folder = runs_of(hub, hub.folder / "ann")._folder.parent / "feedback"
+    (path,) = folder.glob("*.safetensors")
+    assert any(np.any(array) for array in open_weights(path).values())
+    hub.merge()
+    second = send(hub, corpus)
+    assert [entry.stem for entry in folder.glob("*.safetensors")] != [path.stem]
+    assert (folder / f"{second.id}.safetensors").exists()
+
+
+def test_the_carry_of_what_never_made_it_is_not_used(tmp_path: Path) -> None:
+    feedback = Feedback(tmp_path)
+    ones = {"w": np.ones(3, np.float32)}
+    first, second = "1" * 32, "2" * 32
+    feedback.sent(first, 0, ones, None)
+    feedback.sent(second, 1, {"w": 2 * ones["w"]}, first)
+    assert feedback.base(lambda *_: True) == second
+    assert feedback.base(lambda *_: None) == second
+    assert feedback.base(lambda *_: False) == first
+    assert feedback.load(first)["w"][0] == 1
+
+
+def test_new_characters_are_proposed(hub: HubSimulator, tmp_path: Path) -> None:
+    folder = write_corpus(tmp_path / "greek", "λ = 'Ω ж λ'\n")
+    record = send(hub, folder)
+    assert set(record.proposed_characters) == set("λΩж")
+
+
+def test_no_usable_data_is_one_clear_error(hub: HubSimulator, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError):
+        send(hub, tmp_path / "empty")
+
+
+def test_plans_that_differ_are_different_runs(hub: HubSimulator, corpus: Path) -> None:
+    first, second = send(hub, corpus, seed=1), send(hub, corpus, seed=2)
+    assert first.id != second.id
+    assert len(list(runs_of(hub, hub.folder / "ann"))) == 2
+
+
+def test_a_record_without_training_metrics_is_still_valid(hub: HubSimulator) -> None:
+    record = hub.contribute("ann")
+    assert msgspec.structs.asdict(record)["metrics"].held_out_after is None
+    assert hub.verdicts()[record.id].accepted

@@ -1,0 +1,169 @@
+"""Syncing: cold, warm, offline, old rounds; and a hub that takes back what it said."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from moshi_sdk.sync import SyncManager
+
+from moshi_fl.errors import CorruptRecord, HubError, UntrustedHub
+from moshi_fl.history import MAIN
+from moshi_fl.store import ANY, RefUpdate
+from moshi_fl.weights import weights_digest
+from tests.support.simulator import HubSimulator
+
+
+def test_a_cold_start_gives_the_newest_round(hub: HubSimulator) -> None:
+    hub.rounds(2)
+    snapshot = hub.sync()
+    assert (snapshot.round, snapshot.online) == (2, True)
+    assert weights_digest(snapshot.load()) == snapshot.record.weights
+    assert snapshot.received > 0
+
+
+def test_an_unchanged_hub_costs_nothing(hub: HubSimulator) -> None:
+    first = hub.sync()
+    again = hub.sync()
+    assert (again.round, again.received) == (first.round, 0)
+
+
+def test_an_update_fetches_only_what_is_new(hub: HubSimulator) -> None:
+    cold = hub.sync("cold").received
+    hub.sync()
+    hub.rounds(1)
+    warm = hub.sync()
+    assert warm.round == 1
+    assert 0 < warm.received < cold / 4
+    assert weights_digest(warm.load()) == hub.sync("other").record.weights
+
+
+def test_whoever_was_away_for_long_takes_the_cheaper_way(hub: HubSimulator) -> None:
+    hub.sync("traveller")
+    hub.rounds(12, contributors=3)
+    back, fresh = hub.sync("traveller"), hub.sync("newcomer")
+    assert back.round == fresh.round == 12
+    assert back.received <= fresh.received
+    assert back.load().keys() == fresh.load().keys()
+
+
+def test_an_old_round_can_be_had(hub: HubSimulator) -> None:
+    digests = [hub.replica.pull().record.weights]
+    for seed in range(4):
+        hub.contribute("ann", seed=seed)
+        hub.merge()
+        digests.append(hub.replica.pull().record.weights)
+    for number in (2, 0, 4, 1):
+        snapshot = hub.sync("historian", number=number)
+        assert snapshot.round == number
+        assert weights_digest(snapshot.load()) == digests[number]
+
+
+def test_an_old_round_before_the_manifest_can_be_had(hub: HubSimulator) -> None:
+    hub.edit_settings('keyframes = "auto"', 'keyframes = "every-round"')
+    hub.rounds(5)
+    assert hub.replica.look().manifest.rounds[0].round == 4
+    assert hub.sync("historian", number=2).load()  # its own keyframe is gone: from keyframe 0 on
+
+
+def test_a_round_that_the_hub_no_longer_keeps_is_said(hub: HubSimulator) -> None:
+    hub.edit_settings('keyframes = "auto"', 'keyframes = "every-round"')
+    hub.edit_settings("keep_rounds = 0", "keep_rounds = 1")
+    hub.rounds(5)
+    with pytest.raises(HubError, match="round 1 cannot be had: the hub no longer keeps"):
+        hub.sync("historian", number=1)
+
+
+def test_a_round_that_does_not_exist_is_said(hub: HubSimulator) -> None:
+    with pytest.raises(HubError, match="round 9 does not exist: the newest is 0"):
+        hub.sync(number=9)
+
+
+def test_only_so_many_rounds_stay_on_this_machine(hub: HubSimulator) -> None:
+    manager = SyncManager(hub.url, home=hub.folder / "tidy", keep_rounds=2)
+    for seed in range(4):
+        hub.contribute("ann", seed=seed)
+        hub.merge()
+        manager.pull()
+    assert manager.replica.rounds_at_hand() == [3, 4]
+
+
+def test_without_the_hub_the_cache_answers_and_tells_its_age(hub: HubSimulator) -> None:
+    online = hub.sync()
+    hub.path.rename(hub.folder / "gone")
+    offline = hub.sync()
+    assert not offline.online
+    assert offline.round == online.round
+    assert abs(offline.checked - online.checked) < 60
+    assert offline.load()
+
+
+def test_without_hub_and_cache_there_is_one_clear_error(hub: HubSimulator) -> None:
+    hub.path.rename(hub.folder / "gone")
+    with pytest.raises(HubError, match="no hub at .*On this machine there is no round"):
+        hub.sync("newcomer")
+
+
+def test_an_empty_repository_is_no_hub(tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "--bare", "-q", tmp_path / "plain.git"], check=True)
+    with pytest.raises(HubError, match="no moshi-fl hub"):
+        SyncManager(str(tmp_path / "plain.git"), home=tmp_path / "home").pull()
+
+
+def test_a_damaged_cache_is_noticed_before_use(hub: HubSimulator) -> None:
+    snapshot = hub.sync()
+    data = bytearray(snapshot.path.read_bytes())
+    data[-1] ^= 1
+    snapshot.path.write_bytes(data)
+    with pytest.raises(CorruptRecord, match="is damaged"):
+        hub.sync().load()
+    hub.rounds(1)
+    assert hub.sync().load()  # the damaged base is thrown away, and a keyframe fetched
+
+
+def test_a_rewound_hub_is_refused(hub: HubSimulator) -> None:
+    hub.rounds(1)
+    earlier = hub.refs()
+    hub.rounds(1)
+    reader = hub.sync()
+    repo = hub.person("reader").repo
+    back = [RefUpdate(ref, earlier[ref], ANY) for ref in (MAIN, "refs/moshi/latest")]
+    hub.replica.repo.push(back)
+    with pytest.raises(UntrustedHub, match="rewound: it offers round 1, but round 2"):
+        hub.sync()
+    assert repo
+    assert hub.sync(offline=True).round == reader.round == 2
+
+
+def test_a_hub_with_another_identity_is_refused(hub: HubSimulator, tmp_path: Path) -> None:
+    hub.sync()
+    hub.path.rename(hub.folder / "old.git")
+    HubSimulator.__init__(other := object.__new__(HubSimulator), tmp_path)
+    with pytest.raises(UntrustedHub, match="another hub than before"):
+        other.sync()
+
+
+def test_a_branches_only_hub_works_alike(tmp_path: Path) -> None:
+    from moshi_hub.create import Plan, create
+
+    from moshi_fl.history import PREFIXES
+    from tests.support.simulator import small_preset
+
+    url = str(tmp_path / "hub.git")
+    plan = Plan(url=url, family="char", preset="tiny", name="test", prefix=PREFIXES[1])
+    create(plan, tmp_path / "maintainer", small_preset())
+    snapshot = SyncManager(url, home=tmp_path / "reader").pull()
+    assert snapshot.state.refs.prefix == "refs/heads/moshi/"
+    assert snapshot.load()
+
+
+def test_syncing_imports_neither_torch_nor_flower(hub: HubSimulator) -> None:
+    script = (
+        "import sys; from pathlib import Path; from moshi_sdk.sync import SyncManager; "
+        "SyncManager(sys.argv[1], home=Path(sys.argv[2])).pull(); "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'flwr')))"
+    )
+    argv = [sys.executable, "-c", script, hub.url, str(hub.folder / "lean")]
+    assert subprocess.run(argv, check=False).returncode == 0
