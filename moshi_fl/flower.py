@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
@@ -28,10 +29,13 @@ from flwr.app import (
     RecordDict,
 )
 from flwr.app.message import make_message
+from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower_strategies
+from flwr.serverapp.strategy import Strategy
+from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
 
-from moshi_fl.aggregate import Update
+from moshi_fl.aggregate import Step, Update
 from moshi_fl.errors import ConfigError
 from moshi_fl.records import Scalar
 from moshi_fl.rules import Shapes
@@ -39,6 +43,8 @@ from moshi_fl.weights import Weights
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 PREFIX = "flower:"
+STATEFUL = {"FedAdagrad", "FedAdam", "FedAvgM", "FedYogi"}
+"""Strategies that remember earlier rounds, and ask nothing special of a client."""
 STATELESS = {"FedAvg", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan"}
 """Strategies whose result depends on one round's replies alone."""
 
@@ -63,6 +69,14 @@ def arrays_in(message: Message) -> dict[str, NDArray[np.float32]]:
     return to_weights(record)
 
 
+def metrics_in(message: Message) -> MetricRecord:
+    """The figures that a reply carries."""
+    record = message.content[METRICS]
+    if not isinstance(record, MetricRecord):
+        raise ConfigError(f"the message's {METRICS!r} is no metric record.")
+    return record
+
+
 def config_in(message: Message) -> ConfigRecord:
     """The settings that a message carries."""
     record = message.content[CONFIG]
@@ -71,13 +85,32 @@ def config_in(message: Message) -> ConfigRecord:
     return record
 
 
-def train_message(weights: Weights, config: Mapping[str, Scalar | bytes]) -> Message:
+def train_message(weights: Weights, config: Mapping[str, Scalar | bytes], node: int = 0) -> Message:
     """A ``train`` message as a server would send it, made without a running federation.
 
     Flower has no public way to do that, so this is the one place that uses ``make_message``.
     """
     content = RecordDict({ARRAYS: to_arrays(weights), CONFIG: ConfigRecord(dict(config))})
-    return make_message(metadata=_metadata("train"), content=content)
+    return make_message(metadata=_metadata("train", node), content=content)
+
+
+def with_config(message: Message, defaults: Mapping[str, Scalar | bytes]) -> Message:
+    """The same message with the settings that its ``config`` lacks; what it says itself stays."""
+    said = message.content.config_records.get(CONFIG, ConfigRecord())
+    content = RecordDict(dict(message.content))
+    content[CONFIG] = ConfigRecord({**defaults, **said})
+    return make_message(metadata=message.metadata, content=content)
+
+
+def identify_process() -> None:
+    """Let messages be made in this process although no Flower run is going on in it.
+
+    Flower asks who sends a message, and knows only inside a run; it has no public way to say so.
+    """
+    try:
+        _ = TaskIdentity.run_id
+    except RuntimeError:
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 0, 1
 
 
 def _metadata(kind: str, node: int = 0) -> Metadata:
@@ -129,8 +162,8 @@ class FlowerStrategy:
             )
         try:
             self._strategy = getattr(flower_strategies, name)(**dict(options))
-        except TypeError as error:
-            raise ConfigError(f"options of {PREFIX}{name}: {error}.") from error
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"options of {PREFIX}{name}: {error}") from error
 
     def aggregate(
         self, updates: Sequence[Update], shapes: Shapes
@@ -164,3 +197,90 @@ def _dense(update: Update, shapes: Shapes) -> dict[str, NDArray[np.float32]]:
             whole.reshape(-1)[: delta.size] = delta.reshape(-1)
         dense[name] = whole
     return dense
+
+
+def named_strategy(name: str, options: Mapping[str, Scalar]) -> Strategy:
+    """One of Flower's strategies that keep state, named such as ``flower:FedAdam``.
+
+    Raises:
+        ConfigError: There is none of this name, or it does not take these options.
+    """
+    kind = name.removeprefix(PREFIX)
+    if kind not in STATEFUL:
+        known = ", ".join(sorted(PREFIX + known for known in STATEFUL | STATELESS))
+        raise ConfigError(
+            f"there is no strategy {name!r} to simulate by name.",
+            hint=f"{known}; in Python, simulate(strategy=…) takes any strategy object",
+        )
+    one = {"min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1}
+    if taken := sorted(set(options) & {*one, "fraction_train", "fraction_evaluate"}):
+        raise ConfigError(f"{name}: {taken[0]} is settled by the number of clients (--fraction).")
+    try:
+        strategy: Strategy = getattr(flower_strategies, kind)(**one, **dict(options))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"options of {name}: {error}") from error
+    return strategy
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a node sent: its update, and its loss as it states it."""
+
+    update: Update
+    loss: float
+
+
+class FlowerRound:
+    """Runs a Flower strategy object, unmodified, over all rounds of a simulation.
+
+    The strategy sees a global model that starts at zero and moves by the steps it makes itself;
+    replies are that model plus a delta. Zeros in every round would not do: FedAvgM keeps the
+    weights of the round before and would take their difference for a gradient. All of it is
+    float64, so that nothing a strategy compares or remembers is lost to rounding.
+    """
+
+    def __init__(self, strategy: Strategy, shapes: Shapes) -> None:
+        self._strategy = strategy
+        self._seen = {name: np.zeros(shapes[name]) for name in sorted(shapes)}
+        self._messages: dict[int, Message] = {}
+        self._number = 0
+
+    def configure(self, grid: Grid) -> dict[int, ConfigRecord]:
+        """Begin a round: the nodes that the strategy chooses, and what it asks of each.
+
+        Raises:
+            ConfigError: It chooses none.
+        """
+        self._number += 1
+        arrays = ArrayRecord({name: Array(array) for name, array in self._seen.items()})
+        messages = self._strategy.configure_train(self._number, arrays, ConfigRecord(), grid)
+        self._messages = {message.metadata.dst_node_id: message for message in messages}
+        if not self._messages:
+            raise ConfigError(f"{type(self._strategy).__name__} chose no node to train.")
+        return {
+            node: next(iter(message.content.config_records.values()), ConfigRecord())
+            for node, message in sorted(self._messages.items())
+        }
+
+    def aggregate(self, replies: Mapping[int, Reply]) -> Step:
+        """End the round: how far the strategy moves its model."""
+        messages = [self._reply(node, replies[node]) for node in sorted(replies)]
+        arrays, _ = self._strategy.aggregate_train(self._number, messages)
+        if arrays is None:
+            name = type(self._strategy).__name__
+            raise ConfigError(f"{name} made nothing of {len(messages)} replies.")
+        new = {name: np.asarray(arrays[name].numpy(), np.float64) for name in self._seen}
+        step = [(name, new[name] - seen) for name, seen in self._seen.items()]
+        self._seen = new
+        return step
+
+    def _reply(self, node: int, reply: Reply) -> Message:
+        arrays = {name: Array(self._moved(name, reply.update)) for name in self._seen}
+        metrics = MetricRecord({"num-examples": reply.update.weight, "train-loss": reply.loss})
+        content = RecordDict({ARRAYS: ArrayRecord(arrays), METRICS: metrics})
+        return Message(content, reply_to=self._messages[node])
+
+    def _moved(self, name: str, update: Update) -> NDArray[np.float64]:
+        moved = self._seen[name].copy()
+        update.delta.add(name, 0, moved.reshape(-1), 1.0)
+        return moved
