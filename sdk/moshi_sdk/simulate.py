@@ -253,6 +253,8 @@ class Federation:
     def run(self, on_step: OnStep | None = None) -> Iterator[RoundResult]:
         """Train for all rounds, moving ``weights``; yields round 0, which is before training, too.
 
+        Another call goes on from there, with the same draws and without error feedback.
+
         Raises:
             ConfigError: The strategy asks for what the clients do not do.
             TrainingError: A client's loss is not finite.
