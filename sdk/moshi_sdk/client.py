@@ -140,4 +140,7 @@ def _read(task: Task, context: Context, seed: int) -> Corpus:
             "this node does not say where its data lies.",
             hint="flower-supernode --node-config \"data='/path/to/code'\"",
         )
-    return task.read([Path(path) for path in data.split(os.pathsep)], seed=seed)
+    paths = data.split(os.pathsep)
+    if "partition-id" in context.node_config:  # a virtual node of a simulation takes its share
+        paths = [paths[int(context.node_config["partition-id"]) % len(paths)]]
+    return task.read([Path(path) for path in paths], seed=seed)
