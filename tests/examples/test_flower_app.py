@@ -24,8 +24,6 @@ from moshi_fl.train import Recipe
 from moshi_fl.weights import open_weights
 from moshi_sdk.client import app, job_config
 
-# Importing Flower imports typer, which uses what click calls deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:typer.*")
 
 PRESET = get_preset("char", "tiny")
 SMALL = {**PRESET.model, "n_layer": 1, "d_model": 16, "d_ff": 16, "context": 32}

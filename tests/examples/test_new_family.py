@@ -19,8 +19,6 @@ from moshi_fl.models.family import Sampling
 from moshi_hub.cli import main as hub_command
 from moshi_sdk.cli import main as command
 
-# Importing Flower imports typer, which uses what click calls deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:typer.*")
 
 
 @pytest.fixture(scope="session")
