@@ -68,7 +68,9 @@ def use(hub: str, home: Path, prompt: str) -> None:
     snapshot = manager.pull()
     auditor = Auditor(manager.replica, find_strategy=find_strategy)
     for finding in auditor.audit(1, snapshot.round):
-        print(f"audit of round {finding.round}: {'identical' if finding.identical else 'DIFFERENT'}")
+        print(
+            f"audit of round {finding.round}: {'identical' if finding.identical else 'DIFFERENT'}"
+        )
     task = load_task(snapshot.state)
     module = task.build()
     load_weights(module, snapshot.load())

@@ -23,7 +23,7 @@ app = ServerApp()
 
 
 class NewBatches(FedAvg):
-    """FedAvg that gives each round a seed of its own, so that no round repeats another's batches."""
+    """FedAvg with a seed for each round, so that no round repeats another's batches."""
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -29,7 +29,7 @@ from moshi_fl.models.family import DataSummary, Preset, Sampling, Table
 from moshi_fl.weights import Weights, serialize, tensors_in
 
 TOKENIZER = b'{\n  "kind": "bytes"\n}\n'
-"""Bytes need no tokenizer; a hub has a file of this name all the same, and here it never changes."""
+"""Bytes need no tokenizer, but every hub has a file for one; here it never changes."""
 
 Bytes = NDArray[np.uint8]
 

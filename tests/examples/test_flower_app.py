@@ -24,7 +24,6 @@ from moshi_fl.train import Recipe
 from moshi_fl.weights import open_weights
 from moshi_sdk.client import app, job_config
 
-
 PRESET = get_preset("char", "tiny")
 SMALL = {**PRESET.model, "n_layer": 1, "d_model": 16, "d_ff": 16, "context": 32}
 
@@ -116,7 +115,9 @@ def test_flwr_run_simulates_the_app(folder: Path, library: Path, tmp_path: Path)
 
 def _end_superlink(home: Path) -> None:
     """``flwr run`` leaves a server behind; its log file in our folder tells it from all others."""
-    listing = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True, check=True)
+    listing = subprocess.run(
+        ["ps", "-eo", "pid=,args="], capture_output=True, text=True, check=True
+    )
     for line in listing.stdout.splitlines():
         pid, _, command = line.strip().partition(" ")
         if "superlink" in command and str(home) in command:

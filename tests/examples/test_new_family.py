@@ -20,7 +20,6 @@ from moshi_hub.cli import main as hub_command
 from moshi_sdk.cli import main as command
 
 
-
 @pytest.fixture(scope="session")
 def package(examples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example, built and installed by pip into a folder of its own, without any network."""
@@ -46,7 +45,7 @@ def run(capsys: pytest.CaptureFixture[str], main: object, *args: object) -> dict
     return json.loads(out)
 
 
-def test_the_core_does_not_know_the_family_by_itself(package: Path) -> None:
+def test_the_core_does_not_know_the_family_by_itself() -> None:
     core = Path(sys.modules["moshi_fl"].__path__[0])
     assert not [path for path in core.rglob("*.py") if re.search("bytes.mlp", path.read_text())]
     assert "bytes-mlp" in known_families()
