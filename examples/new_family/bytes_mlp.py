@@ -25,7 +25,7 @@ from moshi_fl import data
 from moshi_fl.errors import CorruptRecord
 from moshi_fl.generate import Sampler, until_stop
 from moshi_fl.models.common import extract_weights, require_counts, settings_from
-from moshi_fl.models.family import DataSummary, Preset, Sampling, Table
+from moshi_fl.models.family import Corpus, DataSummary, Family, Preset, Sampling, Table
 from moshi_fl.weights import Weights, serialize, tensors_in
 
 TOKENIZER = b'{\n  "kind": "bytes"\n}\n'
@@ -121,9 +121,10 @@ class BytesTask:
         return np.frombuffer(b"".join(padding + text.encode() for text in texts), np.uint8)
 
     def batches(
-        self, corpus: BytesCorpus, batch_size: int, *, seed: int, start: int = 0
+        self, corpus: Corpus, batch_size: int, *, seed: int, start: int = 0
     ) -> Iterator[Tensor]:
         """Random windows (B, T), endlessly; the n-th batch needs no other, so runs can resume."""
+        assert isinstance(corpus, BytesCorpus)
         length = self._window(corpus.training)
         index = start
         while True:
@@ -143,8 +144,9 @@ class BytesTask:
         logits = module(batch[:, :-1]).flatten(0, 1)
         return F.cross_entropy(logits.float(), targets), len(targets)
 
-    def pool(self, corpus: BytesCorpus, sequences: int, *, seed: int, held_out: bool) -> bytes:
+    def pool(self, corpus: Corpus, sequences: int, *, seed: int, held_out: bool) -> bytes:
         """Up to this many windows that do not overlap, as one U8 tensor in a safetensors file."""
+        assert isinstance(corpus, BytesCorpus)
         stream = corpus.held_out if held_out else corpus.training
         length = self._window(stream)
         count = len(stream) // length
@@ -234,4 +236,4 @@ class BytesFamily:
         return BytesTask(settings_from(BytesConfig, model, name="[model]"))
 
 
-FAMILY = BytesFamily()
+FAMILY: Family = BytesFamily()  # a type checker compares it with the protocol here

@@ -116,7 +116,7 @@ def test_flwr_run_simulates_the_app(folder: Path, library: Path, tmp_path: Path)
 def _end_superlink(home: Path) -> None:
     """``flwr run`` leaves a server behind; its log file in our folder tells it from all others."""
     listing = subprocess.run(
-        ["ps", "-eo", "pid=,args="], capture_output=True, text=True, check=True
+        ["ps", "-ww", "-eo", "pid=,args="], capture_output=True, text=True, check=True
     )
     for line in listing.stdout.splitlines():
         pid, _, command = line.strip().partition(" ")
