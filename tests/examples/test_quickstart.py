@@ -32,6 +32,14 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PATH": path, "PYTHONPATH": os.pathsep.join(roots)}
 
 
+def labels_in_readme(readme: Path) -> set[str]:
+    """What the lines of output in the README's tour begin with, up to the first gap or figure."""
+    blocks = re.findall(r"^```\n\$ .*?\n(.*?)^```", readme.read_text(), re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).splitlines()
+    found = {re.match(r"(?:✓ )?[A-Za-z]+(?: [a-z]+)*\b", line) for line in lines}
+    return {match[0] for match in found if match}
+
+
 @pytest.mark.slow
 def test_the_shell_quickstart_makes_a_round_and_audits_it(
     examples: Path, tmp_path: Path, environment: dict[str, str]
@@ -45,6 +53,9 @@ def test_the_shell_quickstart_makes_a_round_and_audits_it(
     assert "1 of 1 round(s) recomputed, bit for bit" in done.stderr
     assert re.search(r"1 +2 +identical", done.stdout)
     assert (tmp_path / "kept" / "hub.git" / "HEAD").is_file()
+    shown = done.stdout + done.stderr
+    for label in labels_in_readme(examples.parent / "README.md"):
+        assert re.search(rf"^{re.escape(label)}\b", shown, re.MULTILINE), label
 
 
 def test_the_python_quickstart_makes_a_round_and_audits_it(
