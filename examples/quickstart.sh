@@ -3,7 +3,7 @@
 #
 #   bash examples/quickstart.sh            about a minute on two cores
 #   STEPS=3 bash examples/quickstart.sh    only to see it run
-#   KEEP=/tmp/quickstart bash examples/quickstart.sh    keeps the hub there, to look into it
+#   KEEP=~/quickstart bash examples/quickstart.sh    keeps the hub there, to look into it
 set -euo pipefail
 
 STEPS=${STEPS:-60}
