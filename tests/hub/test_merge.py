@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from moshi_hub.merge import publish_round
-from moshi_sdk.audit import Auditor
 
 from moshi_fl.errors import HubError
 from moshi_fl.history import MAIN, round_branch
 from moshi_fl.replica import Replica
 from moshi_fl.store import PushRejected
 from moshi_fl.strategies import find_strategy
+from moshi_hub.merge import publish_round
+from moshi_sdk.audit import Auditor
 from tests.support.simulator import HubSimulator, random_delta
 
 
@@ -72,7 +72,7 @@ def test_two_merges_race_and_one_wins(hub: HubSimulator) -> None:
     """The second one looked before the first published, and publishes after it."""
     hub.contribute("ann")
     other = Replica(hub.url, hub.folder / "second maintainer")
-    late = _merge_interrupted_by(hub, other, lambda: hub.merge())
+    late = _merge_interrupted_by(other, hub.merge)
     with pytest.raises(PushRejected, match="another merge published first"):
         late()
     assert hub.sync().round == 1
@@ -90,7 +90,7 @@ def test_the_same_merge_twice_is_one_merge(hub: HubSimulator) -> None:
     assert first.proposal.record.weights == again.proposal.record.weights
 
 
-def _merge_interrupted_by(hub: HubSimulator, replica: Replica, event):
+def _merge_interrupted_by(replica: Replica, event):
     """A merge during whose aggregation something else happens."""
 
     def finder(name, options):
@@ -272,7 +272,7 @@ def test_main_holds_only_small_text(hub: HubSimulator) -> None:
     repo = hub.replica.repo
     sizes = {entry.path: entry.size for entry in repo.entries(hub.replica.fetch_main())}
     assert max(sizes.values()) < 20_000
-    assert set(path.split("/")[0] for path in sizes) == {
+    assert {path.split("/")[0] for path in sizes} == {
         "README.md",
         "hub.toml",
         "rounds",

@@ -10,11 +10,11 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from moshi_hub.verify import REASONS
 
 from moshi_fl.history import MAIN, contribution_branch, contribution_path
 from moshi_fl.records import File, dump
 from moshi_fl.store import ANY, Author, RefUpdate
+from moshi_hub.verify import REASONS
 from tests.support.simulator import HubSimulator, random_delta
 
 
@@ -79,8 +79,8 @@ def huge_header(data: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("mutate", "code"),
     [
-        (lambda data: b"", "not-safetensors"),
-        (lambda data: b"PK\x03\x04" * 100, "not-safetensors"),
+        (lambda _: b"", "not-safetensors"),
+        (lambda _: b"PK\x03\x04" * 100, "not-safetensors"),
         (lambda data: data[:-1], "not-safetensors"),
         (lambda data: data + b"\0", "not-safetensors"),
         (duplicate_key, "not-safetensors"),

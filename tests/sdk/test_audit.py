@@ -7,15 +7,15 @@ from collections.abc import Callable
 import msgspec
 import numpy as np
 import pytest
-from moshi_hub import merge as merging
-from moshi_hub.propose import Proposal
-from moshi_sdk.audit import Auditor, Finding
 
 from moshi_fl.errors import HubError
 from moshi_fl.records import Merged
 from moshi_fl.snapshot import encode_step
 from moshi_fl.strategies import find_strategy
 from moshi_fl.weights import weights_digest
+from moshi_hub import merge as merging
+from moshi_hub.propose import Proposal
+from moshi_sdk.audit import Auditor, Finding
 from tests.support.simulator import HubSimulator
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from moshi_sdk.contribute import Options, contribute, resume
-from moshi_sdk.feedback import Feedback
-from moshi_sdk.runs import Runs
 
 from moshi_fl.errors import DataError, HubError, MoshiError, Rejected
 from moshi_fl.records import Contribution
 from moshi_fl.train import Progress
 from moshi_fl.weights import open_weights
+from moshi_sdk.contribute import Options, contribute, resume
+from moshi_sdk.feedback import Feedback
+from moshi_sdk.runs import Runs
 from tests.support.simulator import HubSimulator, write_corpus
 
 

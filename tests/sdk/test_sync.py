@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from moshi_sdk.sync import SyncManager
 
 from moshi_fl.errors import CorruptRecord, HubError, UntrustedHub
 from moshi_fl.history import MAIN
 from moshi_fl.store import ANY, RefUpdate
 from moshi_fl.weights import weights_digest
+from moshi_sdk.sync import SyncManager
 from tests.support.simulator import HubSimulator
 
 
@@ -102,7 +102,7 @@ def test_without_the_hub_the_cache_answers_and_tells_its_age(hub: HubSimulator) 
 
 def test_without_hub_and_cache_there_is_one_clear_error(hub: HubSimulator) -> None:
     hub.path.rename(hub.folder / "gone")
-    with pytest.raises(HubError, match="no hub at .*On this machine there is no round"):
+    with pytest.raises(HubError, match=r"no hub at .*On this machine there is no round"):
         hub.sync("newcomer")
 
 
@@ -146,9 +146,8 @@ def test_a_hub_with_another_identity_is_refused(hub: HubSimulator, tmp_path: Pat
 
 
 def test_a_branches_only_hub_works_alike(tmp_path: Path) -> None:
-    from moshi_hub.create import Plan, create
-
     from moshi_fl.history import PREFIXES
+    from moshi_hub.create import Plan, create
     from tests.support.simulator import small_preset
 
     url = str(tmp_path / "hub.git")

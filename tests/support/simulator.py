@@ -9,11 +9,6 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from moshi_hub.create import Plan, create
-from moshi_hub.merge import Options, OpenRound, Outcome, look, merge
-from moshi_hub.verify import Verdict
-from moshi_sdk.submit import DELTA_AUTHOR
-from moshi_sdk.sync import SyncManager
 
 from moshi_fl.codec import get_codec
 from moshi_fl.codec.delta import delta_bytes, encode_delta
@@ -25,6 +20,11 @@ from moshi_fl.replica import Replica, Snapshot
 from moshi_fl.store import ANY, Author, RefUpdate
 from moshi_fl.strategies import find_strategy
 from moshi_fl.weights import Weights, sha256_bytes
+from moshi_hub.create import Plan, create
+from moshi_hub.merge import OpenRound, Options, Outcome, look, merge
+from moshi_hub.verify import Verdict
+from moshi_sdk.submit import DELTA_AUTHOR
+from moshi_sdk.sync import SyncManager
 
 MODEL = {"n_layer": 1, "n_head": 2, "d_model": 16, "d_ff": 32, "context": 32}
 TEXT = "def area(width, height):\n    return width * height\n\n\nprint(area(3, 4))\n"
