@@ -210,7 +210,7 @@ def test_patterns_choose_refs(repo: HubRepo) -> None:
 
 def test_a_hub_gets_its_settings_and_may_be_filled_twice(hub: Path) -> None:
     create_hub(hub)
-    assert git(hub, "config", "core.bigFileThreshold") == "1048576\n"
+    assert git(hub, "config", "core.bigFileThreshold") == "65536\n"
     assert git(hub, "config", "receive.maxInputSize") == "1073741824\n"
     assert git(hub, "symbolic-ref", "HEAD") == "refs/heads/main\n"
     assert not (hub / "hooks").exists()

@@ -77,12 +77,12 @@ def test_a_new_repository_has_the_settings_but_no_rounds(examine, tmp_path):
 def test_settings_that_differ_are_named_with_the_commands_that_repair_them(examine, tmp_path):
     hub = tmp_path / "my hub.git"
     create_hub(hub)
-    git(hub, "config", "pack.window", "10")
+    git(hub, "config", "core.bigFileThreshold", "10")
     git(hub, "config", "--unset", "gc.auto")
     git(hub, "config", "--unset", "receive.maxInputSize")
     settings = examine(hub)[1]["settings"]
     assert settings["status"] == "warn"
-    assert settings["found"] == "differ: pack.window, gc.auto, receive.maxInputSize"
+    assert settings["found"] == "differ: core.bigFileThreshold, gc.auto, receive.maxInputSize"
     for command in settings["next"].splitlines()[1:]:
         subprocess.run(command, shell=True, check=True)
     assert examine(hub)[1]["settings"]["status"] == "ok"
