@@ -39,6 +39,10 @@ from moshi_hub.verify import Rules
 STEP_WORTH_TRYING = 0.1
 """Below this fraction of the weights' bytes, the deltas are surely smaller than their step."""
 
+ROUNDS_PER_KEYFRAME = 64
+"""However small the updates are: the manifest holds at most twice as many rounds, and every client
+fetches it in every round."""
+
 Evaluator = Callable[[Weights, bytes], tuple[float, int, str]]
 """Mean held-out loss, number of sequences and digest of the pool, for weights and a tokenizer."""
 
@@ -227,12 +231,12 @@ def needs_keyframe(rules: StorageRules, rounds: Sequence[Round], update_bytes: i
     """Whether the next round carries whole weights.
 
     It does when the updates since the last keyframe would exceed half of it, so that a cold start
-    never costs more than one and a half keyframes, at any age.
+    never costs more than one and a half keyframes, at any age; and after ``ROUNDS_PER_KEYFRAME``.
     """
     if rules.keyframes == "every-round":
         return True
     since = update_bytes
-    for record in reversed(rounds):
+    for record in rounds[:-ROUNDS_PER_KEYFRAME:-1]:
         if record.keyframe:
             return 2 * since > record.keyframe.bytes
         since += record.update.location.bytes if record.update else 0
