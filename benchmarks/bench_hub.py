@@ -31,6 +31,7 @@ from moshi_fl.codec import get_codec
 from moshi_fl.replica import Replica
 from moshi_fl.rules import shapes_of
 from moshi_fl.weights import save_weights
+from moshi_hub.propose import needs_keyframe
 
 COMPARED = 4
 """Rounds at which rivals are measured; git-theta needs a minute for each."""
@@ -119,23 +120,36 @@ def measure(served: Served, folder: Path) -> list[Row]:
     rows = [warm_row(ours, keyframe.bytes), contribution_row(ours)]
     for rival in (NAIVE, LFS, THETA):
         rows += compare(served, rival, ours, weights, folder)
-    while (number := served.hub.maintainer.pull().round) < ROUNDS - 1:
+    while (number := served.hub.maintainer.pull().round) < ROUNDS:
         if number == 10:
             rows.append(clone_row(10, served.clone(), "-"))
+        if not served.homes.joinpath("ripe").exists() and is_ripe(served.hub.maintainer):
+            rows += ripe_rows(served, folder, keyframe.bytes)
         progress(served.hub.round(CONTRIBUTORS).proposal.record.round)
-    young = shutil.copytree(served.hub.folder / "hub.git", served.hub.folder / "old.git")
-    before, _ = served.pull("cold-49")
-    served.hub.round(CONTRIBUTORS)
     rows.insert(0, clone_row(ROUNDS, served.clone(), "<= 200 kB"))
-    after, _ = served.pull("cold-50")
-    grow_old(young, Replica(str(young), folder / "ageing"), AGE - ROUNDS)
-    old, _ = served.pull("cold-old", "old")
-    rows += cold_rows(keyframe.bytes, before, after, old)
-    rows += [
-        unchanged(served, "cold-50", "hub", ROUNDS),
-        unchanged(served, "cold-old", "old", AGE - 1),
+    rows.append(cold_row(ROUNDS, served.pull("starter-50")[0], keyframe.bytes))
+    return [*rows, unchanged(served, "starter-50", "hub", ROUNDS)]
+
+
+def is_ripe(maintainer: Replica) -> bool:
+    """Whether the next round will bring a keyframe: when a cold start costs most."""
+    state = maintainer.look()
+    update = state.newest.update
+    size = update.location.bytes if update else 0
+    return needs_keyframe(state.config.storage, state.manifest.rounds, size)
+
+
+def ripe_rows(served: Served, folder: Path, keyframe: int) -> list[Row]:
+    """A cold start when it costs most, now and in the same hub at round 1,000."""
+    number = served.hub.maintainer.look().newest.round
+    young = served.hub.folder / "hub.git"
+    old = shutil.copytree(young, served.hub.folder / "old.git")
+    grow_old(old, Replica(str(old), folder / "ageing"), AGE - number)
+    return [
+        cold_row(number, served.pull("ripe")[0], keyframe),
+        cold_row(AGE, served.pull("old", "old")[0], keyframe),
+        unchanged(served, "old", "old", AGE),
     ]
-    return rows
 
 
 def progress(number: int) -> None:
@@ -244,20 +258,16 @@ def contribution_row(ours: Figures) -> Row:
     )
 
 
-def cold_rows(keyframe: int, before: int, after: int, old: int) -> list[Row]:
-    """Cold starts at two ages, at the same distance from a keyframe."""
-    found = {ROUNDS - 1: before, ROUNDS: after, AGE - 1: old}
-    return [
-        Row(
-            f"cold start at round {number}",
-            size(count),
-            f"keyframe {size(keyframe)}",
-            keyframe / count,
-            "<= 1.5 keyframes",
-            note=f"{count / keyframe:.3f} keyframes",
-        )
-        for number, count in found.items()
-    ]
+def cold_row(number: int, count: int, keyframe: int) -> Row:
+    """A cold start in parts of a keyframe."""
+    return Row(
+        f"cold start at round {number}",
+        size(count),
+        f"1.5 keyframes {size(round(1.5 * keyframe))}",
+        1.5 * keyframe / count,
+        "<= 1.5 keyframes",
+        note=f"{count:,} B, {count / keyframe:.3f} keyframes",
+    )
 
 
 def unchanged(served: Served, user: str, hub: str, number: int) -> Row:
