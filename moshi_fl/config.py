@@ -22,7 +22,6 @@ from moshi_fl import tomlfile
 from moshi_fl.errors import ConfigError
 
 MAX_CONTRIBUTOR_LENGTH = 200  # what a record accepts
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def _text(value: Any) -> str:
@@ -69,14 +68,6 @@ def _whole(low: int, high: int) -> Callable[[Any], int]:
     return parse
 
 
-def _size(value: Any) -> int:
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,3})?)\s*([KMGT]?B?)", str(value).strip().upper())
-    if isinstance(value, bool) or not match:
-        raise ValueError("must be a size such as 500MB or 5GB")
-    unit = match[2] if match[2].endswith("B") or not match[2] else match[2] + "B"
-    return int(float(match[1]) * _UNITS[unit])
-
-
 def _setting(default: Any, help_text: str, parse: Callable[[Any], Any]) -> Any:
     return field(default=default, metadata={"help": help_text, "parse": parse})
 
@@ -92,7 +83,6 @@ class Settings:
     precision: str = _setting("fp32", "fp32 or bf16", _precision)
     threads: int = _setting(0, "CPU threads for training; 0 lets torch choose", _whole(0, 1024))
     keep_rounds: int = _setting(2, "rounds kept in the cache per hub", _whole(1, 100_000))
-    cache_size: int = _setting(10 * 10**9, "largest size of the cache, such as 5GB", _size)
     _origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def origin(self, name: str) -> str:

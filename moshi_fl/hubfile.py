@@ -31,9 +31,7 @@ class Hub(_Table, frozen=True, kw_only=True):
     format: Literal[1]
     id: HubId
     name: Text
-    refs: Annotated[str, Meta(pattern=r"\Arefs/[a-z0-9][a-z0-9_/-]*/\Z", max_length=60)] = (
-        "refs/moshi/"
-    )
+    refs: Literal["refs/moshi/", "refs/heads/moshi/"] = "refs/moshi/"
 
 
 class TrainingRules(_Table, frozen=True, kw_only=True):

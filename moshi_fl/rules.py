@@ -14,8 +14,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def contribution_weight(rule: Weighting, num_examples: int, staleness: int) -> int:
     """Integer weight of a contribution: examples within the limit, discounted by age in rounds."""
-    discounted = min(num_examples, rule.max_examples) * rule.staleness_discount**staleness
-    return max(1, int(discounted))
+    weight = float(min(num_examples, rule.max_examples))
+    for _ in range(staleness):  # not a power: its last bit depends on the platform
+        weight *= rule.staleness_discount
+    return max(1, int(weight))
 
 
 def accepted_characters(rules: VocabularyRules, size: int, proposals: Iterable[str]) -> str:

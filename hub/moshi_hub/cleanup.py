@@ -13,7 +13,7 @@ from moshi_fl.errors import MoshiError
 from moshi_fl.history import ROUND_BRANCHES, HubState, Refs
 from moshi_fl.hubfile import StorageRules
 from moshi_fl.records import Manifest
-from moshi_fl.store import HubRepo, PushRejected, RefUpdate
+from moshi_fl.store import HubRepo, PushRejected, RefUpdate, is_local, local_path, tidy_hub
 from moshi_hub.verify import Rules, Verdict
 
 
@@ -64,7 +64,10 @@ def clean_up(repo: HubRepo, state: HubState, rules: Rules, settled: Settled) -> 
     doomed |= {ref for ref in present if _is_spent(ref, state.refs, settled, oldest)}
     updates = [RefUpdate(ref, None, commit) for ref, commit in settled.branches.items()]
     updates += [RefUpdate(ref, None, present[ref]) for ref in sorted(doomed)]
-    return _remove(repo, updates)
+    problem = _remove(repo, updates)
+    if is_local(repo.url):
+        tidy_hub(local_path(repo.url))
+    return problem
 
 
 def _is_spent(ref: str, names: Refs, settled: Settled, oldest: int) -> bool:

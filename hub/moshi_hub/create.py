@@ -154,6 +154,7 @@ def render_hubfile(plan: Plan, preset: Preset) -> str:
         training=_lines(preset.training),
         delta=_lines(preset.delta),
         evaluation=_lines(preset.evaluation),
+        server_learning_rate=str(preset.server_learning_rate),
     )
 
 

@@ -31,6 +31,7 @@ class Preset:
     delta: Table
     evaluation: Table
     tokenizer: bytes
+    server_learning_rate: float = 1.0  # factor on the aggregated delta
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 Everything that comes from a hub is hostile until the records say otherwise.
 """
 
-from moshi_fl.store.hub import create_hub, hub_settings
+from moshi_fl.store.hub import create_hub, hub_settings, tidy_hub
 from moshi_fl.store.objects import Author, ObjectStore
 from moshi_fl.store.repo import ANY, HubRepo, PushRejected, RefMissing, RefUpdate
 from moshi_fl.store.settings import HUB_SETTINGS
@@ -27,4 +27,5 @@ __all__ = [
     "local_path",
     "normalise_url",
     "redact",
+    "tidy_hub",
 ]

@@ -10,6 +10,7 @@ from moshi_fl.store.process import Task, run
 from moshi_fl.store.settings import HUB_SETTINGS, environment
 
 MAX_PUSH_BYTES = 1 << 30
+MANY_PACKS = 64
 
 
 def create_hub(path: Path, *, max_push_bytes: int = MAX_PUSH_BYTES) -> None:
@@ -36,6 +37,22 @@ def create_hub(path: Path, *, max_push_bytes: int = MAX_PUSH_BYTES) -> None:
         _git(path, "config", key, value)
 
 
+def tidy_hub(path: Path, *, packs: int = MANY_PACKS) -> bool:
+    """Put a local hub's many small packs into few, once there are too many, and say whether it did.
+
+    Every push leaves a pack, and a fetch looks into all of them. Objects that nothing needs any
+    more go after an hour: a push that is still under way may need younger ones.
+
+    Raises:
+        MoshiError: Git could not do it; the hub is as it was.
+    """
+    if len(list((path / "objects" / "pack").glob("*.pack"))) <= packs:
+        return False
+    _git(path, "repack", "-A", "-d", "-q", "--unpack-unreachable=1.hour.ago")
+    _git(path, "prune", "--expire=1.hour.ago")
+    return True
+
+
 def hub_settings(path: Path) -> dict[str, str]:
     """The settings in a bare repository's own config, keys in lower case.
 
@@ -53,4 +70,4 @@ def _git(path: Path, *argv: str) -> None:
     env = environment(path) | {"GIT_DEFAULT_HASH": "sha1"}
     result = run(path, Task(argv, env))
     if result.status != 0:
-        raise local_failure(path, "creating a hub", result)
+        raise local_failure(path, f"git {argv[0]} in the hub", result)

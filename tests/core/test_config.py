@@ -53,10 +53,9 @@ def test_what_was_not_given_on_the_command_line_overrides_nothing():
 
 def test_variables_are_text_and_are_read_as_values(monkeypatch):
     monkeypatch.setenv("MOSHI_FL_THREADS", "4")
-    monkeypatch.setenv("MOSHI_FL_CACHE_SIZE", "1.5GB")
     monkeypatch.setenv("MOSHI_FL_DATA", f"/a{os.pathsep}/b")
     settings = load_settings()
-    assert (settings.threads, settings.cache_size) == (4, 1_500_000_000)
+    assert settings.threads == 4
     assert settings.data == ("/a", "/b")
 
 
@@ -76,7 +75,6 @@ def test_variables_are_text_and_are_read_as_values(monkeypatch):
         ("device = 1\n", "device must be auto", ""),
         ('precision = "fp16"\n', "precision must be fp32 or bf16", ""),
         ("precision = [1]\n", "precision must be fp32 or bf16", ""),
-        ('cache_size = "many"\n', "cache_size must be a size such as 500MB", ""),
         ("data = [1]\n", "data must be paths", ""),
         ("data = {}\n", "data must be paths", ""),
         ('hub = "a\\nb"\n', "hub must be one printable line", ""),

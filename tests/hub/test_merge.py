@@ -100,7 +100,8 @@ def _merge_interrupted_by(replica: Replica, event):
     def run():
         from moshi_hub.merge import Options, merge
 
-        return merge(replica, Options(publish=True), evaluator=lambda _: None, find_strategy=finder)
+        options = Options(publish=True, name="other")
+        return merge(replica, options, evaluator=lambda _: None, find_strategy=finder)
 
     return run
 

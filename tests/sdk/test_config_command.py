@@ -33,8 +33,7 @@ def test_settings_show_their_values_and_origins(call, monkeypatch):
     assert lines[0] == ["setting", "value", "origin", "meaning"]
     assert ["device", "cpu", "MOSHI_FL_DEVICE"] in [line[:3] for line in lines]
     assert ["threads", "2", "config.toml,", "line", "1"] in [line[:5] for line in lines]
-    assert ["cache_size", "10", "GB", "default"] in [line[:4] for line in lines]
-    assert rows(call)["cache_size"]["value"] == 10_000_000_000
+    assert rows(call)["keep_rounds"]["value"] == 2
 
 
 def test_a_setting_comes_and_goes(call):

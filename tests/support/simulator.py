@@ -38,6 +38,7 @@ def small_preset(**tables: Mapping[str, Any]) -> Preset:
         model=preset.model | MODEL,
         training={"steps": 3, "batch_size": 4, "learning_rate": 3e-3},
         delta={"codec": "topk"},
+        server_learning_rate=1.0,
         evaluation={"sequences": 4},
     )
     return replace(preset, **{name: getattr(preset, name) | dict(t) for name, t in tables.items()})

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from moshi_fl.cli import hub_option, output_options
 from moshi_fl.console import Console
+from moshi_fl.records import Round
 from moshi_fl.strategies import find_strategy
 from moshi_fl.text import Percent, Size
 from moshi_hub.options import maintainer, replica_for
@@ -16,6 +19,12 @@ from moshi_hub.options import maintainer, replica_for
 @click.option("--publish", is_flag=True, help="Publish at once; otherwise the round is proposed.")
 @click.option("--strategy", help="Aggregate by this instead of the hub's strategy, this once.")
 @click.option("--exclude", multiple=True, metavar="ID", help="Leave this contribution out.")
+@click.option(
+    "--eval-data",
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="Held-out files to measure this and later merges on; they stay on this machine.",
+)
 @click.option("--dry-run", is_flag=True, help="Compute and report; push nothing.")
 @output_options
 def merge(
@@ -24,6 +33,7 @@ def merge(
     publish: bool,
     strategy: str | None,
     exclude: tuple[str, ...],
+    eval_data: tuple[Path, ...],
     dry_run: bool,
 ) -> None:
     r"""Verify the open contributions, aggregate the accepted ones, and make the next round.
@@ -36,11 +46,14 @@ def merge(
       moshi-hub merge --hub ./hub.git --publish
       moshi-hub merge --dry-run --strategy median
     """
-    from moshi_hub.heldout import evaluator_for
+    from moshi_hub.heldout import evaluator_for, store_pool
     from moshi_hub.merge import Options, Outcome
     from moshi_hub.merge import merge as run
 
     replica = replica_for(hub)
+    if eval_data:
+        state = replica.look()
+        store_pool(replica, state.config, state.tokenizer, eval_data)
     options = Options(publish, dry_run, strategy, exclude, maintainer())
     outcome: Outcome = run(
         replica, options, evaluator=evaluator_for(replica), find_strategy=find_strategy
@@ -49,7 +62,7 @@ def merge(
     record = outcome.built.record if outcome.built else outcome.proposal.record
     done = {True: "Published", False: "Proposed"}[publish] if not dry_run else "Computed"
     console.done(
-        f"{done} round {record.round}",
+        f"{done} round {record.round}{_gain(record)}",
         round=record.round,
         contributions=len(record.contributions),
         rejected=len(outcome.open_round.verdicts) - len(outcome.open_round.accepted),
@@ -65,6 +78,13 @@ def merge(
         )
     if not publish and not dry_run:
         console.hint("moshi-hub publish   (after review: makes it the current round)")
+
+
+def _gain(record: Round) -> str:
+    if record.evaluation is None:
+        return ""
+    before, after = record.evaluation.before, record.evaluation.after
+    return f": held-out loss {before:.4f} -> {after:.4f}"
 
 
 def _contributions(console: Console, outcome: object) -> None:

@@ -7,7 +7,6 @@ import click
 from moshi_fl import config as settings_file
 from moshi_fl.cli import output_options
 from moshi_fl.console import Console
-from moshi_fl.text import Size
 
 
 @click.group(invoke_without_command=True)
@@ -44,8 +43,6 @@ def _rows() -> list[dict[str, object]]:
 def _shown(name: str, value: object) -> object:
     from moshi_fl.store import redact
 
-    if name == "cache_size":
-        return Size(str(value))
     return redact(str(value)) if name == "hub" else value
 
 
