@@ -155,10 +155,18 @@ def _invoke(root: click.Group, args: list[str], console: Console) -> int:
             _confess(root, console)
             raise
         where = f"{error.filename}: " if error.filename else ""
-        return _report(console, f"{where}{error.strerror}.", "", Exit.FAILED)
+        return _report(console, f"{where}{error.strerror}.", _repair(error), Exit.FAILED)
     except Exception:
         _confess(root, console)
         raise
+
+
+def _repair(error: OSError) -> str:
+    if not error.filename:
+        return ""
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return "Make room there and do the same again; what was complete is kept."
+    return "Check to whom it belongs and what they may do with it."
 
 
 def _help_command(root: click.Group, error: click.UsageError) -> str:

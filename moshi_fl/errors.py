@@ -42,6 +42,9 @@ class HubError(MoshiError):
 class UntrustedHub(HubError):
     """The hub's bytes contradict its records or what this client has seen before."""
 
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message, hint=hint or "ask the hub's maintainer; nothing was changed here")
+
 
 class CorruptRecord(MoshiError):
     """Bytes that are not what they claim to be."""

@@ -14,7 +14,7 @@ from moshi_fl.errors import ConfigError
 from moshi_fl.records import HubId, Name, Scalar, Text
 
 Positive = Annotated[int, Meta(ge=1)]
-PositiveFloat = Annotated[float, Meta(gt=0)]
+PositiveFloat = Annotated[float, Meta(gt=0, le=1e30)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 Tables = dict[str, dict[str, Any]]
 
@@ -40,7 +40,7 @@ class TrainingRules(_Table, frozen=True, kw_only=True):
     steps: Positive = 200
     batch_size: Positive = 8
     learning_rate: PositiveFloat = 1e-3
-    weight_decay: Annotated[float, Meta(ge=0)] = 0.01
+    weight_decay: Annotated[float, Meta(ge=0, le=1e30)] = 0.01
     gradient_clip: PositiveFloat = 1.0
     warmup_fraction: Fraction = 0.05
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -122,7 +122,7 @@ def parse_hubfile(text: str, *, name: str = "hub.toml") -> HubConfig:
         raise ConfigError(f"{name}: {len(text)} characters, the limit is {MAX_HUBFILE_BYTES}.")
     try:
         tables = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not only TOMLDecodeError: a number too long
         raise ConfigError(f"{name}: {error}.") from error
     try:
         config = msgspec.convert(tables, HubConfig)

@@ -157,7 +157,10 @@ def restore(
 
 
 def _open_keyframe(record: Round, files: Path, out: Path) -> Weights:
-    decode_keyframe(files, out, parameters=record.parameters)
+    try:
+        decode_keyframe(files, out, parameters=record.parameters)
+    except CorruptRecord as error:
+        raise UntrustedHub(f"the keyframe of round {record.round}: {error}") from error
     weights = open_weights(out)
     check_digest(weights, record)
     return weights

@@ -10,6 +10,7 @@ byte is refused.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -241,20 +242,42 @@ class atomic_file:  # noqa: N801 - used as a function, as in ``with atomic_file(
 
     def __enter__(self) -> IO[bytes]:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        handle, self._name = tempfile.mkstemp(prefix=".tmp-", dir=self._path.parent)
+        # The number of the process tells whether anyone is still writing.
+        prefix = f".tmp-{os.getpid()}-"
+        handle, self._name = tempfile.mkstemp(prefix=prefix, dir=self._path.parent)
         self._file = os.fdopen(handle, "wb")
         return self._file
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if isinstance(error, OSError):
+            self._locate(error)
         try:
             if kind is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-            self._file.close()
-            if kind is None:
-                Path(self._name).replace(self._path)
+                self._finish()
+            else:
+                self._close_anyway()
         finally:
             Path(self._name).unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            Path(self._name).replace(self._path)
+        except OSError as error:
+            self._locate(error)
+            self._close_anyway()
+            raise
+
+    def _close_anyway(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk, which is known by now
+            self._file.close()
+
+    def _locate(self, error: OSError) -> None:
+        """Name the file: "no space left" alone does not say where."""
+        if error.filename is None:
+            error.filename = str(self._path)
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from moshi_fl.errors import HubError, MoshiError
 from moshi_fl.store.process import Result
 
+_NO_ROOM = 1 << 14  # bytes
 _LAST_WORDS = 600  # characters of Git's own words that are shown
 
 # The first pattern that is found decides; {hub} is the address without passwords.
@@ -126,7 +128,7 @@ def hub_failure(hub: str, action: str, result: Result, *, timeout: float) -> Hub
 
 def local_failure(folder: Path, action: str, result: Result) -> MoshiError:
     """The error for a command that worked in our own folder."""
-    if disk_full(result.words):
+    if disk_full(result.words) or _without_room(folder):
         return _full(folder)
     ended = "did not end in time" if result.timed_out else f"failed (git status {result.status})"
     return MoshiError(f"{action} in {folder} {ended}.{_words(result)}")
@@ -147,6 +149,11 @@ def disk_full(words: str) -> bool:
     """Whether our own disk is full, by Git's words; the hub's words come with ``remote:``."""
     own = "\n".join(line for line in words.splitlines() if not line.startswith("remote:"))
     return "No space left on device" in own or "Disk quota exceeded" in own
+
+
+def _without_room(folder: Path) -> bool:
+    # Git does not always say why it could not write.
+    return folder.exists() and shutil.disk_usage(folder).free < _NO_ROOM
 
 
 def _full(folder: Path) -> MoshiError:

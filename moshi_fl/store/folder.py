@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from moshi_fl.store.failures import disk_errors, local_failure
 from moshi_fl.store.leftovers import SCRATCH, clean_store
-from moshi_fl.store.locking import FolderLock
+from moshi_fl.store.locking import LOCK_FILE, FolderLock
 from moshi_fl.store.process import MAX_OUTPUT, Result, Task, run
 from moshi_fl.store.settings import CLIENT_SETTINGS, config_text, environment, user_settings
 
@@ -27,7 +27,7 @@ class StoreFolder:
         self.path = Path(os.path.abspath(path))  # noqa: PTH100  (resolve() would follow links)
         self.timeout = timeout
         self._env = environment(self.path)
-        self._lock = FolderLock(self.path / "moshi.lock")
+        self._lock = FolderLock(self.path / LOCK_FILE)
         self._user: list[tuple[str, str]] | None = None
 
     def prepare(self) -> None:

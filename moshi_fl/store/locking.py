@@ -13,6 +13,7 @@ from pathlib import Path
 from moshi_fl.errors import HubError
 from moshi_fl.store.failures import disk_errors
 
+LOCK_FILE = "moshi.lock"
 _POLL = 0.05  # seconds
 
 if sys.platform == "win32":
