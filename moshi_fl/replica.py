@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from moshi_fl.errors import CorruptRecord, HubError, UntrustedHub
+from moshi_fl.errors import CorruptRecord, HubError, MoshiError, UntrustedHub
 from moshi_fl.history import (
     MAIN,
     HubState,
@@ -43,12 +43,14 @@ from moshi_fl.records import (
     dump,
     load,
 )
-from moshi_fl.restore import plan, restore
-from moshi_fl.store import HubRepo, normalise_url
+from moshi_fl.restore import Plan, plan, restore
+from moshi_fl.store import HubRepo, normalise_url, redact
 from moshi_fl.strategies import find_strategy
+from moshi_fl.text import Size
 from moshi_fl.weights import Weights, open_weights, weights_digest, write_atomic
 
 MAX_MAIN_PACK = 1 << 30
+ADVICE = "ask the hub's maintainer; your cached rounds are untouched"
 
 
 class Seen(Record, frozen=True, kw_only=True):
@@ -74,6 +76,7 @@ class Snapshot:
         path: Its weights, a safetensors file.
         checked: When the hub was last asked, in seconds since 1970.
         online: Whether the hub answered this time.
+        problem: Why it did not; empty when it did.
         received: Bytes of weights fetched this time.
     """
 
@@ -83,6 +86,7 @@ class Snapshot:
     checked: float
     online: bool
     received: int = 0
+    problem: str = ""
 
     @property
     def round(self) -> int:
@@ -101,7 +105,8 @@ class Snapshot:
 
 
 def hub_folder(home: Path, url: str) -> Path:
-    """Where a hub's replica lies: readable, and distinct for distinct URLs."""
+    """Where a hub's replica lies: readable, and distinct for distinct hubs, whatever the login."""
+    url = redact(url)
     tail = re.sub(r"[^A-Za-z0-9]+", "-", url.rstrip("/").removesuffix(".git").split("/")[-1])
     return (
         home
@@ -192,15 +197,16 @@ class Replica:
 
     def fetch_main(self) -> str:
         """Fetch main (small text only) and return its commit, checked against what was seen."""
-        local = "refs/moshi-fl/main"
-        before = self.repo.resolve(local)
-        main = self.repo.fetch({MAIN: local}, max_bytes=MAX_MAIN_PACK)[local]
-        if before and not self.repo.is_ancestor(before, main):
-            self.repo.set_ref(local, before)
-            raise UntrustedHub(
-                f"the hub's main was rewound: {before[:10]} is no longer part of its history.",
-                hint="ask the hub's maintainer; your cached rounds are untouched",
-            )
+        local, offered = "refs/moshi-fl/main", "refs/moshi-fl/offered"
+        with self.repo.lock():
+            before = self.repo.resolve(local)
+            main = self.repo.fetch({MAIN: offered}, max_bytes=MAX_MAIN_PACK)[offered]
+            if before and not self.repo.is_ancestor(before, main):
+                raise UntrustedHub(
+                    f"the hub's main was rewound: {before[:10]} is no longer part of its history.",
+                    hint=ADVICE,
+                )
+            self.repo.set_ref(local, main)
         return main
 
     def weights_path(self, number: int) -> Path:
@@ -212,14 +218,20 @@ class Replica:
         return sorted(int(path.stem) for path in self.weights_path(0).parent.glob("*.safetensors"))
 
     @contextmanager
-    def scratch(self) -> Iterator[HubRepo]:
-        """A throw-away store beside the replica's own."""
+    def workspace(self) -> Iterator[Path]:
+        """A folder for one piece of work; gone afterwards, or when the next process finds it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f"scratch-{os.getpid()}-", dir=self.folder))
+        folder = Path(tempfile.mkdtemp(prefix=f"work-{os.getpid()}-", dir=self.folder))
         try:
-            yield HubRepo(folder / "git", self.url, timeout=self.timeout)
+            yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    @contextmanager
+    def scratch(self) -> Iterator[HubRepo]:
+        """A throw-away store beside the replica's own."""
+        with self.workspace() as folder:
+            yield HubRepo(folder / "git", self.url, timeout=self.timeout)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -230,35 +242,46 @@ class Replica:
 
     def _sweep(self) -> None:
         """Remove what killed processes left behind."""
-        for stale in self.folder.glob("scratch-*-*"):
-            if not _alive(int(stale.name.split("-")[1])):
+        patterns = (".tmp-*-*", "[!g]*/.tmp-*-*", "[!g]*/*/.tmp-*-*")  # git/ has its own ways
+        files = (path for pattern in patterns for path in self.folder.glob(pattern))
+        for stale in (*self.folder.glob("work-*-*"), *files):
+            if _alive(int(stale.name.split("-")[1])):
+                continue
+            if stale.is_dir():
                 shutil.rmtree(stale, ignore_errors=True)
+            else:
+                stale.unlink(missing_ok=True)
 
     def _look(self) -> HubState:
         seen = self.seen()
         refs, commit = fetch_latest(self.repo, seen.prefix if seen else None)
-        state = read_state(self.repo, refs, commit)
+        try:
+            state = read_state(self.repo, refs, commit)
+        except CorruptRecord as error:
+            raise UntrustedHub(
+                f"{self.repo.shown_url} offers a model that cannot be used: {error}", hint=ADVICE
+            ) from error
         if seen and seen.commit != commit:
             self._check_continuity(seen, state)
         return state
 
     def _check_continuity(self, seen: Seen, state: HubState) -> None:
-        advice = "ask the hub's maintainer; your cached rounds are untouched"
         if state.config.hub.id != seen.hub:
             raise UntrustedHub(
-                f"{self.url} is another hub than before ({state.config.hub.id}, was {seen.hub}).",
+                f"{self.repo.shown_url} is another hub than before "
+                f"({state.config.hub.id}, was {seen.hub}).",
                 hint=f"rm -r {self.folder}   (forgets the old one, if this is what you expect)",
             )
         if state.newest.round < seen.round:
             raise UntrustedHub(
                 f"the hub was rewound: it offers round {state.newest.round}, "
                 f"but round {seen.round} was already seen.",
-                hint=advice,
+                hint=ADVICE,
             )
         if self._digest_of(seen.round, state) != seen.record:
             raise UntrustedHub(
                 f"the hub rewrote its history: round {seen.round} is not the one seen before.",
-                hint=advice,
+                hint=ADVICE,
             )
 
     def _digest_of(self, number: int, state: HubState) -> str:
@@ -301,11 +324,25 @@ class Replica:
             return 0
         have = self._usable_base(record, rounds)
         way = plan(rounds, record.round, have, present)
+        self._require_room(way, record)
         base = open_weights(self.weights_path(have)) if have is not None else None
         with self.scratch() as scratch:
             start = None if way.keyframe else base
             restore(scratch, way, start, path, find_strategy=find_strategy)
         return way.bytes
+
+    def _require_room(self, way: Plan, record: Round) -> None:
+        """Refuse before the first byte what cannot fit: files twice (packed, plain), weights."""
+        weights = 4 * record.parameters
+        needed = 2 * way.bytes + weights * (2 if way.keyframe else 1)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise MoshiError(
+                f"no room for round {record.round}: it takes {Size(needed)}, "
+                f"{self.folder} has {Size(free)} left.",
+                hint="Make room there, or set MOSHI_FL_HOME to a folder on a larger disk.",
+            )
 
     def _usable_base(self, record: Round, rounds: Sequence[Round]) -> int | None:
         by_number = {entry.round: entry.weights for entry in rounds}

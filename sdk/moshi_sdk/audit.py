@@ -7,10 +7,8 @@ weights with the rules, and the recomputed model with the published digest.
 from __future__ import annotations
 
 import itertools
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from moshi_fl.errors import CorruptRecord, HubError, UntrustedHub
 from moshi_fl.history import read_contributions
@@ -100,8 +98,8 @@ class Auditor:
         self, record: Round, base: Weights, contributions: dict[str, Contribution]
     ) -> Weights:
         place = _deltas(record)
-        with self._replica.scratch() as scratch, tempfile.TemporaryDirectory() as name:
-            folder = fetch_locations(scratch, [place], Path(name))[0]
+        with self._replica.scratch() as scratch, self._replica.workspace() as files:
+            folder = fetch_locations(scratch, [place], files)[0]
             recorded = {file.name: file.sha256 for file in place.files}
             for merged in record.contributions:
                 entry = contributions[merged.id]

@@ -49,7 +49,8 @@ class SyncManager:
 
         Returns:
             The verified round. When the hub does not answer, the newest one on this machine, with
-            ``online=False`` and the time of the last answer in ``checked``.
+            ``online=False``, the reason in ``problem`` and the time of the last answer in
+            ``checked``.
 
         Raises:
             UntrustedHub: The hub went back, or contradicts its records. Nothing was changed.
@@ -72,4 +73,4 @@ class SyncManager:
                 f"{error} On this machine there is {wanted} of it either.",
                 hint=error.hint or "try again when the hub can be reached",
             ) from error
-        return dataclasses.replace(snapshot, online=False)
+        return dataclasses.replace(snapshot, online=False, problem=str(error))

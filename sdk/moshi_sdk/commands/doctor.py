@@ -24,6 +24,7 @@ from moshi_fl.cli import hub_option, output_options
 from moshi_fl.config import ensure_home, home, load_settings
 from moshi_fl.console import Console
 from moshi_fl.errors import HubError
+from moshi_fl.store.locking import LOCK_FILE
 from moshi_fl.text import Duration, Size
 
 OLDEST_PYTHON = (3, 11)
@@ -145,7 +146,8 @@ def _leftovers() -> Check:
 
 
 def _temporary(folder: Path) -> set[Path]:
-    return {path for pattern in _LEFTOVERS for path in folder.rglob(pattern)}
+    found = {path for pattern in _LEFTOVERS for path in folder.rglob(pattern)}
+    return {path for path in found if path.name != LOCK_FILE}  # ours stays; only its holder counts
 
 
 def _last_change(path: Path) -> float:

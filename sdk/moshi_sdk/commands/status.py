@@ -8,6 +8,7 @@ from moshi_fl.cli import hub_option, output_options
 from moshi_fl.console import Console
 from moshi_fl.history import HubState, contribution_branch
 from moshi_fl.replica import Replica, Snapshot
+from moshi_fl.store import redact
 from moshi_fl.text import Moment, Size
 from moshi_sdk.options import settings_for, sync_manager
 from moshi_sdk.runs import Run, Runs
@@ -30,6 +31,8 @@ def status(console: Console, hub: str | None, offline: bool) -> None:
     settings = settings_for(hub=hub)
     manager = sync_manager(settings)
     snapshot = manager.pull(offline=offline)
+    if not snapshot.online and not offline:
+        console.warn(f"{snapshot.problem} This is what was last seen.")
     _show_hub(console, settings.hub, snapshot)
     console.table(_rounds(snapshot.state), name="rounds")
     rows = [_contribution(run, manager.replica, snapshot) for run in _runs(manager.replica)]
@@ -43,7 +46,7 @@ def status(console: Console, hub: str | None, offline: bool) -> None:
 def _show_hub(console: Console, hub: str, snapshot: Snapshot) -> None:
     config, record = snapshot.state.config, snapshot.record
     console.result(
-        hub=hub,
+        hub=redact(hub),
         name=config.hub.name,
         model=f"{config.family}, {record.parameters:,} parameters",
         round=record.round,

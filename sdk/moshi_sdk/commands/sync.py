@@ -35,7 +35,8 @@ def sync(console: Console, hub: str | None, number: int | None, offline: bool) -
     record = snapshot.record
     checked = datetime.fromtimestamp(snapshot.checked, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     if not snapshot.online and not offline:
-        console.warn(f"the hub does not answer; this is what was last seen, at {checked}.")
+        age = Duration(max(0.0, time.time() - snapshot.checked))
+        console.warn(f"{snapshot.problem} This is what was last seen, {age} ago, at {checked}.")
     what = (
         f"Round {record.round} is here" if snapshot.received else f"Round {record.round} is current"
     )
