@@ -27,7 +27,7 @@ from moshi_fl.train import Progress, Recipe, calibrate, steps_for_epochs
 from moshi_fl.weights import Weights, open_weights, save_weights, sha256_bytes, write_atomic
 from moshi_sdk.feedback import Feedback
 from moshi_sdk.runs import Run, RunPlan, Runs
-from moshi_sdk.submit import Sent, delta_commit, submit
+from moshi_sdk.submit import Sent, delta_commit, is_merged, submit
 from moshi_sdk.sync import SyncManager
 
 HELD_OUT_SEQUENCES = 32
@@ -136,7 +136,7 @@ def contribute(
     options, listener = options or Options(), listener or Silent()
     manager = SyncManager(hub, home=home or default_home())
     snapshot = manager.pull()
-    listener.stage("sync", f"round {snapshot.round}")
+    listener.stage("sync", _whence(snapshot))
     task = load_task(snapshot.state)
     paths = tuple(Path(path).expanduser().resolve() for path in data)
     corpus = task.read(paths, seed=0, max_bytes=options.max_bytes)
@@ -162,9 +162,14 @@ def resume(
     manager = SyncManager(hub, home=home or default_home())
     run = Runs(manager.replica.folder / "runs").resume()
     snapshot = manager.pull()
-    listener.stage("sync", f"round {snapshot.round}, resuming from round {run.plan.base_round}")
+    listener.stage("sync", f"{_whence(snapshot)}; resuming from round {run.plan.base_round}")
     task = load_task(snapshot.state)
     return _finish(_Work(manager.replica, snapshot, task, run, listener), dry_run)
+
+
+def _whence(snapshot: Snapshot) -> str:
+    text = f"round {snapshot.round}"
+    return text if snapshot.online else f"{text}, from the cache: {snapshot.problem}"
 
 
 def load_task(state: HubState) -> Task:
@@ -243,15 +248,16 @@ def _steps(snapshot: Snapshot, task: Task, corpus: Corpus, recipe: Recipe, optio
 
 def _finish(work: _Work, dry_run: bool) -> Outcome:
     summary = work.corpus.summary if work.corpus else None
-    contribution = work.run.contribution()
-    if contribution is None:
-        contribution = _train_and_encode(work)
-    if dry_run:
-        return Outcome(contribution, None, summary)
-    contribution, note = _fit_to_present(work, contribution)
-    sent = submit(work.replica, work.state, contribution, work.run.delta)
-    _remember(work, contribution)
-    work.run.mark_sent()
+    with work.run.at_work():
+        contribution = work.run.contribution()
+        if contribution is None:
+            contribution = _train_and_encode(work)
+        if dry_run:
+            return Outcome(contribution, None, summary)
+        contribution, note = _fit_to_present(work, contribution)
+        sent = submit(work.replica, work.state, contribution, work.run.delta)
+        _remember(work, contribution)
+        work.run.mark_sent()
     return Outcome(contribution, sent, summary, note)
 
 
@@ -389,6 +395,8 @@ def _fit_to_present(work: _Work, contribution: Contribution) -> tuple[Contributi
     if age <= 0:
         return contribution, ""
     limit = work.config.delta.max_staleness
+    if is_merged(work.replica, work.state, contribution):
+        return contribution, ""
     if age <= limit:
         share = work.config.aggregation.staleness_discount**age
         return contribution, f"the hub moved {age} round(s) on; it counts {share:.0%} for that"

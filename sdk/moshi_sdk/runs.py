@@ -11,13 +11,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from moshi_fl.errors import MoshiError
+from moshi_fl.errors import HubError, MoshiError
 from moshi_fl.records import (
     Contribution,
     Count,
@@ -31,6 +32,7 @@ from moshi_fl.records import (
     load,
 )
 from moshi_fl.replica import Snapshot
+from moshi_fl.store.locking import LOCK_FILE, FolderLock
 from moshi_fl.weights import sha256_bytes, write_atomic
 
 
@@ -104,8 +106,20 @@ class Run:
     def mark_sent(self) -> None:
         """Finish the run: keep what identifies it, drop the weights."""
         write_atomic(self.folder / "sent", b"")
+        self.drop_weights()
+
+    def drop_weights(self) -> None:
+        """Remove what only an unfinished run needs."""
         for path in (self.base, self.checkpoint, self.trained, self.delta, self.carry):
             path.unlink(missing_ok=True)
+
+    def at_work(self) -> AbstractContextManager[None]:
+        """Keep other processes off this run.
+
+        Raises:
+            MoshiError: One is at work on it.
+        """
+        return _only_one(self.folder)
 
 
 class Runs:
@@ -117,13 +131,24 @@ class Runs:
     def start(self, plan: RunPlan, snapshot: Snapshot) -> Run:
         """The run of this plan: the one that is already there, or a new one."""
         run = Run(self._folder / sha256_bytes(dump(plan))[:16], plan)
-        if not (run.folder / "run.json").exists():
-            shutil.rmtree(run.folder, ignore_errors=True)
-            run.folder.mkdir(parents=True)
-            _link(snapshot.path, run.base)
-            write_atomic(run.folder / "run.json", dump(plan))
-        os.utime(run.folder / "run.json")
+        with run.at_work():
+            self._sweep()
+            if not (run.folder / "run.json").exists():
+                run.base.unlink(missing_ok=True)
+                _link(snapshot.path, run.base)
+                write_atomic(run.folder / "run.json", dump(plan))
+            os.utime(run.folder / "run.json")
         return run
+
+    def _sweep(self) -> None:
+        """Remove weights that killed processes left: of runs never begun, and of runs sent."""
+        for run in self:
+            if run.is_sent:
+                run.drop_weights()
+        for folder in self._folder.glob("*/"):
+            if not (folder / "run.json").exists():
+                with suppress(MoshiError), _only_one(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def unfinished(self) -> Run | None:
         """The run that was worked on last and has not been sent."""
@@ -149,6 +174,19 @@ class Runs:
         )
         for path in plans:
             yield Run(path.parent, load(path.read_bytes(), RunPlan, name="run.json"))
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(FolderLock(folder / LOCK_FILE).held(0))
+        except HubError as error:
+            raise MoshiError(
+                "another process is working on this very contribution.",
+                hint="wait until it has ended; if it did not send it, --resume will",
+            ) from error
+        yield
 
 
 def _link(source: Path, target: Path) -> None:

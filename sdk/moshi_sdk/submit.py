@@ -51,18 +51,19 @@ def submit(replica: Replica, state: HubState, contribution: Contribution, delta:
 
     Raises:
         HubError: The hub cannot be reached or refuses; the run stays and can be resumed.
+        Rejected: It was sent before, and the hub dropped it.
     """
     repo, number = replica.repo, contribution.round
     branch = contribution_branch(number, contribution.id)
     record = dump(contribution)
     refs = (branch, contribution.delta.ref)
     present = repo.remote_refs(*refs)
-    if branch in present:
+    if branch in present or is_merged(replica, state, contribution):
         return Sent(branch, refs, len(record), contribution.delta.bytes, again=True)
-    if _is_merged(replica, state, contribution):
+    if not delta.exists():
         raise Rejected(
-            f"contribution {contribution.id[:12]} is already part of a round.",
-            hint="moshi-fl contribute   (trains on the new round)",
+            f"contribution {contribution.id[:12]} was sent before, and the hub did not take it.",
+            hint="moshi-fl contribute --seed N   (another one; the hub's maintainer knows why)",
         )
     commit = delta_commit(repo, contribution.delta.ref, delta.read_bytes())
     if commit != contribution.delta.commit:
@@ -90,7 +91,8 @@ def _record_commit(replica: Replica, contribution: Contribution, record: bytes) 
     return repo.commit(tree, parents=(main,), message=message, author=author, when=0)
 
 
-def _is_merged(replica: Replica, state: HubState, contribution: Contribution) -> bool:
+def is_merged(replica: Replica, state: HubState, contribution: Contribution) -> bool:
+    """Whether a published round has taken it in."""
     if contribution.round >= state.newest.round:
         return False
     later = replica.chain(state, contribution.round + 1)

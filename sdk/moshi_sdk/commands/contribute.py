@@ -13,6 +13,7 @@ from moshi_fl.config import ensure_home
 from moshi_fl.console import Console
 from moshi_fl.errors import ConfigError
 from moshi_fl.progress import Progress
+from moshi_fl.store import redact
 from moshi_fl.text import Size
 from moshi_sdk.options import pick_device, settings_for, use_threads
 
@@ -59,7 +60,8 @@ def contribute(console: Console, resume: bool, dry_run: bool, **flags: Any) -> N
     own = {name: flags[name] for name in ("hub", "data", "device", "precision", "contributor")}
     settings = settings_for(**own)
     use_threads(settings.threads)
-    console.resume_command = f"moshi-fl contribute --hub {shlex.quote(settings.hub)} --resume"
+    shown = shlex.quote(redact(settings.hub))
+    console.resume_command = f"moshi-fl contribute --hub {shown} --resume"
     from moshi_sdk import contribute as work
 
     with _Listener(console) as listener:
@@ -74,7 +76,7 @@ def contribute(console: Console, resume: bool, dry_run: bool, **flags: Any) -> N
             outcome = work.contribute(
                 settings.hub, settings.data, options, home=ensure_home(), listener=listener
             )
-    _report(console, outcome, settings.hub)
+    _report(console, outcome)
 
 
 def _options(flags: dict[str, Any], settings: Any, dry_run: bool) -> Any:
@@ -123,7 +125,7 @@ class _Listener(AbstractContextManager["_Listener"]):
         self._close()
 
 
-def _report(console: Console, outcome: Any, hub: str) -> None:
+def _report(console: Console, outcome: Any) -> None:
     record = outcome.contribution
     facts = {
         "contribution": record.id,
@@ -138,7 +140,7 @@ def _report(console: Console, outcome: Any, hub: str) -> None:
         console.note(f"Note    {outcome.note}")
     if outcome.sent is None:
         console.done("Ready; nothing was sent", **facts, sent=False)
-        console.hint(f"moshi-fl contribute --hub {shlex.quote(hub)} --resume   (sends it)")
+        console.hint(f"{console.resume_command}   (sends it)")
         return
     sent = outcome.sent
     what = "The hub already had it" if sent.again else "Sent"
