@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import secrets
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -81,12 +79,9 @@ def create(plan: Plan, home: Path, preset: Preset | None = None) -> Snapshot:
         created=utc_now(),
         software=software(),
     )
-    folder = Path(tempfile.mkdtemp(prefix="init-", dir=replica.folder))
-    try:
+    with replica.workspace() as folder:
         paths = keyframe_files(weights, folder / "keyframe")
         _push_first(replica.repo, plan, hubfile, record, preset.tokenizer, paths)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return replica.pull()
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moshi_fl.aggregate import get_strategy
@@ -126,9 +124,10 @@ def merge(
     Raises:
         HubError: Too few contributions; or someone else published first.
     """
-    folder = Path(tempfile.mkdtemp(prefix="merge-", dir=_made(replica.folder)))
-    try:
+    with replica.workspace() as folder:
         found = look(replica, folder)
+        if options.publish:
+            found = _finish_clean_up(replica, found)
         chosen, waiting = choose(found, options.exclude)
         proposal = propose(
             found.snapshot.state,
@@ -143,13 +142,21 @@ def merge(
         if options.dry_run:
             return _outcome(found, proposal, None, waiting)
         return _push(replica, found, proposal, waiting, options)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _finish_clean_up(replica: Replica, found: OpenRound) -> OpenRound:
+    """Remove what a published round has taken: the merge that should have done it was killed."""
+    state = found.snapshot.state
+    taken = {
+        merged.id
+        for record in replica.chain(state, min(found.rules.bases))
+        for merged in record.contributions
+    }
+    done = tuple(v for v in found.verdicts if v.contribution and v.contribution.id in taken)
+    if not done:
+        return found
+    clean_up(replica.repo, state, found.rules, settle(done, found.branches, set()))
+    return replace(found, verdicts=tuple(v for v in found.verdicts if v not in done))
 
 
 def choose(
@@ -234,8 +241,7 @@ def publish_round(replica: Replica, number: int | None = None) -> tuple[Round, s
     Returns:
         The round's record, and why the clean-up is not complete (empty when it is).
     """
-    folder = Path(tempfile.mkdtemp(prefix="publish-", dir=_made(replica.folder)))
-    try:
+    with replica.workspace() as folder:
         found = look(replica, folder)
         wanted = found.snapshot.round + 1 if number is None else number
         publish_proposed(replica.repo, found.snapshot.state, found.main, wanted)
@@ -243,5 +249,3 @@ def publish_round(replica: Replica, number: int | None = None) -> tuple[Round, s
         taken = {merged.id for merged in record.contributions}
         waiting = {entry.id for entry in found.accepted if entry.id not in taken}
         return record, _clean_up(replica, found, waiting)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

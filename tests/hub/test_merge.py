@@ -72,7 +72,7 @@ def test_two_merges_race_and_one_wins(hub: HubSimulator) -> None:
     """The second one looked before the first published, and publishes after it."""
     hub.contribute("ann")
     other = Replica(hub.url, hub.folder / "second maintainer")
-    late = _merge_interrupted_by(other, hub.merge)
+    late = _merge_interrupted_by(other, lambda: hub.merge(name="the first"))
     with pytest.raises(PushRejected, match="another merge published first"):
         late()
     assert hub.sync().round == 1
