@@ -199,11 +199,11 @@ class CharFamily:
                     "fill_in_middle": 0.0,
                 },
                 training={"steps": 200, "batch_size": 16, "learning_rate": 3e-3},
-                # Denser than base, and a longer step: so few weights learn in a few short rounds.
-                delta={"codec": "topk", "options": {"keep": 256}},
+                # Denser than base, and a longer step: it shall show something after one round.
+                delta={"codec": "topk", "options": {"keep": 1024}},
                 evaluation={"sequences": 64},
                 tokenizer=tokenizer,
-                server_learning_rate=2.0,
+                server_learning_rate=1.25,
             ),
             "base": Preset(
                 model={
