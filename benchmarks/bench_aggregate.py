@@ -46,17 +46,17 @@ def write_contributions(folder: Path) -> None:
         (folder / f"{number:02d}.safetensors").write_bytes(delta_bytes(delta, codec))
 
 
-def weight_of(number: int) -> int:
-    """Number of examples that a contribution claims."""
-    return 100 + 37 * number
+def weight_of(number: int, mode: str) -> int:
+    """Number of examples that a contribution claims: all alike, as by one recipe, or all different."""
+    return 4800 if mode == "equal" else 100 + 37 * number
 
 
-def ours(folder: Path, files: list[Path]) -> tuple[float, float]:
+def ours(folder: Path, files: list[Path], mode: str) -> tuple[float, float]:
     """Map and average; CPU seconds of it all, and of a pass over all values that checks them."""
     codec = get_codec("f32", {})
     start = time.process_time()
     updates = [
-        Update(path.stem, weight_of(number), Delta.open(path, SHAPES, codec, checked=True))
+        Update(path.stem, weight_of(number, mode), Delta.open(path, SHAPES, codec, checked=True))
         for number, path in enumerate(files)
     ]
     step = get_strategy("fedavg", {}).aggregate(updates, SHAPES)
@@ -69,12 +69,12 @@ def ours(folder: Path, files: list[Path]) -> tuple[float, float]:
     return seconds, time.process_time() - start
 
 
-def flower(folder: Path, files: list[Path]) -> tuple[float, float]:
+def flower(folder: Path, files: list[Path], mode: str) -> tuple[float, float]:
     """Load into messages and aggregate; CPU seconds of it all, and of the aggregation alone."""
     from flwr.serverapp.strategy import FedAvg
 
     start = time.process_time()
-    replies = [flower_reply(path, weight_of(number)) for number, path in enumerate(files)]
+    replies = [flower_reply(path, weight_of(number, mode)) for number, path in enumerate(files)]
     loaded = time.process_time()
     arrays, _ = FedAvg().aggregate_train(1, replies)
     end = time.process_time()
@@ -104,7 +104,7 @@ def flower_reply(path: Path, weight: int):
     return make_message(metadata=metadata, content=content)
 
 
-def floor(_folder: Path, files: list[Path]) -> tuple[float, float]:
+def floor(_folder: Path, files: list[Path], _mode: str) -> tuple[float, float]:
     """Read every byte once; CPU seconds."""
     block = bytearray(1 << 18)
     start = time.process_time()
@@ -124,22 +124,22 @@ def resident(field: str) -> int:
     return 1024 * int(status.split(f"{field}:")[1].split()[0])
 
 
-def child(side: str, folder: Path) -> None:
+def child(side: str, folder: Path, mode: str) -> None:
     """Run one side and print its CPU seconds, all and part, and its memory above the start."""
     if side == "flower":
         import flwr.serverapp.strategy  # noqa: F401 - its memory and time are not the aggregation's
         import safetensors.numpy  # noqa: F401
     before = resident("VmRSS")
     files = sorted(folder.glob("*.safetensors"))
-    all_seconds, part = SIDES[side](folder, files)
+    all_seconds, part = SIDES[side](folder, files, mode)
     print(json.dumps([all_seconds, part, resident("VmHWM") - before]))
 
 
-def measure(side: str, folder: Path) -> list[float]:
+def measure(side: str, folder: Path, mode: str) -> list[float]:
     """CPU seconds, all and part, and bytes of one side, in a process of its own."""
     settings = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0"}
     run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.bench_aggregate", side, str(folder)],
+        [sys.executable, "-m", "benchmarks.bench_aggregate", side, str(folder), mode],
         env={**os.environ, **settings},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,  # Flower's log
@@ -163,14 +163,19 @@ def run() -> list[Row]:
         folder = Path(name)
         write_contributions(folder)
         size = sum(path.stat().st_size for path in folder.iterdir())
-        turns = [[measure(side, folder) for side in SIDES] for _ in range(3)]
-        difference = largest_difference(folder)
+        return [row for mode in ("equal", "different") for row in compare(folder, size, mode)]
+
+
+def compare(folder: Path, size: int, mode: str) -> list[Row]:
+    """Both sides and the floor in three turns, the best of each."""
+    turns = [[measure(side, folder, mode) for side in SIDES] for _ in range(3)]
+    difference = largest_difference(folder)
     (our_time, check, our_memory), (flower_time, flower_part, flower_memory), (floor_time, _, _) = (
         min(results) for results in zip(*turns, strict=True)
     )
     # 32 products and sums in float32, each rounded by at most 2^-24 of the running sum.
     assert difference < 2 * CONTRIBUTIONS * 2.0**-24, difference
-    what = f"FedAvg of {CONTRIBUTIONS} x {size / CONTRIBUTIONS / 4e6:.1f} M float32"
+    what = f"FedAvg of {CONTRIBUTIONS} x {size / CONTRIBUTIONS / 4e6:.1f} M float32, {mode} weights"
     return [
         Row(
             f"{what}: CPU time",
@@ -195,7 +200,7 @@ def run() -> list[Row]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        child(sys.argv[1], Path(sys.argv[2]))
+    if len(sys.argv) == 4:
+        child(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
     else:
         print_table(run())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from pathlib import Path
 
@@ -175,9 +176,10 @@ def values_of(update: Update, name: str) -> list[float]:
 
 def mean(numbers: list[float], weights: list[int]) -> float:
     total = 0.0
-    for number, weight in zip(numbers, weights, strict=True):
+    reduced = [weight // math.gcd(*weights) for weight in weights]
+    for number, weight in zip(numbers, reduced, strict=True):
         total = total + weight * number
-    return total / sum(weights)
+    return total / sum(reduced)
 
 
 def trimmed(numbers: list[float], drop: int) -> float:

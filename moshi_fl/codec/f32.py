@@ -30,7 +30,10 @@ class Float32:
         return entry.astype(np.float32).reshape(shape)
 
     def add(self, entry: Array, shape: Shape, start: int, total: F64, weight: float) -> None:
-        """Widen, scale, add."""
+        """Widen, scale, add; a weight of 1 scales nothing."""
+        if weight == 1.0:
+            total += entry.reshape(-1)[start : start + len(total)]
+            return
         term = entry.reshape(-1)[start : start + len(total)].astype(np.float64)
         term *= weight
         total += term
