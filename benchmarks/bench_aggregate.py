@@ -47,7 +47,7 @@ def write_contributions(folder: Path) -> None:
 
 
 def weight_of(number: int, mode: str) -> int:
-    """Number of examples that a contribution claims: all alike, as by one recipe, or all different."""
+    """Examples that a contribution claims: all alike, as by one recipe, or all different."""
     return 4800 if mode == "equal" else 100 + 37 * number
 
 
