@@ -16,6 +16,9 @@ from moshi_fl.records import Manifest
 from moshi_fl.store import HubRepo, PushRejected, RefUpdate, is_local, local_path, tidy_hub
 from moshi_hub.verify import Rules, Verdict
 
+AT_A_TIME = 400
+"""Refs deleted by one push: their names stand on a command line, whose length is limited."""
+
 
 @dataclass(frozen=True)
 class Settled:
@@ -58,16 +61,24 @@ def clean_up(repo: HubRepo, state: HubState, rules: Rules, settled: Settled) -> 
     Returns:
         What went wrong, in words; empty when nothing did.
     """
+    try:
+        return _clean_up(repo, state, rules, settled)
+    except MoshiError as error:  # the round is published: that the rest failed must not hide it
+        return str(error)
+
+
+def _clean_up(repo: HubRepo, state: HubState, rules: Rules, settled: Settled) -> str:
     present = repo.remote_refs(f"{state.refs.prefix}*", ROUND_BRANCHES)
     oldest = state.newest.round - rules.config.delta.max_staleness
     doomed = set(stale_refs(present, state.refs, rules.config.storage, state.manifest))
     doomed |= {ref for ref in present if _is_spent(ref, state.refs, settled, oldest)}
     updates = [RefUpdate(ref, None, commit) for ref, commit in settled.branches.items()]
     updates += [RefUpdate(ref, None, present[ref]) for ref in sorted(doomed)]
-    problem = _remove(repo, updates)
+    parts = (updates[start : start + AT_A_TIME] for start in range(0, len(updates), AT_A_TIME))
+    problems = [_remove(repo, part) for part in parts]
     if is_local(repo.url):
         tidy_hub(local_path(repo.url))
-    return problem
+    return " ".join(filter(None, problems))
 
 
 def _is_spent(ref: str, names: Refs, settled: Settled, oldest: int) -> bool:

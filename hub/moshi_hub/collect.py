@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from moshi_fl.errors import HubError, MoshiError
+from moshi_fl.errors import CorruptRecord, HubError, MoshiError
 from moshi_fl.history import DELTA_FILE, Refs, contribution_path, read_contributions, read_rounds
 from moshi_fl.hubfile import HubConfig
 from moshi_fl.records import Location, Round
@@ -26,19 +26,20 @@ from moshi_hub.verify import (
     Submission,
     Verdict,
     branch_place,
+    check_branch,
     delta_limit,
     precheck,
     verify,
 )
 
-BRANCHES = "refs/heads/contribute/*"
+BRANCHES = "refs/heads/contribute/"
 MAX_BRANCH_PACK = 1 << 20
 PACK_OVERHEAD = 1 << 16
 
 
-def open_branches(repo: HubRepo) -> dict[str, str]:
+def open_branches(refs: Mapping[str, str]) -> dict[str, str]:
     """Branches that claim to be contributions, with their commits, in order of name."""
-    return dict(sorted(repo.remote_refs(BRANCHES).items()))
+    return {ref: refs[ref] for ref in sorted(refs) if ref.startswith(BRANCHES)}
 
 
 def make_rules(
@@ -62,40 +63,41 @@ def make_rules(
 
 
 def judge(
-    repo: HubRepo, scratch: HubRepo, main: str, branches: Mapping[str, str], rules: Rules, out: Path
-) -> Iterator[tuple[Verdict, Submission]]:
-    """Collect and verify each branch, one after the other.
+    repo: HubRepo, scratch: HubRepo, main: str, refs: Mapping[str, str], rules: Rules, out: Path
+) -> Iterator[Verdict]:
+    """Collect and verify each open contribution, one after the other.
 
     Args:
         repo: The replica's store, which holds main.
         scratch: A throw-away store for deltas.
         main: Commit of main.
-        branches: Branch to commit, as ``open_branches`` found them.
+        refs: The hub's refs, listed before main was fetched: whoever pushed one of these branches
+            knew no newer main.
         rules: What the open round accepts.
         out: Folder for the delta files, one per contribution.
     """
     seen = dict(rules.seen)
-    for branch, commit in branches.items():
+    scratch.prepare()
+    for branch, commit in open_branches(refs).items():
         now = replace(rules, seen=seen)
-        submission = _fetch_branch(repo, main, branch, commit)
+        submission = Submission(branch, "", ())
+        if not check_branch(branch, now):
+            submission = _fetch_branch(repo, main, branch, commit)
         verdict = precheck(submission, now)
         if verdict.accepted and verdict.contribution:
             target = out / f"{verdict.contribution.id}.safetensors"
             limit = delta_limit(now, verdict.contribution.round)
-            submission = _fetch_delta(
-                scratch, submission, verdict.contribution.delta, limit, target
-            )
+            place = verdict.contribution.delta
+            submission = replace(submission, delta_commit=refs.get(place.ref))
+            submission = _fetch_delta(scratch, submission, place, limit, target)
             verdict = verify(submission, now)
         if verdict.accepted and verdict.contribution:
             seen[verdict.contribution.delta.files[0].sha256] = verdict.contribution.id
-        yield verdict, submission
+        yield verdict
 
 
 def _fetch_branch(repo: HubRepo, main: str, branch: str, commit: str) -> Submission:
-    place = branch_place(branch)
-    if place is None:
-        return Submission(branch, "", ())
-    local = f"refs/moshi-fl/contribute/{place[0]}/{place[1]}"
+    local = branch.replace("refs/heads/", "refs/moshi-fl/", 1)
     try:
         repo.fetch({branch: local}, max_bytes=MAX_BRANCH_PACK, expect={branch: commit})
         return _read_branch(repo, main, branch, commit)
@@ -123,22 +125,23 @@ def _read_branch(repo: HubRepo, main: str, branch: str, commit: str) -> Submissi
 def _fetch_delta(
     scratch: HubRepo, submission: Submission, location: Location, limit: int, target: Path
 ) -> Submission:
-    found = scratch.remote_refs(location.ref).get(location.ref)
-    if found != location.commit:
-        return replace(submission, delta_commit=found)
-    local = f"refs/moshi-fl/delta/{target.stem}"
+    commit = location.commit
+    if submission.delta_commit != commit:
+        return submission
+    local, expect = f"refs/moshi-fl/delta/{target.stem}", {location.ref: commit}
     try:
-        scratch.prepare()
-        scratch.fetch({location.ref: local}, max_bytes=limit + PACK_OVERHEAD)
-        entries = tuple(scratch.entries(found))
+        scratch.fetch({location.ref: local}, max_bytes=limit + PACK_OVERHEAD, expect=expect)
+        entries = tuple(scratch.entries(commit))
         plain = [(entry.path, entry.mode) for entry in entries] == [(DELTA_FILE, "100644")]
         if plain and (entries[0].size or 0) <= limit:
             with target.open("wb") as file:
-                scratch.stream(found, DELTA_FILE, file, limit=limit)
-            return replace(submission, delta_commit=found, delta_entries=entries, delta=target)
+                scratch.stream(commit, DELTA_FILE, file, limit=limit)
+            return replace(submission, delta_entries=entries, delta=target)
     except HubError as error:
-        return replace(submission, delta_commit=found, unreadable=str(error))
-    return replace(submission, delta_commit=found, delta_entries=entries)
+        return replace(submission, unreadable=str(error))
+    except CorruptRecord:  # what was fetched is no commit, or its tree is endless: it holds no file
+        return submission
+    return replace(submission, delta_entries=entries)
 
 
 def known_deltas(replica: Replica, main: str, newest: Round) -> dict[str, str]:

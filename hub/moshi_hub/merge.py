@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moshi_fl.aggregate import get_strategy
-from moshi_fl.errors import HubError
+from moshi_fl.errors import HubError, MoshiError
 from moshi_fl.history import HUB_FILE, round_branch
 from moshi_fl.hubfile import MAX_HUBFILE_BYTES, HubConfig, parse_hubfile
 from moshi_fl.records import Contribution, Round, Scalar, Strategy
@@ -79,22 +79,23 @@ def look(replica: Replica, folder: Path) -> OpenRound:
         replica: The hub's copy on this machine.
         folder: Working folder; the deltas are left in ``folder/deltas``.
     """
+    replica.repo.prepare()
+    refs = replica.repo.remote_refs()
     snapshot = replica.pull()
     main = replica.fetch_main()
     config = settings_on(replica.repo, main)
     rules = rules_of(replica, snapshot, main, config)
-    branches = open_branches(replica.repo)
     deltas = folder / "deltas"
     deltas.mkdir(parents=True)
     with replica.scratch() as scratch:
-        judged = judge(replica.repo, scratch, main, branches, rules, deltas)
-        verdicts = tuple(verdict for verdict, _ in judged)
-    return OpenRound(snapshot, main, rules, verdicts, branches)
+        verdicts = tuple(judge(replica.repo, scratch, main, refs, rules, deltas))
+    return OpenRound(snapshot, main, rules, verdicts, open_branches(refs))
 
 
 def settings_on(repo: HubRepo, main: str) -> HubConfig:
     """The hub's settings as main has them now."""
-    return parse_hubfile(repo.read(main, HUB_FILE, limit=MAX_HUBFILE_BYTES).decode())
+    text = repo.read(main, HUB_FILE, limit=MAX_HUBFILE_BYTES).decode("utf-8", "replace")
+    return parse_hubfile(text)
 
 
 def rules_of(replica: Replica, snapshot: Snapshot, main: str, config: HubConfig) -> Rules:
@@ -214,7 +215,10 @@ def _push(
 
 
 def _clean_up(replica: Replica, found: OpenRound, waiting: set[str]) -> str:
-    state = replica.pull().state
+    try:
+        state = replica.pull().state
+    except MoshiError as error:  # the round is published, whatever else goes wrong
+        return str(error)
     settled = settle(found.verdicts, found.branches, waiting)
     return clean_up(replica.repo, state, found.rules, settled)
 

@@ -120,6 +120,9 @@ class Verdict:
 
 def precheck(submission: Submission, rules: Rules) -> Verdict:
     """Judge the branch and the record: everything that needs no byte of the delta."""
+    findings = check_branch(submission.branch, rules)
+    if findings:
+        return Verdict(submission.branch, None, tuple(findings))
     contribution, findings = _read_record(submission)
     if contribution:
         findings += _check_claims(contribution, rules)
@@ -138,10 +141,18 @@ def verify(submission: Submission, rules: Rules) -> Verdict:
     return Verdict(submission.branch, first.contribution, tuple(findings), norm)
 
 
+def check_branch(branch: str, rules: Rules) -> list[Finding]:
+    """Judge the name of a branch alone: nothing is fetched of one that cannot be accepted."""
+    place = branch_place(branch)
+    if place is None:
+        return [Finding("wrong-branch", f"{branch!r} names no contribution.")]
+    return _check_age(place[0], rules)
+
+
 def _read_record(submission: Submission) -> tuple[Contribution | None, list[Finding]]:
     place = branch_place(submission.branch)
     if place is None:
-        return None, [Finding("wrong-branch", f"{submission.branch!r} names no contribution.")]
+        raise ValueError("the branch has passed check_branch")
     if submission.unreadable:
         return None, [Finding("unreadable", submission.unreadable)]
     if submission.history:
@@ -156,6 +167,8 @@ def _read_record(submission: Submission) -> tuple[Contribution | None, list[Find
         return None, [Finding("bad-record", str(error))]
     if contribution.id != place[1]:
         findings.append(Finding("wrong-id", f"{path} holds contribution {contribution.id}."))
+    elif contribution.round != place[0]:
+        findings.append(Finding("wrong-branch", f"it was made on round {contribution.round}."))
     return contribution, findings
 
 
@@ -202,16 +215,20 @@ def _check_claims(contribution: Contribution, rules: Rules) -> list[Finding]:
     return findings or _check_location(contribution, rules)
 
 
-def _check_base(contribution: Contribution, rules: Rules) -> list[Finding]:
-    number, limit = contribution.round, rules.config.delta.max_staleness
+def _check_age(number: int, rules: Rules) -> list[Finding]:
+    limit = rules.config.delta.max_staleness
     if number > rules.round:
         return [Finding("unknown-base", f"round {number} does not exist yet.")]
     if rules.round - number > limit:
         age = f"base is round {number}, current is round {rules.round}; limit {limit} behind."
         return [Finding("stale-base", age)]
-    base = rules.bases.get(number)
+    return []
+
+
+def _check_base(contribution: Contribution, rules: Rules) -> list[Finding]:
+    base = rules.bases.get(contribution.round)
     if base is None or base.weights != contribution.base:
-        return [Finding("unknown-base", f"its base is not round {number} of this hub.")]
+        return [Finding("unknown-base", f"its base is not round {contribution.round} of this hub.")]
     return []
 
 
