@@ -20,6 +20,7 @@ from moshi_fl.history import (
     HUB_FILE,
     MAIN,
     MANIFEST_FILE,
+    MAX_MANIFEST_BYTES,
     TOKENIZER_FILE,
     HubState,
     Refs,
@@ -28,7 +29,7 @@ from moshi_fl.history import (
     round_folder,
     round_path,
 )
-from moshi_fl.records import File, Location, Manifest, Round, Update, dump
+from moshi_fl.records import File, Location, Manifest, Round, Update, dump, load
 from moshi_fl.store import Author, HubRepo, PushRejected, RefUpdate
 from moshi_fl.weights import sha256_file
 from moshi_hub.propose import Proposal
@@ -89,7 +90,7 @@ def build_round(
 
 def put_all(repo: HubRepo, files: Mapping[str, bytes]) -> dict[str, str]:
     """Store small files; path to blob."""
-    return {path: repo.put(data) for path, data in files.items()}
+    return dict(zip(files, repo.put_many(list(files.values())), strict=True))
 
 
 def seconds(created: str) -> int:
@@ -198,10 +199,16 @@ def push_published(
 
 
 def push_proposed(repo: HubRepo, state: HubState, built: Built, present: Mapping[str, str]) -> None:
-    """Offer a round for review on its own branch; main and ``latest`` stay as they are."""
+    """Offer a round for review on its own branch; main and ``latest`` stay as they are.
+
+    Raises:
+        PushRejected: The round of this number was published or proposed anew meanwhile.
+    """
     number = built.record.round
     branch, prepared = round_branch(number), state.refs.next(number)
     updates = [
+        # Does not move it, but demands that it has not moved: the weights' refs may be published.
+        RefUpdate(state.refs.latest, state.commit, state.commit),
         RefUpdate(branch, built.main, present.get(branch)),
         RefUpdate(prepared, built.latest, present.get(prepared)),
         *_weights(built, present),
@@ -242,7 +249,11 @@ def publish_proposed(repo: HubRepo, state: HubState, main: str, number: int) -> 
         )
     wanted = {ref: f"refs/moshi-fl/{ref.removeprefix('refs/')}" for ref in found}
     repo.fetch(wanted, max_bytes=1 << 30, expect=found)
-    updates = [RefUpdate(state.refs.latest, found[prepared], state.commit)]
+    # A proposal made anew meanwhile has moved ``prepared``, and the weights' refs with it.
+    updates = [
+        RefUpdate(state.refs.latest, found[prepared], state.commit),
+        RefUpdate(prepared, None, found[prepared]),
+    ]
     if not _has_round(repo, main, found[prepared], number):
         if branch not in found or repo.parents(found[branch]) != [main]:
             raise HubError(
@@ -255,8 +266,8 @@ def publish_proposed(repo: HubRepo, state: HubState, main: str, number: int) -> 
 
 
 def _has_round(repo: HubRepo, main: str, latest: str, number: int) -> bool:
-    manifest = msgspec.json.decode(repo.read(latest, MANIFEST_FILE, limit=8 << 20), type=Manifest)
-    wanted = dump(manifest.newest)
+    data = repo.read(latest, MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
+    wanted = dump(load(data, Manifest, name=MANIFEST_FILE, limit=MAX_MANIFEST_BYTES).newest)
     return any(
         entry.path == round_path(number) and repo.read(main, entry.path, limit=1 << 20) == wanted
         for entry in repo.entries(main, round_folder(number))

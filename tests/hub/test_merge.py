@@ -90,7 +90,7 @@ def test_the_same_merge_twice_is_one_merge(hub: HubSimulator) -> None:
     assert first.proposal.record.weights == again.proposal.record.weights
 
 
-def _merge_interrupted_by(replica: Replica, event):
+def _merge_interrupted_by(replica: Replica, event, publish: bool = True):
     """A merge during whose aggregation something else happens."""
 
     def finder(name, options):
@@ -100,7 +100,7 @@ def _merge_interrupted_by(replica: Replica, event):
     def run():
         from moshi_hub.merge import Options, merge
 
-        options = Options(publish=True, name="other")
+        options = Options(publish=publish, name="other")
         return merge(replica, options, evaluator=lambda _: None, find_strategy=finder)
 
     return run
@@ -140,6 +140,39 @@ def test_a_proposal_on_an_old_main_is_refused(hub: HubSimulator) -> None:
     with pytest.raises(HubError, match="main has moved"):
         publish_round(hub.replica)
     assert hub.sync().round == 0
+
+
+def test_a_proposal_does_not_replace_the_weights_of_a_round_that_was_published_meanwhile(
+    hub: HubSimulator,
+) -> None:
+    hub.contribute("ann")
+    hub.merge(publish=False)
+    other = Replica(hub.url, hub.folder / "second maintainer")
+    late = _merge_interrupted_by(other, lambda: publish_round(hub.replica), publish=False)
+    with pytest.raises(PushRejected, match="another merge published first"):
+        late()
+    assert hub.sync().round == 1
+    assert audit(hub, 1, 1) == [True]
+
+
+def test_a_proposal_that_is_made_anew_while_it_is_published_stays_unpublished(
+    hub: HubSimulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.contribute("ann")
+    hub.merge(publish=False)
+    push = hub.replica.repo.push
+
+    def late(updates) -> None:
+        monkeypatch.undo()
+        hub.merge(publish=False, replica=Replica(hub.url, hub.folder / "second"), name="second")
+        push(updates)
+
+    monkeypatch.setattr(hub.replica.repo, "push", late)
+    with pytest.raises(PushRejected):
+        publish_round(hub.replica)
+    assert hub.sync().round == 0
+    publish_round(hub.replica)
+    assert hub.sync("newcomer").round == 1
 
 
 def test_what_exceeds_the_limit_waits_for_the_next_round(hub: HubSimulator) -> None:
