@@ -172,7 +172,7 @@ class _Run:
         rate, beta1 = one_cycle(
             step, recipe.steps, peak=recipe.learning_rate, warmup_fraction=recipe.warmup_fraction
         )
-        torch.manual_seed(recipe.seed * 1_000_003 + step)
+        torch.manual_seed((recipe.seed * 1_000_003 + step) % (1 << 63))
         loss, tokens = self.task.loss(self.module, batch)
         value = float(loss.detach())
         self._require_finite(value, "loss", step, rate)

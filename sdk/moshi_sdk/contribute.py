@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -163,7 +163,8 @@ def resume(
     run = Runs(manager.replica.folder / "runs").resume()
     snapshot = manager.pull()
     listener.stage("sync", f"{_whence(snapshot)}; resuming from round {run.plan.base_round}")
-    task = load_task(snapshot.state)
+    tokenizer = run.tokenizer.read_bytes() if run.tokenizer.exists() else None
+    task = load_task(snapshot.state, tokenizer)
     return _finish(_Work(manager.replica, snapshot, task, run, listener), dry_run)
 
 
@@ -172,11 +173,12 @@ def _whence(snapshot: Snapshot) -> str:
     return text if snapshot.online else f"{text}, from the cache: {snapshot.problem}"
 
 
-def load_task(state: HubState) -> Task:
-    """The hub's model family, configured."""
+def load_task(state: HubState, tokenizer: bytes | None = None) -> Task:
+    """The hub's model family, configured; with the newest tokenizer unless another is given."""
     from moshi_fl.models import get_family
 
-    return get_family(state.config.family).load(state.config.model_table, state.tokenizer)
+    tokenizer = state.tokenizer if tokenizer is None else tokenizer
+    return get_family(state.config.family).load(state.config.model_table, tokenizer)
 
 
 def describe(summary: DataSummary) -> str:
@@ -277,7 +279,9 @@ def _train_and_encode(work: _Work) -> Contribution:
         f"loss on your held-out part {metrics.held_out_before:.4f} -> {metrics.held_out_after:.4f}",
     )
     proposed = corpus.summary.proposed_characters[:1000]
-    return _encode(work, base, trained, metrics, proposed)
+    delta = {name: np.subtract(trained[name], base[name]) for name in base}
+    number, digest = work.run.plan.base_round, work.run.plan.base
+    return _encode(work, delta, number, digest, metrics=metrics, proposed_characters=proposed)
 
 
 def _read_again(work: _Work) -> Corpus:
@@ -313,7 +317,8 @@ def _train(work: _Work, corpus: Corpus, recipe: Recipe) -> None:
     from moshi_sdk.client import app, job_config, watched
 
     state = work.state
-    config = job_config(state.config.family, state.config.model_table, state.tokenizer, recipe)
+    tokenizer = work.run.tokenizer.read_bytes() if work.run.tokenizer.exists() else state.tokenizer
+    config = job_config(state.config.family, state.config.model_table, tokenizer, recipe)
     message = train_message(open_weights(work.run.base), config)
     context = local_context(checkpoint=str(work.run.checkpoint))
     with watched(work.listener.step, corpus):
@@ -333,31 +338,28 @@ def _loss(task: Task, weights: Weights, pool: bytes, device: str) -> float:
     return round(float(losses.mean()), 6)
 
 
-def _encode(
-    work: _Work, base: Weights, trained: Weights, metrics: Metrics, proposed: str
-) -> Contribution:
+def _encode(work: _Work, delta: Weights, number: int, base: str, **fields: Any) -> Contribution:
+    """Encode a delta against a round, and make the record with these further fields."""
     rules, plan = work.config.delta, work.run.plan
     codec = get_codec(rules.codec, rules.options)
     feedback = Feedback(work.replica.folder / "feedback")
     carry = feedback.load(feedback.base(merged_test(work.replica, work.state)))
-    delta = {name: np.subtract(trained[name], base[name]) for name in base}
     entries, rest = encode_delta(delta, codec, carry)
     data = delta_bytes(entries, codec)
     save_weights(work.run.carry, rest)
     write_atomic(work.run.delta, data)
     contribution = Contribution(
         hub=work.config.hub.id,
-        round=plan.base_round,
-        base=plan.base,
+        round=number,
+        base=base,
         family=plan.family,
         codec=rules.codec,
         contributor=plan.contributor,
-        delta=locate(work, data, plan.base_round),
+        delta=locate(work, data, number),
         num_examples=plan.training.steps * plan.training.batch_size,
         training=plan.training,
-        metrics=metrics,
-        proposed_characters=proposed,
         software=f"moshi-fl {moshi_fl.__version__}",
+        **fields,
     )
     write_atomic(work.run.record, dump(contribution))
     work.listener.stage("encode", f"{len(data):,} bytes as {rules.codec}")
@@ -404,19 +406,22 @@ def _fit_to_present(work: _Work, contribution: Contribution) -> tuple[Contributi
 
 
 def _rebase(work: _Work, contribution: Contribution, age: int) -> tuple[Contribution, str]:
-    import msgspec
-
-    data = work.run.delta.read_bytes()
     newest = work.state.newest
-    rebased = msgspec.structs.replace(
-        contribution,
-        round=newest.round,
-        base=newest.weights,
-        delta=locate(work, data, newest.round),
-        metrics=Metrics(),
+    base, trained = open_weights(work.run.base), open_weights(work.run.trained)
+    delta = {name: np.subtract(trained[name], base[name]) for name in base}
+    later = work.replica.chain(work.state, work.run.plan.base_round + 1)
+    rows = sum(len(entry.growth.characters) for entry in later if entry.growth)
+    for name in newest.vocabulary_tensors if rows else ():
+        unchanged = np.zeros((rows, *delta[name].shape[1:]), np.float32)
+        delta[name] = np.concatenate([delta[name], unchanged])
+    rebased = _encode(
+        work,
+        delta,
+        newest.round,
+        newest.weights,
+        proposed_characters=contribution.proposed_characters,
         rebased_from=contribution.round,
     )
-    write_atomic(work.run.record, dump(rebased))
     return rebased, f"the hub moved {age} rounds on; the delta was rebased to round {newest.round}"
 
 

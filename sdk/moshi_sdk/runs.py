@@ -68,6 +68,11 @@ class Run:
         return self.folder / "base.safetensors"
 
     @property
+    def tokenizer(self) -> Path:
+        """The tokenizer of the base: the hub's vocabulary may have grown since."""
+        return self.folder / "tokenizer.json"
+
+    @property
     def checkpoint(self) -> Path:
         """Where training continues."""
         return self.folder / "checkpoint"
@@ -136,6 +141,7 @@ class Runs:
             if not (run.folder / "run.json").exists():
                 run.base.unlink(missing_ok=True)
                 _link(snapshot.path, run.base)
+                write_atomic(run.tokenizer, snapshot.state.tokenizer)
                 write_atomic(run.folder / "run.json", dump(plan))
             os.utime(run.folder / "run.json")
         return run

@@ -162,6 +162,32 @@ def test_the_hub_moved_on_a_lot_and_the_delta_is_rebased(hub: HubSimulator, corp
     assert hub.verdicts()[record.id].accepted
 
 
+def grow_vocabulary(hub: HubSimulator) -> None:
+    """A round after which the vocabulary has one more character."""
+    for seed, name in enumerate(("bob", "eve"), 900):
+        hub.contribute(name, seed=seed, proposed_characters="é")
+    assert hub.merge().proposal.record.growth
+
+
+@pytest.mark.parametrize("rounds", [0, 3])
+def test_a_run_survives_that_the_vocabulary_grows_meanwhile(
+    hub: HubSimulator, corpus: Path, rounds: int
+) -> None:
+    home = hub.folder / "ann"
+    with pytest.raises(Stop):
+        contribute(hub.url, [corpus], Options(seed=1), home=home, listener=Stopper(1))
+    grow_vocabulary(hub)
+    hub.rounds(rounds)
+    record = resume(hub.url, home=home).contribution
+    assert record.rebased_from == (0 if rounds else None)
+    assert hub.verdicts()[record.id].accepted
+
+
+def test_the_largest_seed_trains(hub: HubSimulator, corpus: Path) -> None:
+    record = send(hub, corpus, seed=2**53 - 1)
+    assert hub.verdicts()[record.id].accepted
+
+
 def test_what_was_merged_is_not_sent_again(hub: HubSimulator, corpus: Path) -> None:
     first = send(hub, corpus)
     hub.merge()
