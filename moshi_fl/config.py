@@ -228,6 +228,8 @@ def set_value(name: str, words: Sequence[str]) -> Any:
         words = [str(Path(word).expanduser().absolute()) for word in words]
     elif len(words) > 1:
         raise ConfigError(f"{name} takes one value, not {len(words)}.")
+    elif name == "hub" and Path(words[0]).expanduser().is_dir():
+        words = [str(Path(words[0]).expanduser().absolute())]
     value = _checked(name, words if name == "data" else words[0], "config set")
     ensure_home()
     tomlfile.put(config_path(), name, list(value) if isinstance(value, tuple) else value)

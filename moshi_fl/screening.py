@@ -14,7 +14,7 @@ MAX_LINE = 5000  # characters; longer lines are written by machines
 VENDORED = "vendored or generated folder"
 LOCK = "lock or minified file"
 SECRET_NAME = "looks like a secret by its name"  # noqa: S105 - a reason, not a password
-SECRET_CONTENT = "contains something like a key or token"  # noqa: S105
+SECRET_CONTENT = "with something like a key or token"  # noqa: S105
 BINARY = "binary"
 EMPTY = "empty"
 

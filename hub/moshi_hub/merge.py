@@ -170,9 +170,17 @@ def choose(
         exclude: Ids, or beginnings of ids, that the maintainer leaves out.
 
     Raises:
-        HubError: Fewer are left than the hub demands.
+        HubError: Nothing open begins with an excluded id, or fewer are left than the hub demands.
     """
     rules = found.rules.config.aggregation
+    for start in exclude:
+        if not any(
+            verdict.branch.rsplit("/", 1)[-1].startswith(start) for verdict in found.verdicts
+        ):
+            raise HubError(
+                f"nothing is left out by --exclude {start}: no open contribution begins so.",
+                hint="moshi-hub verify   (lists all)",
+            )
     kept = [c for c in found.accepted if not any(c.id.startswith(start) for start in exclude)]
     if len(kept) < rules.min_contributions:
         rejected = len(found.verdicts) - len(found.accepted)

@@ -60,8 +60,9 @@ def _half_objects(repository: Path) -> Iterator[Path]:
 def _age(path: Path) -> float:
     """Seconds since anything in it changed; endless when it has gone."""
     newest = 0.0
-    for each in (path, *path.rglob("*")):
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(FileNotFoundError):  # its owner is just removing it
+        newest = path.lstat().st_mtime
+        for each in path.rglob("*"):
             newest = max(newest, each.lstat().st_mtime)
     return time.time() - newest
 

@@ -65,7 +65,8 @@ class Auditor:
         state = self._replica.look()
         if not 1 <= first <= last <= state.newest.round:
             newest = state.newest.round
-            raise HubError(f"rounds {first} to {last} cannot be audited: {_range(newest)}")
+            asked = f"round {first}" if first == last else f"rounds {first} to {last}"
+            raise HubError(f"{asked} cannot be audited: {_range(newest)}")
         self._main = self._replica.fetch_main()
         chain = self._replica.chain(state, first - 1)
         weights: Weights | None = None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+
 from moshi_fl.config import Settings, ensure_home, load_settings
 from moshi_fl.errors import ConfigError
+from moshi_fl.store import redact
 from moshi_sdk.sync import SyncManager
 
 
@@ -28,14 +31,30 @@ def sync_manager(settings: Settings) -> SyncManager:
 
 
 def pick_device(name: str) -> str:
-    """A torch device for the setting ``device``; ``auto`` takes the fastest there is."""
-    if name != "auto":
-        return name
+    """A torch device for the setting ``device``; ``auto`` takes the fastest there is.
+
+    Raises:
+        ConfigError: This machine, or this build of torch, does not have it.
+    """
     import torch
 
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    there = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    there = ["cuda", *there] if there else []
+    there += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if name == "auto":
+        return there[0]
+    if name not in there:
+        raise ConfigError(
+            f"device {name} is not usable on this machine; there is {', '.join(there)}.",
+            hint="--device auto   (takes the fastest there is; moshi-fl doctor shows them)",
+        )
+    return name
+
+
+def hub_flag(settings: Settings) -> str:
+    """What a suggested command needs to reach the same hub: ``--hub URL``, or nothing if set."""
+    given = settings.origin("hub") == "--hub"
+    return f" --hub {shlex.quote(redact(settings.hub))}" if given else ""
 
 
 def use_threads(count: int) -> None:

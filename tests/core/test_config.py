@@ -218,3 +218,10 @@ def test_first_runs_at_the_same_moment_agree_on_the_pseudonym():
 def test_every_setting_says_what_it_means():
     assert all(SETTINGS.values())
     assert set(SETTINGS) >= {"hub", "contributor", "data", "device", "precision", "threads"}
+
+
+def test_a_hub_in_a_folder_is_kept_with_its_whole_path(tmp_path, monkeypatch):
+    (tmp_path / "hub.git").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert set_value("hub", ["./hub.git"]) == str(tmp_path / "hub.git")
+    assert set_value("hub", ["git@example.org:hub.git"]) == "git@example.org:hub.git"

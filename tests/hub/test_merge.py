@@ -128,6 +128,12 @@ def test_a_proposal_can_be_made_again_after_an_exclusion(hub: HubSimulator) -> N
     assert [merged.id for merged in record.contributions] == [ann.id]
 
 
+def test_excluding_what_is_not_open_is_refused(hub: HubSimulator) -> None:
+    hub.contribute()
+    with pytest.raises(HubError, match="--exclude zz: no open contribution"):
+        hub.merge(exclude=("zz",))
+
+
 def test_publishing_what_nobody_proposed_is_refused(hub: HubSimulator) -> None:
     with pytest.raises(HubError, match="not proposed"):
         publish_round(hub.replica)

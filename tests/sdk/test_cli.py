@@ -281,3 +281,12 @@ def test_help_and_version_import_nothing_heavy(module):
 
 def test_a_group_needs_no_commands_to_be_built():
     assert group("empty", {}, "Nothing.").list_commands(click.Context(click.Group())) == []
+
+
+def test_a_device_that_is_not_there_is_one_clear_error() -> None:
+    from moshi_fl.errors import ConfigError
+    from moshi_sdk.options import pick_device
+
+    assert pick_device("cpu") == "cpu"
+    with pytest.raises(ConfigError, match="device cuda:98 is not usable"):
+        pick_device("cuda:98")

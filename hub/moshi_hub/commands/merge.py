@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -77,7 +78,8 @@ def merge(
             f"the round is published, but the clean-up is not complete: {outcome.leftovers}"
         )
     if not publish and not dry_run:
-        console.hint("moshi-hub publish   (after review: makes it the current round)")
+        where = f" --hub {shlex.quote(hub)}" if hub else ""
+        console.hint(f"moshi-hub publish{where}   (after review: makes it the current round)")
 
 
 def _gain(record: Round) -> str:

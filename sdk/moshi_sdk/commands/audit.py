@@ -26,6 +26,8 @@ def audit(console: Console, hub: str | None, number: int | None, everything: boo
       moshi-fl audit
       moshi-fl audit --all --json
     """
+    if everything and number is not None:
+        raise click.UsageError("--round and --all exclude each other.")
     from moshi_sdk.audit import Auditor
 
     manager = sync_manager(settings_for(hub=hub))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,9 +12,8 @@ from moshi_fl.config import ensure_home
 from moshi_fl.console import Console
 from moshi_fl.errors import ConfigError
 from moshi_fl.progress import Progress
-from moshi_fl.store import redact
 from moshi_fl.text import Size
-from moshi_sdk.options import pick_device, settings_for, use_threads
+from moshi_sdk.options import hub_flag, pick_device, settings_for, use_threads
 
 LABELS = {"sync": "Model", "data": "Data", "measure": "Result", "encode": "Delta"}
 
@@ -31,7 +29,9 @@ LABELS = {"sync": "Model", "data": "Data", "measure": "Result", "encode": "Delta
 @click.option("--steps", type=click.IntRange(1), help="Train so many steps.")
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Train so many minutes.")
 @click.option("--epochs", type=click.FloatRange(0, min_open=True), help="See the data so often.")
-@click.option("--lr", "learning_rate", type=float, help="Peak learning rate.")
+@click.option(
+    "--lr", "learning_rate", type=click.FloatRange(0, min_open=True), help="Peak learning rate."
+)
 @click.option("--batch-size", type=click.IntRange(1), help="Windows per step.")
 @click.option("--device", help="auto, cpu, mps, cuda or cuda:N.")
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="Arithmetic of training.")
@@ -60,8 +60,7 @@ def contribute(console: Console, resume: bool, dry_run: bool, **flags: Any) -> N
     own = {name: flags[name] for name in ("hub", "data", "device", "precision", "contributor")}
     settings = settings_for(**own)
     use_threads(settings.threads)
-    shown = shlex.quote(redact(settings.hub))
-    console.resume_command = f"moshi-fl contribute --hub {shown} --resume"
+    console.resume_command = f"moshi-fl contribute{hub_flag(settings)} --resume"
     from moshi_sdk import contribute as work
 
     with _Listener(console) as listener:
@@ -76,7 +75,7 @@ def contribute(console: Console, resume: bool, dry_run: bool, **flags: Any) -> N
             outcome = work.contribute(
                 settings.hub, settings.data, options, home=ensure_home(), listener=listener
             )
-    _report(console, outcome)
+    _report(console, outcome, hub_flag(settings))
 
 
 def _options(flags: dict[str, Any], settings: Any, dry_run: bool) -> Any:
@@ -125,7 +124,7 @@ class _Listener(AbstractContextManager["_Listener"]):
         self._close()
 
 
-def _report(console: Console, outcome: Any) -> None:
+def _report(console: Console, outcome: Any, hub: str) -> None:
     record = outcome.contribution
     facts = {
         "contribution": record.id,
@@ -147,4 +146,4 @@ def _report(console: Console, outcome: Any) -> None:
     facts |= {"record": Size(sent.record_bytes), "branch": sent.branch, "sent": True}
     console.done(what, **facts)
     console.note("That record and that delta are all that left this machine; Git keeps them.")
-    console.hint("moshi-fl status   (shows when a maintainer has merged it into a round)")
+    console.hint(f"moshi-fl status{hub}   (shows when a maintainer has merged it into a round)")

@@ -79,7 +79,9 @@ def _writable(ctx: click.Context, param: click.Parameter, path: Path | None) -> 
     help="Share of the clients that take part in a round.",
 )
 @click.option("--steps", type=click.IntRange(1), help="Training steps per client and round.")
-@click.option("--lr", "learning_rate", type=float, help="Peak learning rate.")
+@click.option(
+    "--lr", "learning_rate", type=click.FloatRange(0, min_open=True), help="Peak learning rate."
+)
 @click.option("--batch-size", type=click.IntRange(1), help="Windows per step.")
 @click.option("--device", help="auto, cpu, mps, cuda or cuda:N.")
 @click.option(

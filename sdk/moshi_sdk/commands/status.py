@@ -10,7 +10,7 @@ from moshi_fl.history import HubState, contribution_branch
 from moshi_fl.replica import Replica, Snapshot
 from moshi_fl.store import redact
 from moshi_fl.text import Moment, Size
-from moshi_sdk.options import settings_for, sync_manager
+from moshi_sdk.options import hub_flag, settings_for, sync_manager
 from moshi_sdk.runs import Run, Runs
 
 SHOWN_ROUNDS = 10
@@ -35,12 +35,16 @@ def status(console: Console, hub: str | None, offline: bool) -> None:
         console.warn(f"{snapshot.problem} This is what was last seen.")
     _show_hub(console, settings.hub, snapshot)
     console.table(_rounds(snapshot.state), name="rounds")
-    rows = [_contribution(run, manager.replica, snapshot) for run in _runs(manager.replica)]
+    resume = f"moshi-fl contribute{hub_flag(settings)} --resume"
+    runs = _runs(manager.replica)
+    rows = [_contribution(run, manager.replica, snapshot) for run in runs]
     if rows:
         console.table(rows, name="contributions")
+        if not all(run.is_sent for run in runs):
+            console.hint(f"{resume}   (continues or sends the newest unfinished one)")
     else:
         console.note("No contributions from this machine yet.")
-        console.hint("moshi-fl contribute --data PATH")
+        console.hint(f"moshi-fl contribute{hub_flag(settings)} --data PATH")
 
 
 def _show_hub(console: Console, hub: str, snapshot: Snapshot) -> None:
@@ -86,9 +90,9 @@ def _contribution(run: Run, replica: Replica, snapshot: Snapshot) -> dict[str, o
 def _state(run: Run, replica: Replica, snapshot: Snapshot) -> str:
     contribution = run.contribution()
     if contribution is None:
-        return "training; moshi-fl contribute --resume"
+        return "training"
     if not run.is_sent:
-        return "ready; moshi-fl contribute --resume"
+        return "ready"
     if not snapshot.online:
         return "sent"
     for record in replica.chain(snapshot.state, min(contribution.round + 1, snapshot.round)):

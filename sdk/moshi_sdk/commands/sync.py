@@ -37,9 +37,8 @@ def sync(console: Console, hub: str | None, number: int | None, offline: bool) -
     if not snapshot.online and not offline:
         age = Duration(max(0.0, time.time() - snapshot.checked))
         console.warn(f"{snapshot.problem} This is what was last seen, {age} ago, at {checked}.")
-    what = (
-        f"Round {record.round} is here" if snapshot.received else f"Round {record.round} is current"
-    )
+    current = not snapshot.received and record.round == snapshot.state.newest.round
+    what = f"Round {record.round} is {'current' if current else 'here'}"
     console.done(
         what if snapshot.online else f"Round {record.round} from the cache",
         round=record.round,
