@@ -23,6 +23,7 @@ from moshi_fl.store import HubRepo
 from moshi_fl.weights import Weights, open_weights, save_weights, sha256_file, weights_digest
 
 PACK_OVERHEAD = 1 << 20
+SPARE_FILES = 256  # beside the deltas: libraries, pipes, the keyframe
 StrategyFinder = Callable[[str, dict[str, bool | int | float | str]], Strategy]
 
 
@@ -222,12 +223,26 @@ def open_deltas(record: Round, files: Path, shapes: Shapes) -> list[Update]:
     if record.update is None:
         return []
     codec = get_codec(record.update.codec, record.update.codec_options)
+    _allow_open_files(len(record.contributions))
     deltas = []
     for merged in record.contributions:
         path = files / delta_name(merged)
         own = shapes_before_growth(shapes, record.vocabulary_tensors, merged.missing_rows)
         deltas.append(Update(merged.id, merged.weight, Delta.open(path, own, codec)))
     return deltas
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise the limit of open files, where there is one: each delta stays open while it counts."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + SPARE_FILES
+    if resource.RLIM_INFINITY != soft < wanted:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def delta_name(merged: Merged) -> str:

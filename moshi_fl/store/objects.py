@@ -279,9 +279,10 @@ class ObjectStore(StoreFolder):
 
     def _plain_files(self, commit: str, paths: Sequence[str], limit: int) -> list[TreeEntry]:
         asked = [checked_path(path) for path in paths]
-        # A long list of paths would not fit a command line; then the whole tree is listed.
-        named = asked if len(asked) <= _MAX_ARGUMENTS else []
-        listed = {entry.path: entry for entry in self._list(commit, named, _MAX_FILES)}
+        listed: dict[str, TreeEntry] = {}
+        for start in range(0, len(asked), _MAX_ARGUMENTS):  # all would not fit a command line
+            some = asked[start : start + _MAX_ARGUMENTS]
+            listed |= {entry.path: entry for entry in self._list(commit, some, _MAX_FILES)}
         return [usable(listed.get(path), commit, path, limit) for path in asked]
 
 
