@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -118,6 +118,32 @@ class Task(Protocol):
 
     def generate(self, module: nn.Module, prompt: str, sampling: Sampling) -> Iterator[str]:
         """Text after the prompt, piece by piece as it is made."""
+        ...
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """How the optimizer treats a parameter."""
+
+    learning_rate_scale: float = 1.0  # times the schedule's rate, at every step
+    decays: bool = True
+
+
+@runtime_checkable
+class Grouped(Protocol):
+    """A module whose parameters are not all treated alike; any other has one group."""
+
+    def parameter_group(self, name: str) -> ParameterGroup:
+        """Group of one of ``named_parameters``."""
+        ...
+
+
+@runtime_checkable
+class Observed(Protocol):
+    """A module that can tell more about its last training step than the loss."""
+
+    def statistics(self) -> Mapping[str, float]:
+        """Figures by name, such as ``{"drop_fraction": 0.02}``; may wait for the device."""
         ...
 
 
