@@ -19,8 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from moshi_fl.models.moc_config import MocConfig
 
-Blocks = list[tuple[int, int]]
-"""First row and row after the last of each expert."""
+Settings = tuple[int, list[tuple[int, int]], int, float]
+"""Choices per row, first row and row after the last of each expert, reasoning steps, dropout."""
 
 
 class Expert(nn.Module):
@@ -123,7 +123,7 @@ def ragged(experts: Sequence[Expert], x: Tensor, plan: Plan) -> Tensor:
         x, weights = x.to(kind), [weight.to(kind) for weight in weights]
     first = experts[0]
     dropout = first.dropout if first.training else 0.0
-    settings = (plan.choices, blocks, first.steps, dropout)
+    settings: Settings = (plan.choices, blocks, first.steps, dropout)
     slots: Tensor = _RaggedExperts.apply(x, order, settings, *weights)  # type: ignore[no-untyped-call]
     return slots
 
@@ -131,84 +131,92 @@ def ragged(experts: Sequence[Expert], x: Tensor, plan: Plan) -> Tensor:
 class _RaggedExperts(torch.autograd.Function):
     """``Expert.forward`` for rows sorted by expert, with its backward written out.
 
-    Elementwise work runs over all rows at once; only the products go expert by expert, into
-    buffers that are there. Weights' gradients are added up in place over the steps, and are zero
-    for an expert that read nothing.
+    One expert after the other, so that a block of rows stays in the cache through all its steps.
+    Weights' gradients are added up in place, and are zero for an expert that read nothing.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, settings: Any, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, order: Tensor, settings: Settings, *weights: Tensor) -> Tensor:
         choices, blocks, steps, dropout = settings
-        w13, w2 = weights[::2], weights[1::2]
         rows = x.index_select(0, order // choices)  # (M, C)
-        h, kept, masks = rows, [], []
-        for step in range(steps):
-            z = h * 2 if step == 0 else h + rows
-            gu = _products(z, w13, blocks, w13[0].shape[0], transposed=True)
-            y = _products(_gated(gu), w2, blocks, rows.shape[1], transposed=True)
-            if dropout:
-                masks.append(torch.rand_like(y, dtype=torch.float32) >= dropout)
-                y.mul_(masks[-1]).div_(1 - dropout)
-            h = torch.add(h, y, alpha=steps**-0.5)
-            kept += [z, gu]
+        answers, kept = torch.empty_like(rows), []
+        for (start, stop), w13, w2 in zip(blocks, weights[::2], weights[1::2], strict=True):
+            block = rows[start:stop]
+            answers[start:stop], saved = _read(block, w13, w2, steps, dropout)
+            kept += saved
         ctx.settings, ctx.shape = settings, x.shape
-        ctx.save_for_backward(order, *kept, *masks, *weights)
+        ctx.save_for_backward(order, *weights, *kept)
         slots = x.new_zeros(len(x) * choices, x.shape[1])
-        return slots.index_copy_(0, order, h).view(len(x), choices, -1)
+        return slots.index_copy_(0, order, answers).view(len(x), choices, -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dslots: Tensor) -> tuple[Tensor | None, ...]:
         choices, blocks, steps, dropout = ctx.settings
         order, *saved = ctx.saved_tensors
-        kept, masks = saved[: 2 * steps], saved[2 * steps : len(saved) - 2 * len(blocks)]
-        weights = saved[len(saved) - 2 * len(blocks) :]
-        w13, w2 = weights[::2], weights[1::2]
+        weights, kept = saved[: 2 * len(blocks)], saved[2 * len(blocks) :]
         grads = [torch.zeros_like(weight) for weight in weights]
-        dh = dslots.reshape(-1, dslots.shape[-1]).index_select(0, order)  # (M, C)
-        dx = None
-        for step in reversed(range(steps)):
-            z, gu = kept[2 * step : 2 * step + 2]
-            dy = dh * steps**-0.5
-            if dropout:
-                dy.mul_(masks[step]).div_(1 - dropout)
-            a = _gated(gu)
-            da = _products(dy, w2, blocks, a.shape[1], transposed=False)
-            _accumulate(grads[1::2], dy, a, blocks)
-            dgu = _gated_backward(gu, da)
-            _accumulate(grads[::2], dgu, z, blocks)
-            dz = _products(dgu, w13, blocks, z.shape[1], transposed=False)
-            dh = dh + dz
-            dx = dz if dx is None else dx.add_(dz)
-        drows = dh.add_(dx) if dx is not None else dh
+        drows = dslots.reshape(-1, dslots.shape[-1]).index_select(0, order)  # (M, C)
+        for e, (start, stop) in enumerate(blocks):
+            part = slice(e * 3 * steps, (e + 1) * 3 * steps)
+            pair = slice(2 * e, 2 * e + 2)
+            if start < stop:
+                dh = drows[start:stop]
+                dh.copy_(_unread(dh, kept[part], weights[pair], grads[pair], dropout))
         back = dslots.new_zeros(ctx.shape[0] * choices, ctx.shape[1]).index_copy_(0, order, drows)
         return back.view(-1, choices, ctx.shape[1]).sum(1), None, None, *grads
 
 
-def _products(x: Tensor, weights: Any, blocks: Blocks, width: int, *, transposed: bool) -> Tensor:
-    """Each block of rows times its expert's weight, (M, width)."""
-    out = x.new_empty(len(x), width)
-    for (start, stop), weight in zip(blocks, weights, strict=True):
-        if start < stop:
-            torch.mm(x[start:stop], weight.t() if transposed else weight, out=out[start:stop])
-    return out
+def _read(
+    x: Tensor, w13: Tensor, w2: Tensor, steps: int, dropout: float
+) -> tuple[Tensor, list[Tensor]]:
+    """``Expert.forward`` of one block, and what its backward needs: z, [g | u], mask per step."""
+    h, saved = x, []
+    for _ in range(steps):
+        z = h + x
+        gu = z @ w13.t()  # (m, 2 F)
+        g, u = gu.chunk(2, dim=-1)
+        y = F.silu(g).mul_(u) @ w2.t()  # (m, C)
+        mask = y.new_empty(0)
+        if dropout:
+            mask = (torch.rand_like(y) >= dropout) / (1 - dropout)
+            y.mul_(mask)
+        h = torch.add(h, y, alpha=steps**-0.5)
+        saved += [z, gu, mask]
+    return h, saved
 
 
-def _accumulate(grads: list[Tensor], dy: Tensor, x: Tensor, blocks: Blocks) -> None:
-    for (start, stop), grad in zip(blocks, grads, strict=True):
-        if start < stop:
-            grad.addmm_(dy[start:stop].t(), x[start:stop])
+def _unread(
+    dh: Tensor, saved: list[Tensor], weights: list[Tensor], grads: list[Tensor], dropout: float
+) -> Tensor:
+    """Gradient of a block's rows; adds to the gradients of its expert's weights."""
+    (w13, w2), (dw13, dw2), steps = weights, grads, len(saved) // 3
+    dx = torch.zeros_like(dh)
+    for step in reversed(range(steps)):
+        z, gu, mask = saved[3 * step : 3 * step + 3]
+        dy = dh * steps**-0.5
+        if dropout:
+            dy.mul_(mask)
+        da = dy @ w2  # (m, F)
+        a, dgu = _gate_backward(gu, da)
+        dw2.addmm_(dy.t(), a)
+        dw13.addmm_(dgu.t(), z)
+        dz = dgu @ w13  # (m, C)
+        dh = dh + dz
+        dx.add_(dz)
+    return dh.add_(dx)
 
 
-def _gated(gu: Tensor) -> Tensor:
+def _gate_backward(gu: Tensor, da: Tensor) -> tuple[Tensor, Tensor]:
+    """A = silu(g) u again, and the gradient of [g | u], from one exponential.
+
+    With s = sigmoid(g) and t = g s: d silu = t + s (1 - t).
+    """
     g, u = gu.chunk(2, dim=-1)
-    return F.silu(g).mul_(u)
-
-
-def _gated_backward(gu: Tensor, da: Tensor) -> Tensor:
-    g, u = gu.chunk(2, dim=-1)
+    s = torch.sigmoid(g)
+    t = g * s
     dgu = torch.empty_like(gu)
     dg, du = dgu.chunk(2, dim=-1)
-    torch.mul(da, F.silu(g), out=du)
-    dg.copy_(torch.ops.aten.silu_backward(da.mul_(u), g))
-    return dgu
+    torch.mul(da, t, out=du)
+    torch.mul(da.mul_(u), torch.addcmul(t, s, 1 - t), out=dg)
+    return t.mul_(u), dgu
