@@ -1,9 +1,9 @@
 """The MoC reference, written again from its formulas: correct, and as plain as they are.
 
 One loop over the experts, ``nn.MultiheadAttention`` for the conversation, composite RMSNorm,
-complex rotations, ``torch.optim.AdamW``. Where the reference's code crashes or is wrong (grouped queries,
-cached attention), this does what it meant to. Tensor names are those of ``moshi_fl.models.moc``, so
-that both start from the same weights.
+complex rotations, ``torch.optim.AdamW``. Where the reference's code crashes or is wrong (grouped
+queries, cached attention), this does what it meant to. Tensor names are those of
+``moshi_fl.models.moc``, so that both start from the same weights.
 """
 
 from __future__ import annotations

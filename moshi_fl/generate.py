@@ -2,23 +2,49 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moshi_fl.errors import ConfigError
+from moshi_fl.errors import ConfigError, MoshiError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose the next token. ``temperature=0`` means the most likely one."""
+
+    max_tokens: int = 256
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    int8: bool = False  # weights in eight bits: fewer bytes to read for each token
+
+
+PENALISED = 256  # tokens back to which a repetition counts
 
 
 class Sampler:
     """Draws token ids from logits; equal seeds draw equally.
+
+    The settings work in this order: repetition penalty, temperature, top-k, top-p, min-p.
 
     Args:
         temperature: Divides the logits; 0 always takes the most likely token.
         top_k: Only this many most likely tokens stay in play.
         top_p: Only the smallest set of tokens with this much probability stays in play
             (nucleus sampling, Holtzman et al. 2020).
+        min_p: Only tokens with at least this share of the likeliest one's probability stay in
+            play (Nguyen et al. 2024).
+        repetition_penalty: Divides the logits of the last 256 tokens where they are positive, and
+            multiplies them where not (Keskar et al. 2019); 1 does nothing.
         seed: None draws a fresh one.
 
     Raises:
@@ -31,30 +57,72 @@ class Sampler:
         temperature: float,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
         seed: int | None = None,
     ) -> None:
-        if not 0 <= temperature < float("inf"):
-            raise ConfigError(f"temperature = {temperature} must be 0 or more.")
-        if top_k is not None and top_k < 1:
-            raise ConfigError(f"top_k = {top_k} must be at least 1.")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ConfigError(f"top_p = {top_p} must be above 0 and at most 1.")
-        self._temperature, self._top_k, self._top_p = temperature, top_k, top_p
+        for holds, name, value, rule in (
+            (0 <= temperature < math.inf, "temperature", temperature, "0 or more"),
+            (top_k is None or top_k >= 1, "top_k", top_k, "at least 1"),
+            (top_p is None or 0 < top_p <= 1, "top_p", top_p, "above 0 and at most 1"),
+            (min_p is None or 0 <= min_p <= 1, "min_p", min_p, "from 0 to 1"),
+            (
+                0 < repetition_penalty < math.inf,
+                *("repetition_penalty", repetition_penalty, "above 0"),
+            ),
+        ):
+            if not holds:
+                raise ConfigError(f"{name} = {value} must be {rule}.")
+        self._temperature, self._penalty = temperature, repetition_penalty
+        self._top_k, self._top_p, self._min_p = top_k, top_p, min_p
         self._random = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
 
-    def pick(self, logits: Tensor) -> int:
-        """One token id, given the logits (V,) of a position."""
+    @classmethod
+    def of(cls, sampling: Sampling) -> Sampler:
+        """The sampler that these settings ask for."""
+        return cls(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            seed=sampling.seed,
+        )
+
+    def pick(self, logits: Tensor, before: Sequence[int] = ()) -> int:
+        """One token id, given the logits (V,) of a position and the tokens before it.
+
+        Raises:
+            MoshiError: The logits are not finite.
+        """
+        logits = self._penalised(logits.float().cpu(), before)
+        best = logits.max()
+        if not math.isfinite(best):
+            raise MoshiError(
+                f"the model's logits are not finite (the largest is {float(best)}).",
+                hint="Its weights may be damaged; try another round: --round N",
+            )
         if self._temperature == 0:
             return int(logits.argmax())
-        logits = logits.float().cpu()
         # Subtracting the maximum first keeps a tiny temperature from overflowing.
-        logits = (logits - logits.max()) / self._temperature
+        logits = (logits - best) / self._temperature
         if self._top_k is not None and self._top_k < len(logits):
             logits = logits.masked_fill(logits < logits.topk(self._top_k).values[-1], -torch.inf)
         probabilities = logits.softmax(-1)
         if self._top_p is not None:
             probabilities = _nucleus(probabilities, self._top_p)
+        if self._min_p:
+            lowest = self._min_p * probabilities.max()
+            probabilities = probabilities.masked_fill(probabilities < lowest, 0.0)
         return int(torch.multinomial(probabilities, 1, generator=self._random))
+
+    def _penalised(self, logits: Tensor, before: Sequence[int]) -> Tensor:
+        if self._penalty == 1 or not before:
+            return logits
+        seen = torch.tensor(sorted(set(before[-PENALISED:])))
+        old = logits[seen]
+        new = torch.where(old > 0, old / self._penalty, old * self._penalty)
+        return logits.index_copy(0, seen, new)
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:

@@ -178,12 +178,7 @@ class BytesTask:
         Raises:
             ConfigError: A sampling setting out of range.
         """
-        sampler = Sampler(
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            seed=sampling.seed,
-        )
+        sampler = Sampler.of(sampling)
         made = self._continue(module, prompt.encode(), sampler, sampling.max_tokens)
         return until_stop(codecs.iterdecode(made, "utf-8", errors="replace"), sampling.stop)
 

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from moshi_fl.models.family import Family, Preset
 
 ENTRY_POINTS = "moshi_fl.families"
-_BUILT_IN = {"char": "moshi_fl.models.char_family:FAMILY"}
+_BUILT_IN = {
+    "char": "moshi_fl.models.char_family:FAMILY",
+    "moc": "moshi_fl.models.moc_family:FAMILY",
+}
 
 
 def known_families() -> list[str]:

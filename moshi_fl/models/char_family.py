@@ -19,7 +19,7 @@ from moshi_fl.generate import Sampler, until_stop
 from moshi_fl.models.char import CharConfig, CharTransformer
 from moshi_fl.models.char_corpus import CharCorpus, make_pool, read_pool, stream, windows
 from moshi_fl.models.char_decode import CharDecoder
-from moshi_fl.models.common import extract_weights, settings_from
+from moshi_fl.models.common import device_of, extract_weights, settings_from
 from moshi_fl.models.family import Corpus, DataSummary, Family, Preset, Sampling, Table
 from moshi_fl.tokenizer import CharVocabulary, Decoder
 from moshi_fl.weights import Weights
@@ -78,7 +78,7 @@ class CharTask:
 
     def loss(self, module: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
         """Mean cross-entropy of each token given those before it in its window."""
-        batch = batch.to(_device(module))
+        batch = batch.to(device_of(module))
         targets = batch[:, 1:].flatten()
         logits = module(batch[:, :-1]).flatten(0, 1)
         return F.cross_entropy(logits.float(), targets), len(targets)
@@ -103,7 +103,7 @@ class CharTask:
 
     def _text_loss(self, module: nn.Module, text: str) -> float:
         ids = self.vocabulary.encode(text)[: self.config.context + 1].astype(np.int64)
-        tokens = torch.from_numpy(ids).to(_device(module))
+        tokens = torch.from_numpy(ids).to(device_of(module))
         logits = module(tokens[None, :-1])[0].double()
         return float(F.cross_entropy(logits, tokens[1:]))
 
@@ -118,12 +118,7 @@ class CharTask:
         Raises:
             ConfigError: A sampling setting out of range.
         """
-        sampler = Sampler(
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            seed=sampling.seed,
-        )
+        sampler = Sampler.of(sampling)
         tokens = self._between(prompt, suffix) if suffix else self._after(prompt)
         made = self._continue(module, tokens, sampler, sampling.max_tokens, slide=not suffix)
         return until_stop(_text(self.vocabulary, made), sampling.stop)
@@ -146,7 +141,7 @@ class CharTask:
         half = self.config.context // 2
         logits = decoder.restart(tokens if len(tokens) <= self.config.context else tokens[-half:])
         for _ in range(limit):
-            token = self._pick(sampler, logits)
+            token = self._pick(sampler, logits, tokens)
             if token == self.vocabulary.end:
                 return
             yield token
@@ -159,10 +154,10 @@ class CharTask:
                 return
 
     @torch.inference_mode()
-    def _pick(self, sampler: Sampler, logits: Tensor) -> int:
+    def _pick(self, sampler: Sampler, logits: Tensor, before: list[int]) -> int:
         """Any token but the marks, which are not text."""
         logits[self.vocabulary.prefix : self.vocabulary.middle + 1] = -torch.inf
-        return sampler.pick(logits)
+        return sampler.pick(logits, before)
 
 
 def _text(vocabulary: CharVocabulary, tokens: Iterator[int]) -> Iterator[str]:
@@ -172,10 +167,6 @@ def _text(vocabulary: CharVocabulary, tokens: Iterator[int]) -> Iterator[str]:
             yield piece
     if piece := decoder.finish():
         yield piece
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
 
 
 class CharFamily:

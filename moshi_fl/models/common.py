@@ -56,6 +56,11 @@ def extract_weights(module: nn.Module) -> dict[str, NDArray[np.float32]]:
     }
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's parameters lie."""
+    return next(module.parameters()).device
+
+
 def settings_from(kind: type[Settings], table: Mapping[str, Any], *, name: str) -> Settings:
     """A configuration dataclass from a TOML table.
 

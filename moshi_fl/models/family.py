@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from moshi_fl.generate import Sampling as Sampling  # noqa: PLC0414 - families take it from here
 from moshi_fl.weights import Weights
 
 Table = Mapping[str, Any]
@@ -64,18 +65,6 @@ class Corpus(Protocol):
     def num_examples(self) -> int:
         """How many training windows one epoch has."""
         ...
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to choose the next token. ``temperature=0`` means the most likely one."""
-
-    max_tokens: int = 256
-    temperature: float = 0.8
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    stop: Sequence[str] = ()
 
 
 class Task(Protocol):

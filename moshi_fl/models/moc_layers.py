@@ -37,6 +37,13 @@ class RMSNorm(nn.Module):
         return y
 
 
+def inverse_rms(x: Tensor) -> Tensor:
+    """One over the root mean square of each row, (..., 1)."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x.dtype))
+    inverse: Tensor = norm.square_().div_(x.shape[-1]).add_(EPSILON).rsqrt_().to(x.dtype)
+    return inverse
+
+
 class _RMSNorm(torch.autograd.Function):
     """On a CPU the composite ``F.rms_norm`` runs at a fifth of the memory's speed; this does not.
 
@@ -45,8 +52,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x.dtype))
-        inverse = norm.square_().div_(x.shape[-1]).add_(EPSILON).rsqrt_().to(x.dtype)
+        inverse = inverse_rms(x)
         normal = x * inverse
         ctx.save_for_backward(normal, inverse, weight)
         y: Tensor = normal * weight
