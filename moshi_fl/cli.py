@@ -123,7 +123,7 @@ def hub_option(function: F) -> F:
     )(function)
 
 
-def run(root: click.Group, args: Sequence[str] | None = None) -> int:
+def run(root: click.Command, args: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit status; errors become sentences here, only here."""
     args = list(sys.argv[1:] if args is None else args)
     console = Console()
@@ -135,7 +135,7 @@ def run(root: click.Group, args: Sequence[str] | None = None) -> int:
     return status
 
 
-def _invoke(root: click.Group, args: list[str], console: Console) -> int:
+def _invoke(root: click.Command, args: list[str], console: Console) -> int:
     try:
         status = root.main(args, prog_name=root.name, obj=console, standalone_mode=False)
         return int(status) if isinstance(status, int) else int(Exit.DONE)
@@ -169,7 +169,7 @@ def _repair(error: OSError) -> str:
     return "Check to whom it belongs and what they may do with it."
 
 
-def _help_command(root: click.Group, error: click.UsageError) -> str:
+def _help_command(root: click.Command, error: click.UsageError) -> str:
     return f"{error.ctx.command_path if error.ctx else root.name} --help"
 
 
@@ -178,7 +178,7 @@ def _report(console: Console, message: str, hint: str, exit_code: Exit) -> int:
     return int(exit_code)
 
 
-def _confess(root: click.Group, console: Console) -> None:
+def _confess(root: click.Command, console: Console) -> None:
     console.error(
         "this is a bug in moshi-fl; the lines below say where.",
         hint=f"Report them together with the output of `{root.name} doctor --json`.",

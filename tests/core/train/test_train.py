@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,11 +63,19 @@ def killed_after(step: int) -> dict[str, object]:
     return {"on_step": on_step}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "ways",
+    [
+        {},
+        {"precision": "bf16", "accumulation": 2},
+        {"schedule": "cosine", "accumulation": 3, "batch_size": 2, "steps": 6},
+    ],
+    ids=str,
+)
 def test_a_run_ended_after_any_step_resumes_to_the_same_weights(
-    task: CharTask, corpus: CharCorpus, tmp_path: Path, precision: str
+    task: CharTask, corpus: CharCorpus, tmp_path: Path, ways: dict[str, Any]
 ) -> None:
-    recipe = replace(RECIPE, precision=precision)
+    recipe = replace(RECIPE, **ways)
     uninterrupted = run(task, corpus, recipe)
     for step in range(1, recipe.steps + 1):
         options = {"checkpoint": tmp_path / f"{step}", "checkpoint_seconds": 0.0}
@@ -78,6 +87,7 @@ def test_a_run_ended_after_any_step_resumes_to_the_same_weights(
 KILLED_AT_AN_EVENT = """
 import os, signal, sys
 from pathlib import Path
+from typing import Any
 import torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
