@@ -53,8 +53,8 @@ def _device(value: Any) -> str:
 
 
 def _precision(value: Any) -> str:
-    if value not in ("fp32", "bf16"):
-        raise ValueError("must be fp32 or bf16")
+    if value not in ("fp32", "bf16", "auto"):
+        raise ValueError("must be fp32, bf16 or auto")
     return str(value)
 
 
@@ -80,7 +80,7 @@ class Settings:
     contributor: str = _setting("", "your name in contribution records; public", _contributor)
     data: tuple[str, ...] = _setting((), "files and folders to train on", _paths)
     device: str = _setting("auto", "auto, cpu, mps, cuda or cuda:N", _device)
-    precision: str = _setting("fp32", "fp32 or bf16", _precision)
+    precision: str = _setting("fp32", "fp32, bf16 or auto", _precision)
     threads: int = _setting(0, "CPU threads for training; 0 lets torch choose", _whole(0, 1024))
     keep_rounds: int = _setting(2, "rounds kept in the cache per hub", _whole(1, 100_000))
     _origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)

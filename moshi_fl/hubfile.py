@@ -39,11 +39,14 @@ class TrainingRules(_Table, frozen=True, kw_only=True):
 
     steps: Positive = 200
     batch_size: Positive = 8
+    accumulation: Positive = 1
     learning_rate: PositiveFloat = 1e-3
+    schedule: Literal["one-cycle", "cosine"] = "one-cycle"
     weight_decay: Annotated[float, Meta(ge=0, le=1e30)] = 0.01
+    beta2: Annotated[float, Meta(ge=0, lt=1)] = 0.999
     gradient_clip: PositiveFloat = 1.0
     warmup_fraction: Fraction = 0.05
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
 
 
 class DeltaRules(_Table, frozen=True, kw_only=True):

@@ -133,15 +133,17 @@ class Run:
             KeyboardInterrupt: Somebody wants it to end; a checkpoint is written.
         """
         ready = self.ready
-        with ready.world.together():
-            first = self._begin(fresh, resume)
-        with _stopping() as stop, self.engine.active():
-            self._train(first, stop)
+        try:
+            with ready.world.together():
+                first = self._begin(fresh, resume)
+            with _stopping() as stop, self.engine.active():
+                self._train(first, stop)
+        finally:
+            for sink in self.sinks:
+                sink.close()
         with ready.world.together():
             if self.leads:
                 self.folder.publish("final", ready.module)
-            for sink in self.sinks:
-                sink.close()
         return ready.recipe.steps
 
     def _begin(self, fresh: bool, resume: bool) -> int:

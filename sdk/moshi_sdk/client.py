@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +63,7 @@ def job_config(
         "family": family,
         "model": json.dumps(dict(model)),
         "tokenizer": tokenizer,
-        "steps": recipe.steps,
-        "batch-size": recipe.batch_size,
-        "learning-rate": recipe.learning_rate,
-        "weight-decay": recipe.weight_decay,
-        "gradient-clip": recipe.gradient_clip,
-        "warmup-fraction": recipe.warmup_fraction,
-        "precision": recipe.precision,
-        "seed": recipe.seed,
-        "device": recipe.device,
+        **{key.replace("_", "-"): value for key, value in asdict(recipe).items()},
     }
 
 
@@ -90,7 +82,7 @@ def train_client(message: Message, context: Context) -> Message:
         on_step=_on_step.get(),
     )
     metrics: dict[str, int | float | list[int] | list[float]] = {
-        "num-examples": job.recipe.steps * job.recipe.batch_size,
+        "num-examples": job.recipe.steps * job.recipe.batch_size * job.recipe.accumulation,
         "train-loss": result.loss,
         "steps": job.recipe.steps,
     }
@@ -117,20 +109,19 @@ def _job(config: ConfigRecord, context: Context) -> Job:
     if not isinstance(tokenizer, bytes):
         raise ConfigError("the message's tokenizer is not bytes.")
     task = get_family(str(config["family"])).load(model, tokenizer)
-    recipe = Recipe(
-        steps=int(str(config["steps"])),
-        batch_size=int(str(config["batch-size"])),
-        learning_rate=float(str(config["learning-rate"])),
-        weight_decay=float(str(config["weight-decay"])),
-        gradient_clip=float(str(config["gradient-clip"])),
-        warmup_fraction=float(str(config["warmup-fraction"])),
-        precision=str(config["precision"]),
-        seed=int(str(config["seed"])),
-        device=str(config["device"]),
-    )
+    recipe = _recipe(config)
     checkpoint = str(context.node_config.get("checkpoint", ""))
     corpus = _corpus.get() or _read(task, context, recipe.seed)
     return Job(task, recipe, corpus, Path(checkpoint) if checkpoint else None)
+
+
+def _recipe(config: ConfigRecord) -> Recipe:
+    """What the message says of it; the rest as it is by default."""
+    values: dict[str, Any] = {}
+    for key, default in asdict(Recipe(steps=1)).items():
+        if key.replace("_", "-") in config:
+            values[key] = type(default)(config[key.replace("_", "-")])
+    return Recipe(**values)
 
 
 def _read(task: Task, context: Context, seed: int) -> Corpus:

@@ -17,15 +17,16 @@ import moshi_fl
 from moshi_fl.codec import get_codec
 from moshi_fl.codec.delta import delta_bytes, encode_delta
 from moshi_fl.config import home as default_home
-from moshi_fl.errors import Rejected
+from moshi_fl.errors import Rejected, TrainingError
 from moshi_fl.history import DELTA_FILE, HubState
 from moshi_fl.hubfile import HubConfig
 from moshi_fl.models.family import Corpus, DataSummary, Task
-from moshi_fl.records import Contribution, File, Location, Metrics, Training, dump
+from moshi_fl.records import Contribution, File, Location, Metrics, dump
 from moshi_fl.replica import Replica, Snapshot
-from moshi_fl.train import Progress, Recipe, calibrate, steps_for_epochs
+from moshi_fl.train import Progress, Recipe
 from moshi_fl.weights import Weights, open_weights, save_weights, sha256_bytes, write_atomic
 from moshi_sdk.feedback import Feedback
+from moshi_sdk.planning import Options, make_plan, recipe_of
 from moshi_sdk.runs import Run, RunPlan, Runs
 from moshi_sdk.submit import Sent, delta_commit, is_merged, submit
 from moshi_sdk.sync import SyncManager
@@ -53,23 +54,6 @@ class Silent:
 
     def step(self, progress: Progress) -> None:
         """Ignore a step."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a contributor may decide; None leaves it to the hub's recipe."""
-
-    steps: int | None = None
-    minutes: float | None = None
-    epochs: float | None = None
-    learning_rate: float | None = None
-    batch_size: int | None = None
-    precision: str | None = None
-    device: str = "cpu"
-    seed: int | None = None
-    contributor: str = "anonymous"
-    max_bytes: int | None = None
-    dry_run: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,6 +152,16 @@ def resume(
     return _finish(_Work(manager.replica, snapshot, task, run, listener), dry_run)
 
 
+def discard(hub: str, *, home: Path | None = None) -> RunPlan:
+    """Drop the last unfinished contribution to ``hub`` with all its work; what it was about.
+
+    Raises:
+        MoshiError: There is none, or a process is working on it.
+    """
+    manager = SyncManager(hub, home=home or default_home())
+    return Runs(manager.replica.folder / "runs").discard().plan
+
+
 def _whence(snapshot: Snapshot) -> str:
     text = f"round {snapshot.round}"
     return text if snapshot.online else f"{text}, from the cache: {snapshot.problem}"
@@ -186,66 +180,6 @@ def describe(summary: DataSummary) -> str:
     text = f"{summary.files} files, {summary.bytes:,} bytes, {summary.tokens:,} tokens"
     left = ", ".join(f"{count} {reason}" for reason, count in sorted(summary.skipped.items()))
     return f"{text}; left out: {left}" if left else text
-
-
-def make_plan(
-    snapshot: Snapshot, task: Task, corpus: Corpus, paths: Sequence[Path], options: Options
-) -> RunPlan:
-    """Settle everything that decides the result, so that a resumed run is the same run."""
-    rules = snapshot.state.config.training
-    recipe = Recipe(
-        steps=1,
-        batch_size=options.batch_size or rules.batch_size,
-        learning_rate=options.learning_rate or rules.learning_rate,
-        weight_decay=rules.weight_decay,
-        gradient_clip=rules.gradient_clip,
-        warmup_fraction=rules.warmup_fraction,
-        precision=options.precision or rules.precision,
-        seed=_seed(options, snapshot),
-        device=options.device,
-    )
-    training = Training(
-        steps=_steps(snapshot, task, corpus, recipe, options),
-        batch_size=recipe.batch_size,
-        learning_rate=recipe.learning_rate,
-        seed=recipe.seed,
-        precision=recipe.precision,
-    )
-    return RunPlan(
-        base_round=snapshot.round,
-        base=snapshot.record.weights,
-        data=tuple(map(str, paths)),
-        fingerprint=corpus.fingerprint,
-        contributor=options.contributor,
-        training=training,
-        weight_decay=recipe.weight_decay,
-        gradient_clip=recipe.gradient_clip,
-        warmup_fraction=recipe.warmup_fraction,
-        device=recipe.device,
-        max_bytes=options.max_bytes,
-        family=snapshot.state.config.family,
-    )
-
-
-def _seed(options: Options, snapshot: Snapshot) -> int:
-    """The seed asked for, or one of the contributor's own that is new in each round."""
-    if options.seed is not None:
-        return options.seed
-    return int(sha256_bytes(f"{options.contributor}/{snapshot.round}".encode())[:8], 16)
-
-
-def _steps(snapshot: Snapshot, task: Task, corpus: Corpus, recipe: Recipe, options: Options) -> int:
-    if options.steps is not None:
-        return options.steps
-    if options.epochs is not None:
-        return steps_for_epochs(corpus, recipe.batch_size, options.epochs)
-    if options.minutes is not None:
-        from moshi_fl.models.common import load_weights
-
-        module = task.build()
-        load_weights(module, snapshot.load())
-        return calibrate(module, task, corpus, recipe, minutes=options.minutes)
-    return snapshot.state.config.training.steps
 
 
 def _finish(work: _Work, dry_run: bool) -> Outcome:
@@ -296,22 +230,6 @@ def _read_again(work: _Work) -> Corpus:
     return corpus
 
 
-def recipe_of(plan: RunPlan) -> Recipe:
-    """The training recipe of a plan."""
-    training = plan.training
-    return Recipe(
-        steps=training.steps,
-        batch_size=training.batch_size,
-        learning_rate=training.learning_rate,
-        weight_decay=plan.weight_decay,
-        gradient_clip=plan.gradient_clip,
-        warmup_fraction=plan.warmup_fraction,
-        precision=training.precision,
-        seed=training.seed,
-        device=plan.device,
-    )
-
-
 def _train(work: _Work, corpus: Corpus, recipe: Recipe) -> None:
     from moshi_fl.flower import arrays_in, local_context, train_message
     from moshi_sdk.client import app, job_config, watched
@@ -322,7 +240,12 @@ def _train(work: _Work, corpus: Corpus, recipe: Recipe) -> None:
     message = train_message(open_weights(work.run.base), config)
     context = local_context(checkpoint=str(work.run.checkpoint))
     with watched(work.listener.step, corpus):
-        reply = app(message=message, context=context)
+        try:
+            reply = app(message=message, context=context)
+        except TrainingError as error:
+            lower = "a lower learning rate (--lr)"
+            hint = f"Try again with {lower}; nothing was sent. --discard drops this run."
+            raise TrainingError(str(error), hint=hint) from error
     save_weights(work.run.trained, arrays_in(reply))
     work.run.checkpoint.unlink(missing_ok=True)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from moshi_fl.errors import HubError, MoshiError
 from moshi_fl.records import (
@@ -53,6 +53,10 @@ class RunPlan(Record, frozen=True, kw_only=True):
     device: Annotated[str, Meta(max_length=40)]
     max_bytes: Count | None = None
     family: Name
+    # Absent at their defaults, so that a plan of before these were there is still the same plan.
+    accumulation: Annotated[int, Meta(ge=1)] | UnsetType = UNSET
+    schedule: Name | UnsetType = UNSET
+    beta2: float | UnsetType = UNSET
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,18 @@ class Runs:
             "there is no unfinished contribution for this hub on this machine.",
             hint="moshi-fl contribute --data PATH   (starts one)",
         )
+
+    def discard(self) -> Run:
+        """Remove the run that ``resume`` would continue, with all its work.
+
+        Raises:
+            MoshiError: There is none, or a process is working on it.
+        """
+        run = self.resume()
+        with run.at_work():
+            (run.folder / "run.json").unlink()  # from here on it is no run
+            shutil.rmtree(run.folder, ignore_errors=True)
+        return run
 
     def __iter__(self) -> Iterator[Run]:
         """All runs, the one worked on last first."""

@@ -135,7 +135,10 @@ def recipe(config: HubConfig, options: Options) -> Recipe:
         learning_rate=(
             rules.learning_rate if options.learning_rate is None else options.learning_rate
         ),
+        accumulation=rules.accumulation,
+        schedule=rules.schedule,
         weight_decay=rules.weight_decay,
+        beta2=rules.beta2,
         gradient_clip=rules.gradient_clip,
         warmup_fraction=rules.warmup_fraction,
         precision=rules.precision,

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 
-from moshi_fl.errors import DataError, HubError, MoshiError, Rejected
-from moshi_fl.records import Contribution
+from moshi_fl.errors import DataError, HubError, MoshiError, Rejected, TrainingError
+from moshi_fl.records import Contribution, dump
 from moshi_fl.train import Progress
 from moshi_fl.weights import open_weights
-from moshi_sdk.contribute import Options, contribute, resume
+from moshi_sdk.contribute import Options, contribute, discard, load_task, resume
 from moshi_sdk.feedback import Feedback
+from moshi_sdk.planning import make_plan, recipe_of
 from moshi_sdk.runs import Runs
+from moshi_sdk.sync import SyncManager
 from tests.support.simulator import HubSimulator, write_corpus
 
 
@@ -245,3 +248,46 @@ def test_a_record_without_training_metrics_is_still_valid(hub: HubSimulator) -> 
     record = hub.contribute("ann")
     assert msgspec.structs.asdict(record)["metrics"].held_out_after is None
     assert hub.verdicts()[record.id].accepted
+
+
+def test_a_run_that_cannot_succeed_is_discarded_and_the_one_before_it_is_back(
+    hub: HubSimulator, corpus: Path
+) -> None:
+    home = hub.folder / "ann"
+    good = contribute(hub.url, [corpus], Options(steps=2, seed=1, dry_run=True), home=home)
+    wild = Options(steps=6, seed=2, learning_rate=1e37)
+    with pytest.raises(TrainingError) as caught:
+        contribute(hub.url, [corpus], wild, home=home)
+    assert "--discard" in caught.value.hint
+    with pytest.raises(TrainingError):
+        resume(hub.url, home=home)
+    assert discard(hub.url, home=home).training.steps == 6
+    assert resume(hub.url, home=home).contribution.id == good.contribution.id
+    with pytest.raises(MoshiError, match="no unfinished contribution"):
+        discard(hub.url, home=home)
+
+
+def test_a_hubs_schedule_and_accumulation_decide_and_the_record_has_the_whole_batch(
+    hub: HubSimulator, corpus: Path
+) -> None:
+    home = hub.folder / "ann"
+    snapshot = SyncManager(hub.url, home=home).pull()
+    rules = msgspec.structs.replace(
+        snapshot.state.config.training,
+        schedule="cosine",
+        accumulation=2,
+        batch_size=3,
+        precision="auto",
+    )
+    config = msgspec.structs.replace(snapshot.state.config, training=rules)
+    asking = replace(snapshot, state=replace(snapshot.state, config=config))
+    task = load_task(asking.state)
+    data = task.read([corpus], seed=0)
+    plan = make_plan(asking, task, data, [corpus], Options(steps=2, seed=1))
+    assert (plan.training.batch_size, plan.schedule, plan.accumulation) == (6, "cosine", 2)
+    assert plan.training.precision in {"fp32", "bf16"}
+    recipe = recipe_of(plan)
+    assert (recipe.batch_size, recipe.accumulation, recipe.schedule) == (3, 2, "cosine")
+    plain = make_plan(snapshot, task, data, [corpus], Options(steps=2, seed=1))
+    assert b"schedule" not in dump(plain)
+    assert recipe_of(plain).schedule == "one-cycle"

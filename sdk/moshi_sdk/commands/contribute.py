@@ -34,14 +34,17 @@ LABELS = {"sync": "Model", "data": "Data", "measure": "Result", "encode": "Delta
 )
 @click.option("--batch-size", type=click.IntRange(1), help="Windows per step.")
 @click.option("--device", help="auto, cpu, mps, cuda or cuda:N.")
-@click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="Arithmetic of training.")
+@click.option(
+    "--precision", type=click.Choice(["fp32", "bf16", "auto"]), help="Arithmetic of training."
+)
 @click.option("--seed", type=click.IntRange(0), help="Seed of batches and dropout.")
 @click.option("--contributor", help="Your name in the record; public.")
 @click.option("--max-bytes", type=click.IntRange(1), help="Take at most so much data.")
 @click.option("--dry-run", is_flag=True, help="Train and show what would be sent; send nothing.")
 @click.option("--resume", is_flag=True, help="Continue the last unfinished contribution.")
+@click.option("--discard", is_flag=True, help="Drop the last unfinished contribution.")
 @output_options
-def contribute(console: Console, resume: bool, dry_run: bool, **flags: Any) -> None:
+def contribute(console: Console, resume: bool, discard: bool, dry_run: bool, **flags: Any) -> None:
     r"""Train the hub's model on your data and send the weight delta.
 
     The source tree is read with respect for .gitignore; binaries, vendored and oversized files and
@@ -53,7 +56,10 @@ def contribute(console: Console, resume: bool, dry_run: bool, **flags: Any) -> N
       moshi-fl contribute --hub ./hub.git --data ~/code --dry-run
       moshi-fl contribute --hub https://git.example.org/hub.git --data ~/code --minutes 10
       moshi-fl contribute --resume
+      moshi-fl contribute --discard
     """
+    if resume and discard:
+        raise click.UsageError("--resume and --discard exclude each other.")
     amounts = [name for name in ("steps", "minutes", "epochs") if flags[name] is not None]
     if len(amounts) > 1:
         raise click.UsageError(f"--{amounts[0]} and --{amounts[1]} exclude each other.")
@@ -63,6 +69,10 @@ def contribute(console: Console, resume: bool, dry_run: bool, **flags: Any) -> N
     console.resume_command = f"moshi-fl contribute{hub_flag(settings)} --resume"
     from moshi_sdk import contribute as work
 
+    if discard:
+        plan = work.discard(settings.hub, home=ensure_home())
+        console.done("Discarded", base=plan.base_round, steps=plan.training.steps)
+        return
     with _Listener(console) as listener:
         if resume:
             outcome = work.resume(
@@ -79,7 +89,7 @@ def contribute(console: Console, resume: bool, dry_run: bool, **flags: Any) -> N
 
 
 def _options(flags: dict[str, Any], settings: Any, dry_run: bool) -> Any:
-    from moshi_sdk.contribute import Options
+    from moshi_sdk.planning import Options
 
     precision = settings.precision if settings.origin("precision") != "default" else None
     names = ("steps", "minutes", "epochs", "learning_rate", "batch_size", "seed", "max_bytes")

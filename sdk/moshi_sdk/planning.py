@@ -1,0 +1,131 @@
+"""What a contribution sets out to do: the hub's recipe with the contributor's decisions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from msgspec import UNSET, UnsetType
+
+from moshi_fl.models.family import Corpus, Task
+from moshi_fl.optimizer import BETA2
+from moshi_fl.records import Training
+from moshi_fl.replica import Snapshot
+from moshi_fl.train import Recipe, calibrate, steps_for_epochs
+from moshi_fl.weights import sha256_bytes
+from moshi_sdk.runs import RunPlan
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a contributor may decide; None leaves it to the hub's recipe."""
+
+    steps: int | None = None
+    minutes: float | None = None
+    epochs: float | None = None
+    learning_rate: float | None = None
+    batch_size: int | None = None
+    precision: str | None = None
+    device: str = "cpu"
+    seed: int | None = None
+    contributor: str = "anonymous"
+    max_bytes: int | None = None
+    dry_run: bool = False
+
+
+def make_plan(
+    snapshot: Snapshot, task: Task, corpus: Corpus, paths: Sequence[Path], options: Options
+) -> RunPlan:
+    """Settle everything that decides the result, so that a resumed run is the same run."""
+    rules = snapshot.state.config.training
+    recipe = Recipe(
+        steps=1,
+        batch_size=options.batch_size or rules.batch_size,
+        learning_rate=options.learning_rate or rules.learning_rate,
+        accumulation=rules.accumulation,
+        schedule=rules.schedule,
+        weight_decay=rules.weight_decay,
+        beta2=rules.beta2,
+        gradient_clip=rules.gradient_clip,
+        warmup_fraction=rules.warmup_fraction,
+        precision=options.precision or rules.precision,
+        seed=_seed(options, snapshot),
+        device=options.device,
+    ).settled()
+    training = Training(
+        steps=_steps(snapshot, task, corpus, recipe, options),
+        batch_size=recipe.batch_size * recipe.accumulation,
+        learning_rate=recipe.learning_rate,
+        seed=recipe.seed,
+        precision=recipe.precision,
+    )
+    return RunPlan(
+        base_round=snapshot.round,
+        base=snapshot.record.weights,
+        data=tuple(map(str, paths)),
+        fingerprint=corpus.fingerprint,
+        contributor=options.contributor,
+        training=training,
+        weight_decay=recipe.weight_decay,
+        gradient_clip=recipe.gradient_clip,
+        warmup_fraction=recipe.warmup_fraction,
+        device=recipe.device,
+        max_bytes=options.max_bytes,
+        family=snapshot.state.config.family,
+        accumulation=_unless(recipe.accumulation, 1),
+        schedule=_unless(recipe.schedule, "one-cycle"),
+        beta2=_unless(recipe.beta2, BETA2),
+    )
+
+
+def _unless(value: T, default: T) -> T | UnsetType:
+    return UNSET if value == default else value
+
+
+def _seed(options: Options, snapshot: Snapshot) -> int:
+    """The seed asked for, or one of the contributor's own that is new in each round."""
+    if options.seed is not None:
+        return options.seed
+    return int(sha256_bytes(f"{options.contributor}/{snapshot.round}".encode())[:8], 16)
+
+
+def _steps(snapshot: Snapshot, task: Task, corpus: Corpus, recipe: Recipe, options: Options) -> int:
+    if options.steps is not None:
+        return options.steps
+    if options.epochs is not None:
+        return steps_for_epochs(corpus, recipe.batch_size * recipe.accumulation, options.epochs)
+    if options.minutes is not None:
+        from moshi_fl.models.common import load_weights
+
+        module = task.build()
+        load_weights(module, snapshot.load())
+        return calibrate(module, task, corpus, recipe, minutes=options.minutes)
+    return snapshot.state.config.training.steps
+
+
+def recipe_of(plan: RunPlan) -> Recipe:
+    """The training recipe of a plan."""
+    training = plan.training
+    accumulation = _or(plan.accumulation, 1)
+    return Recipe(
+        steps=training.steps,
+        batch_size=training.batch_size // accumulation,
+        accumulation=accumulation,
+        schedule=_or(plan.schedule, "one-cycle"),
+        beta2=_or(plan.beta2, BETA2),
+        learning_rate=training.learning_rate,
+        weight_decay=plan.weight_decay,
+        gradient_clip=plan.gradient_clip,
+        warmup_fraction=plan.warmup_fraction,
+        precision=training.precision,
+        seed=training.seed,
+        device=plan.device,
+    )
+
+
+def _or(value: T | UnsetType, default: T) -> T:
+    return default if isinstance(value, UnsetType) else value
