@@ -221,16 +221,18 @@ class Run:
         """Mean loss on the same held-out batches each time; every process does its share."""
         ready, world = self.ready, self.ready.world
         assert ready.data.held_out is not None
-        batches = windows(ready.data.held_out, ready.recipe.batch_size, seed=0, start=0)
+        size = ready.recipe.batch_size
+        batches = windows(ready.data.held_out, size * world.size, seed=0, start=0)
         count = ready.settings.val_batches
         total = torch.zeros((), device=ready.recipe.device)
         ready.module.eval()
         with world.together():
-            for batch in islice(batches, world.rank, count, world.size):
-                total += ready.what.held_out_loss(ready.module, batch)[0].float()
+            for batch in islice(batches, count):
+                (share,) = shares(batch, size, world.rank, world.size)
+                total += ready.what.held_out_loss(ready.module, share)[0].float()
         ready.module.train()
         world.add_up_([total])
-        loss = float(total) / count
+        loss = float(total) / (count * world.size)
         self._emit(done, {"loss/validation": loss})
         self.say(f"step {done:,}  validation loss {loss:.4f}")
         if loss < self.best:

@@ -31,6 +31,8 @@ from moshi_sdk.runs import Run, RunPlan, Runs
 from moshi_sdk.submit import Sent, delta_commit, is_merged, submit
 from moshi_sdk.sync import SyncManager
 
+__all__ = ["Listener", "Options", "Outcome", "contribute", "discard", "load_task", "resume"]
+
 HELD_OUT_SEQUENCES = 32
 
 

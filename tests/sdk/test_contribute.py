@@ -289,5 +289,5 @@ def test_a_hubs_schedule_and_accumulation_decide_and_the_record_has_the_whole_ba
     recipe = recipe_of(plan)
     assert (recipe.batch_size, recipe.accumulation, recipe.schedule) == (3, 2, "cosine")
     plain = make_plan(snapshot, task, data, [corpus], Options(steps=2, seed=1))
-    assert b"schedule" not in dump(plain)
+    assert b'"schedule"' not in dump(plain)
     assert recipe_of(plain).schedule == "one-cycle"

@@ -87,6 +87,7 @@ def test_the_cosine_schedule_is_the_references() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself
 def test_a_compiled_module_keeps_its_names_and_learns_the_same() -> None:
     results = []
     for compiled in (False, True):

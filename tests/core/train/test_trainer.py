@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -246,11 +247,62 @@ def test_two_trainers_do_not_share_a_folder(capsys: pytest.CaptureFixture[str]) 
     assert "another trainer is at work" in capsys.readouterr().err
 
 
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk with room for two checkpoints, mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(folder)]
+    linux = sys.platform == "linux"
+    if not linux or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small tmpfs is not permitted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_disk_without_room_for_a_checkpoint_loses_nothing(
+    disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("c.yaml").write_text(CHAR + "data_dir" + CONFIG.partition("data_dir")[2])
+    ways = ("val_share=0", f"out_dir={disk}")
+    assert trainer(*ways) == 1
+    said = capsys.readouterr().err
+    assert said.count("Error: ") == 1
+    assert "No space left on device" in said
+    assert str(disk) in said
+    assert (disk / "latest").read_text() == "ckpt_6.safetensors\n"
+    subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+    assert trainer(*ways, flags=("--resume",)) == 0
+    assert trainer("val_share=0", "out_dir=whole") == 0
+    assert digest(str(disk)) == digest("whole")
+
+
+def test_trackers_that_are_not_installed_are_a_note(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moshi_fl.train.logs.find_spec", lambda _: None)
+    assert trainer("wandb_project=moc", "tensorboard=true") == 0
+    said = capsys.readouterr().err
+    assert said.count("pip install wandb") == said.count("pip install tensorboard") == 1
+
+
 def same_weights(one: dict[str, Any], other: dict[str, Any]) -> None:
     """Up to rounding; keys' biases have no gradient but rounding, which Adam makes large."""
     for name, tensor in one.items():
         there = slice(None, 16) if name.endswith("in_proj_bias") else slice(None)
         np.testing.assert_allclose(other[name][there], tensor[there], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_what_stops_one_process_stops_all_with_its_message() -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    wild = ["--set", "learning_rate=1e37", "--set", "grad_clip=1e30", "--set", "warmup_steps=0"]
+    command = [*torchrun, "-m", "moshi_fl.train", "c.yaml", *wild]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert ended.returncode == 1
+    assert ended.stderr.count("Error: the ") == 1, ended.stderr
 
 
 @pytest.mark.slow
