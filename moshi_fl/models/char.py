@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moshi_fl.errors import ConfigError
+from moshi_fl.models.attention import Dropout, causal_attention
 from moshi_fl.models.common import require_counts, require_fractions, settings_from
 
 
@@ -90,10 +91,9 @@ class CausalAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x``: (B, T, C), the same back."""
         B, T, C = x.shape
-        qkv = torch.split(F.linear(x, self.in_proj_weight, self.in_proj_bias), C, dim=2)
-        q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in qkv)  # (B, H, T, D)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(B, T, 3, self.n_head, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # (B, H, T, D)
+        y = causal_attention(q, k, v, dropout=self.dropout, training=self.training)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, C))  # type: ignore[no-any-return]
 
 
@@ -109,7 +109,7 @@ class Block(nn.Module):
             nn.Linear(config.d_model, config.d_ff),
             nn.GELU(),
             nn.Linear(config.d_ff, config.d_model),
-            nn.Dropout(config.dropout),
+            Dropout(config.dropout),
         )
         self.norm2 = nn.LayerNorm(config.d_model)
 
