@@ -1,14 +1,16 @@
-"""The character transformer: decoder-only, post-norm, sinusoidal positions, untied head with bias.
+"""The character transformer: decoder-only, sinusoidal positions, untied head with bias.
 
-Blocks are ``x = LN(x + Attention(x)); x = LN(x + FFN(x))`` (Vaswani et al. 2017) with GELU.
+Post-norm blocks are ``x = LN(x + Attention(x)); x = LN(x + FFN(x))`` (Vaswani et al. 2017) with
+GELU; pre-norm blocks ``x = x + Attention(LN(x)); x = x + FFN(LN(x))`` bear higher learning rates.
 Linear layers and embeddings keep PyTorch's default initialisation, which learns much faster on
 small budgets than GPT-2's 0.02. Parameter names are those of ``nn.MultiheadAttention``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -16,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moshi_fl.errors import ConfigError
-from moshi_fl.models.common import require_counts, require_fractions
+from moshi_fl.models.attention import Dropout, causal_attention
+from moshi_fl.models.common import require_counts, require_fractions, settings_from
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class CharConfig:
     context: int = 384  # tokens
     dropout: float = 0.0
     fill_in_middle: float = 0.0  # share of the training windows that are rearranged
+    norm: Literal["post", "pre"] = "post"  # where a block normalises
+    final_norm: bool = False  # a LayerNorm before the head; "pre" has one in any case
 
     def __post_init__(self) -> None:
         counts = ("n_layer", "n_head", "d_model", "d_ff", "context")
@@ -47,6 +52,28 @@ class CharConfig:
             )
         if self.context < 16:
             raise ConfigError(f"[model]: context = {self.context} must be at least 16.")
+        if self.norm not in {"post", "pre"}:
+            raise ConfigError(f'[model]: norm = {self.norm!r} must be "post" or "pre".')
+        if type(self.final_norm) is not bool:
+            raise ConfigError(f"[model]: final_norm = {self.final_norm!r} must be true or false.")
+
+    @property
+    def normalises_output(self) -> bool:
+        """Whether the model has a LayerNorm before the head."""
+        return self.final_norm or self.norm == "pre"
+
+    @classmethod
+    def from_reference(cls, table: Mapping[str, Any]) -> CharConfig:
+        """Settings under the names of the reference implementation; ``vocab_size`` is passed over.
+
+        Its weights load under their own names: ``load_weights`` ignores its position table.
+
+        Raises:
+            ConfigError: An unknown key or a value out of range.
+        """
+        names = {"n_layers": "n_layer", "n_heads": "n_head", "max_len": "context"}
+        renamed = {names.get(key, key): table[key] for key in table if key != "vocab_size"}
+        return settings_from(cls, renamed, name="reference configuration")
 
 
 class CausalAttention(nn.Module):
@@ -64,30 +91,33 @@ class CausalAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x``: (B, T, C), the same back."""
         B, T, C = x.shape
-        qkv = torch.split(F.linear(x, self.in_proj_weight, self.in_proj_bias), C, dim=2)
-        q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in qkv)  # (B, H, T, D)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(B, T, 3, self.n_head, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # (B, H, T, D)
+        y = causal_attention(q, k, v, dropout=self.dropout, training=self.training)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, C))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each added to its input and normalised afterwards."""
+    """Attention and feed-forward, each added to its input, normalised before or afterwards."""
 
     def __init__(self, config: CharConfig) -> None:
         super().__init__()
+        self.pre_norm = config.norm == "pre"
         self.attn = CausalAttention(config)
         self.norm1 = nn.LayerNorm(config.d_model)
         self.ff = nn.Sequential(
             nn.Linear(config.d_model, config.d_ff),
             nn.GELU(),
             nn.Linear(config.d_ff, config.d_model),
-            nn.Dropout(config.dropout),
+            Dropout(config.dropout),
         )
         self.norm2 = nn.LayerNorm(config.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x``: (B, T, C), the same back."""
+        if self.pre_norm:
+            x = x + self.attn(self.norm1(x))
+            return x + self.ff(self.norm2(x))  # type: ignore[no-any-return]
         x = self.norm1(x + self.attn(x))
         return self.norm2(x + self.ff(x))  # type: ignore[no-any-return]
 
@@ -104,6 +134,7 @@ class CharTransformer(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(vocabulary_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.d_model) if config.normalises_output else None
         self.fc_out = nn.Linear(config.d_model, vocabulary_size)
         table = sinusoids(config.context, config.d_model)
         self.register_buffer("positions", table, persistent=False)
@@ -114,6 +145,8 @@ class CharTransformer(nn.Module):
         x = x + self.positions[: tokens.shape[1]].to(x.dtype)
         for block in self.blocks:
             x = block(x)
+        if self.ln_f is not None:
+            x = self.ln_f(x)
         return self.fc_out(x)  # type: ignore[no-any-return]
 
 

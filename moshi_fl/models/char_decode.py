@@ -70,13 +70,26 @@ class CharDecoder:
         ids = torch.tensor(tokens, device=model.positions.device)
         x = F.embedding(ids, model.embedding.weight)  # (T, C)
         x = x + model.positions[start:stop].to(x.dtype)
+        block = self._pre_norm if model.config.norm == "pre" else self._post_norm
         for layer in self._layers:
-            y = self._attention(layer, x, start, stop)
-            x = F.layer_norm(y.add_(x), self._width, *layer.norm1)
-            y = _linear(layer.ff_out, F.gelu(_linear(layer.ff_in, x)))
-            x = F.layer_norm(y.add_(x), self._width, *layer.norm2)
+            x = block(layer, x, start, stop)
+        x = x[-1:]
+        if model.ln_f is not None:
+            x = F.layer_norm(x, self._width, model.ln_f.weight, model.ln_f.bias)
         self.length = stop
-        return _linear(self._head, x[-1:])[0]
+        return _linear(self._head, x)[0]
+
+    def _post_norm(self, layer: _Layer, x: Tensor, start: int, stop: int) -> Tensor:
+        y = self._attention(layer, x, start, stop)
+        x = F.layer_norm(y.add_(x), self._width, *layer.norm1)
+        y = _linear(layer.ff_out, F.gelu(_linear(layer.ff_in, x)))
+        return F.layer_norm(y.add_(x), self._width, *layer.norm2)
+
+    def _pre_norm(self, layer: _Layer, x: Tensor, start: int, stop: int) -> Tensor:
+        y = F.layer_norm(x, self._width, *layer.norm1)
+        x = self._attention(layer, y, start, stop).add_(x)
+        y = F.layer_norm(x, self._width, *layer.norm2)
+        return _linear(layer.ff_out, F.gelu(_linear(layer.ff_in, y))).add_(x)
 
     def _attention(self, layer: _Layer, x: Tensor, start: int, stop: int) -> Tensor:
         qkv = _linear(layer.attention_in, x).view(len(x), 3, self._heads, -1).permute(1, 2, 0, 3)

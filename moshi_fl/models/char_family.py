@@ -188,6 +188,8 @@ class CharFamily:
                     "context": 128,
                     "dropout": 0.0,
                     "fill_in_middle": 0.0,
+                    "norm": "post",
+                    "final_norm": False,
                 },
                 training={"steps": 200, "batch_size": 16, "learning_rate": 3e-3},
                 # Denser than base, and a longer step: it shall show something after one round.
@@ -205,6 +207,8 @@ class CharFamily:
                     "context": 384,
                     "dropout": 0.0,
                     "fill_in_middle": 0.0,
+                    "norm": "post",
+                    "final_norm": False,
                 },
                 training={"steps": 200, "batch_size": 8, "learning_rate": 1e-3},
                 delta={"codec": "topk"},

@@ -1,5 +1,6 @@
 """The character transformer against the reference implementation's numbers, and its own cache."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from moshi_fl.errors import ConfigError, CorruptRecord
-from moshi_fl.models.char import CharConfig, CharTransformer
+from moshi_fl.models.char import CharConfig, CharTransformer, sinusoids
 from moshi_fl.models.char_decode import CharDecoder
 from moshi_fl.models.common import extract_weights, load_weights
 from moshi_fl.optimizer import AdamW, clip_, one_cycle
@@ -16,6 +17,8 @@ from moshi_fl.weights import Weights, open_weights
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "char_orig.safetensors"
 TINY = CharConfig(n_layer=2, n_head=2, d_model=16, d_ff=32, context=32)
+# As the reference writes its settings down.
+TABLE = {"vocab_size": 50, "d_model": 16, "n_heads": 2, "n_layers": 2, "d_ff": 32, "max_len": 32}
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +76,76 @@ def test_eight_steps_of_training_follow_the_references_losses(reference: Weights
         optimizer.step(gradients, step, learning_rate=rate, beta1=beta1)
 
 
+class PlainBlock(torch.nn.Module):
+    """A block made of PyTorch's own parts, under the reference's names."""
+
+    def __init__(self, norm: str) -> None:
+        super().__init__()
+        self.norm = norm
+        self.attn = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+        self.norm1, self.norm2 = torch.nn.LayerNorm(16), torch.nn.LayerNorm(16)
+        self.ff = torch.nn.Sequential(
+            torch.nn.Linear(16, 32), torch.nn.GELU(), torch.nn.Linear(32, 16)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = torch.full((x.shape[1], x.shape[1]), -torch.inf).triu(1)
+
+        def attend(z: torch.Tensor) -> torch.Tensor:
+            return self.attn(z, z, z, attn_mask=mask, need_weights=False)[0]
+
+        if self.norm == "pre":
+            x = x + attend(self.norm1(x))
+            return x + self.ff(self.norm2(x))
+        x = self.norm1(x + attend(x))
+        return self.norm2(x + self.ff(x))
+
+
+class Plain(torch.nn.Module):
+    def __init__(self, norm: str, *, final_norm: bool) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(50, 16)
+        self.blocks = torch.nn.ModuleList(PlainBlock(norm) for _ in range(2))
+        self.ln_f = torch.nn.LayerNorm(16) if final_norm else None
+        self.fc_out = torch.nn.Linear(16, 50)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens) + sinusoids(tokens.shape[1], 16)
+        for block in self.blocks:
+            x = block(x)
+        return self.fc_out(x if self.ln_f is None else self.ln_f(x))
+
+
+@pytest.mark.parametrize(
+    ("norm", "final_norm"), [("post", False), ("post", True), ("pre", False), ("pre", True)]
+)
+def test_both_norms_with_and_without_a_final_one_are_pytorchs_own_blocks(
+    norm: str, final_norm: bool
+) -> None:
+    torch.manual_seed(0)
+    plain = Plain(norm, final_norm=final_norm or norm == "pre")
+    for parameter in plain.parameters():  # gains of one and biases of zero would hide mistakes
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    config = CharConfig.from_reference({**TABLE, "norm": norm, "final_norm": final_norm})
+    model = CharTransformer(config, 50)
+    load_weights(model, extract_weights(plain))
+    tokens = torch.randint(50, (2, 20))
+    logits, wanted = model(tokens), plain(tokens)
+    assert torch.allclose(logits, wanted, atol=1e-5)
+    logits.square().mean().backward()
+    wanted.square().mean().backward()
+    for name, parameter in plain.named_parameters():
+        gradient = model.get_parameter(name).grad
+        assert torch.allclose(gradient, parameter.grad, atol=1e-6, rtol=1e-4), name
+
+
+def test_a_reference_configuration_is_read_under_its_own_names() -> None:
+    assert CharConfig.from_reference(TABLE) == TINY
+    assert CharConfig.from_reference({**TABLE, "final_norm": True}).normalises_output
+    with pytest.raises(ConfigError, match="unknown key 'heads'"):
+        CharConfig.from_reference({**TABLE, "heads": 2})
+
+
 def test_the_schedule_is_torchs_one_cycle() -> None:
     for steps, warmup in ((40, 0.05), (100, 0.3), (7, 0.5), (200, 0.015)):
         weight = torch.nn.Parameter(torch.zeros(1))
@@ -128,9 +201,10 @@ def test_weights_that_do_not_fit_are_listed_and_nothing_is_loaded(reference: Wei
 
 
 @pytest.mark.parametrize("first", [1, 2, 17, 32])
-def test_reading_token_by_token_gives_the_logits_of_all_at_once(first: int) -> None:
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_reading_token_by_token_gives_the_logits_of_all_at_once(first: int, norm: str) -> None:
     torch.manual_seed(0)
-    model = CharTransformer(TINY, 50).eval()
+    model = CharTransformer(dataclasses.replace(TINY, norm=norm, final_norm=True), 50).eval()
     tokens = torch.randint(50, (32,)).tolist()
     decoder = CharDecoder(model)
     decoder.restart([7, 7, 7])  # must leave no trace
@@ -173,6 +247,8 @@ def test_a_token_does_not_see_those_after_it() -> None:
         ("dropout", 1.0),
         ("dropout", "0.1"),
         ("fill_in_middle", -0.1),
+        ("norm", "before"),
+        ("final_norm", 1),
     ],
 )
 def test_a_setting_out_of_range_is_refused_by_name(key: str, value: object) -> None:
