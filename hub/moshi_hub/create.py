@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from moshi_fl.errors import HubError
+from moshi_fl.errors import ConfigError, HubError
 from moshi_fl.history import HUB_FILE, MAIN, PREFIXES, TOKENIZER_FILE, Refs, round_path
 from moshi_fl.hubfile import parse_hubfile
 from moshi_fl.models.family import Preset
@@ -38,6 +38,7 @@ class Plan:
     prefix: str = PREFIXES[0]
     eval_data: tuple[Path, ...] = ()
     maintainer: str = "moshi-hub"
+    tokenizer: bytes | None = None
 
 
 def create(plan: Plan, home: Path, preset: Preset | None = None) -> Snapshot:
@@ -55,6 +56,8 @@ def create(plan: Plan, home: Path, preset: Preset | None = None) -> Snapshot:
     from moshi_fl.models import get_family, get_preset
 
     preset = preset or get_preset(plan.family, plan.preset)
+    if plan.tokenizer is not None:
+        preset = _with_tokenizer(plan, preset)
     hubfile = render_hubfile(plan, preset)
     config = parse_hubfile(hubfile)
     if is_local(plan.url):
@@ -83,6 +86,19 @@ def create(plan: Plan, home: Path, preset: Preset | None = None) -> Snapshot:
         paths = keyframe_files(weights, folder / "keyframe")
         _push_first(replica.repo, plan, hubfile, record, preset.tokenizer, paths)
     return replica.pull()
+
+
+def _with_tokenizer(plan: Plan, preset: Preset) -> Preset:
+    from moshi_fl.models import get_family
+    from moshi_fl.models.family import TakesTokenizer
+
+    family = get_family(plan.family)
+    if not isinstance(family, TakesTokenizer) or plan.tokenizer is None:
+        raise ConfigError(
+            f"family {plan.family!r} has a tokenizer of its own.",
+            hint="Leave out --tokenizer, or choose --family moc.",
+        )
+    return family.with_tokenizer(preset, plan.tokenizer)
 
 
 def _refuse_used(repo: HubRepo) -> None:

@@ -32,7 +32,8 @@ def causal_attention(
         training: Whether dropout applies.
     """
     rate = dropout if training else 0.0
-    if q.device.type == "cpu" and torch.is_grad_enabled():
+    plain = q.device.type == "cpu" and not torch.compiler.is_compiling()
+    if plain and torch.is_grad_enabled():
         return cast("Tensor", _BlockedAttention.apply(q, k, v, rate))  # type: ignore[no-untyped-call]
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(
@@ -51,7 +52,7 @@ class Dropout(nn.Module):
         """Any shape, the same back."""
         if not self.training or self.rate == 0:
             return x
-        if x.device.type != "cpu":
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
             return F.dropout(x, self.rate)
         return x * _scaled(keep_mask(x.shape, self.rate), self.rate, x.dtype)
 

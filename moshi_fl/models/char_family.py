@@ -123,6 +123,12 @@ class CharTask:
         made = self._continue(module, tokens, sampler, sampling.max_tokens, slide=not suffix)
         return until_stop(_text(self.vocabulary, made), sampling.stop)
 
+    def fill_in(
+        self, module: nn.Module, prompt: str, suffix: str, sampling: Sampling
+    ) -> Iterator[str]:
+        """Text between prompt and suffix, of a model that was trained with ``fill_in_middle``."""
+        return self.generate(module, prompt, sampling, suffix=suffix)
+
     def _after(self, prompt: str) -> list[int]:
         return self.vocabulary.encode(prompt).tolist() or [self.vocabulary.end]
 

@@ -136,6 +136,30 @@ class Observed(Protocol):
         ...
 
 
+@runtime_checkable
+class FillsIn(Protocol):
+    """A task whose model can write what stands between two texts."""
+
+    def fill_in(
+        self, module: nn.Module, prompt: str, suffix: str, sampling: Sampling
+    ) -> Iterator[str]:
+        """Text between prompt and suffix, piece by piece as it is made."""
+        ...
+
+
+@runtime_checkable
+class TakesTokenizer(Protocol):
+    """A family whose presets can be had for another tokenizer."""
+
+    def with_tokenizer(self, preset: Preset, tokenizer: bytes) -> Preset:
+        """A preset with this tokenizer file.
+
+        Raises:
+            CorruptRecord: It cannot be used.
+        """
+        ...
+
+
 class Family(Protocol):
     """A kind of model."""
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from moshi_fl.models.attention import Dropout, causal_attention
 from moshi_fl.models.moc_config import MocConfig
 
 EPSILON = 1e-6
@@ -116,7 +117,7 @@ class Attention(nn.Module):
     def __init__(self, config: MocConfig) -> None:
         super().__init__()
         self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
-        self.dropout = config.dropout
+        self.dropout, self.dropped = config.dropout, Dropout(config.dropout)
         rows = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
         self.wqkv = nn.Linear(config.d_model, rows, bias=False)
         self.o_proj = nn.Linear(config.d_model, config.d_model, bias=False)
@@ -131,16 +132,17 @@ class Attention(nn.Module):
         q, k, v = qk[:, :H], qk[:, H:], qkv[:, :, H + G :].transpose(1, 2)
         if past:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        y = self._attend(q, k, v).transpose(1, 2).reshape(B, T, C)
-        return F.dropout(self.o_proj(y), self.dropout, self.training), (k, v)
+        if past is None:
+            y = causal_attention(q, k, v, dropout=self.dropout, training=self.training)
+        else:
+            y = self._attend(q, k, v)
+        y = self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.dropped(y), (k, v)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of rows that follow a past: row t of T sees the first L - T + t + 1 keys."""
         T, L = q.shape[2], k.shape[2]
-        mask = None
-        if 1 < T < L:  # later rows of a longer past: row t sees L - T + t + 1 keys
-            mask = torch.ones(T, L, dtype=torch.bool, device=q.device).tril(L - T)
+        mask = torch.ones(T, L, dtype=torch.bool, device=q.device).tril(L - T) if T > 1 else None
         groups = self.n_heads // self.n_kv_heads
-        if groups > 1:
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        dropout = self.dropout if self.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=T == L and T > 1)
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        return F.scaled_dot_product_attention(q, k, v, mask)

@@ -15,6 +15,10 @@ COMMANDS = {
     "sync": ("moshi_sdk.commands.sync:sync", "Fetch and verify a hub's current model."),
     "status": ("moshi_sdk.commands.status:status", "Show a hub's rounds and your own work."),
     "generate": ("moshi_sdk.commands.generate:generate", "Continue a text with the model."),
+    "tokenize": (
+        "moshi_sdk.commands.tokenize:tokenize",
+        "Make a tokenizer, and token shards to train on.",
+    ),
     "audit": ("moshi_sdk.commands.audit:audit", "Recompute rounds from their contributions."),
     "simulate": (
         "moshi_sdk.commands.simulate:simulate",

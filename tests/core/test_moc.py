@@ -116,9 +116,13 @@ def test_inference_is_the_references_where_nothing_is_dropped(reference: Referen
     assert (logits - wanted).abs().max() <= 2e-5 * wanted.abs().max()
 
 
-# Where pairs are dropped, steps amplify the last bits: float64 differs from the reference as well.
-@pytest.mark.parametrize(("name", "tolerance"), [("base", 1e-5), ("drops", 2e-3), ("simple", 1e-5)])
-def test_some_steps_of_training_follow_the_references_losses(name: str, tolerance: float) -> None:
+# Where pairs are dropped, each step amplifies the last bits threefold: float64 differs as well.
+@pytest.mark.parametrize(
+    ("name", "steps", "tolerance"), [("base", 6, 1e-5), ("drops", 3, 1e-3), ("simple", 6, 1e-5)]
+)
+def test_some_steps_of_training_follow_the_references_losses(
+    name: str, steps: int, tolerance: float
+) -> None:
     reference = Reference(name)
     model, run = reference.model(), reference.spec["traj"]
     groups = []
@@ -128,7 +132,7 @@ def test_some_steps_of_training_follow_the_references_losses(name: str, toleranc
         assert [rate, decay] == run["groups"][key]
         groups.append({"params": [parameter], "lr": rate, "weight_decay": decay})
     optimizer = torch.optim.AdamW(groups, betas=run["betas"])
-    for step in range(run["steps"]):
+    for step in range(steps):
         idx, targets = (reference.tokens(f"traj/{part}")[step] for part in ("idx", "targets"))
         loss = model(idx, targets).loss.total
         assert abs(loss.item() - reference.arrays["traj/losses"][step]) <= tolerance

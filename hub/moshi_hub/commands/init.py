@@ -28,19 +28,26 @@ from moshi_hub.options import maintainer
     help="Held-out files; they stay on this machine, and merges are measured on them.",
 )
 @click.option(
+    "--tokenizer",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A tokenizer.json to use instead of the preset's (family moc).",
+)
+@click.option(
     "--branches-only",
     is_flag=True,
     help=f"Keep weights under {PREFIXES[1]}, for hosts that take only branches and tags.",
 )
 @output_options
-def init(
+def init(  # noqa: PLR0913 - one parameter an option
     console: Console,
+    *,
     hub: str,
     family: str,
     preset: str,
     name: str | None,
     seed: int,
     eval_data: tuple[Path, ...],
+    tokenizer: Path | None,
     branches_only: bool,
 ) -> None:
     r"""Create a hub, or fill an empty repository, and publish round 0: random weights.
@@ -49,6 +56,7 @@ def init(
     Examples:
       moshi-hub init ./hub.git --eval-data ~/held-out
       moshi-hub init https://git.example.org/team/model.git --preset base
+      moshi-hub init ./hub.git --family moc --tokenizer tokenizer.json
     """
     from moshi_hub.create import Plan, create
 
@@ -61,6 +69,7 @@ def init(
         prefix=PREFIXES[1] if branches_only else PREFIXES[0],
         eval_data=eval_data,
         maintainer=maintainer(),
+        tokenizer=tokenizer.read_bytes() if tokenizer else None,
     )
     snapshot = create(plan, ensure_home())
     record, shown = snapshot.record, redact(hub)

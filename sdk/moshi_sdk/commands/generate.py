@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import click
 
 from moshi_fl.cli import hub_option, output_options
 from moshi_fl.console import Console
+from moshi_fl.errors import ConfigError
 from moshi_sdk.options import pick_device, settings_for, sync_manager, use_threads
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from moshi_fl.models.family import Sampling, Task
 
 
 @click.command()
@@ -19,6 +27,16 @@ from moshi_sdk.options import pick_device, settings_for, sync_manager, use_threa
 @click.option("--temperature", type=click.FloatRange(0), default=0.7, show_default=True)
 @click.option("--top-k", type=click.IntRange(1), help="Choose among this many tokens only.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Nucleus sampling.")
+@click.option("--min-p", type=click.FloatRange(0, 1), help="Least share of the likeliest one.")
+@click.option(
+    "--repetition-penalty",
+    type=click.FloatRange(0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Above 1: less of what was said.",
+)
+@click.option("--suffix", help="Write what stands between PROMPT and this text.")
+@click.option("--int8", is_flag=True, help="Weights in eight bits: faster, a little less exact.")
 @click.option("--seed", type=click.IntRange(0), help="Makes the answer repeatable.")
 @click.option("--stop", multiple=True, help="Stop before this text; may be given several times.")
 @click.option("--device", help="auto, cpu, mps, cuda or cuda:N.")
@@ -31,6 +49,7 @@ def generate(
     number: int | None,
     device: str | None,
     offline: bool,
+    suffix: str | None,
     **choices: object,
 ) -> None:
     r"""Continue PROMPT (or standard input) with the hub's model, piece by piece as it is made.
@@ -38,6 +57,7 @@ def generate(
     \b
     Examples:
       moshi-fl generate 'def main(' --max-tokens 80
+      moshi-fl generate 'def area(w, h):' --suffix 'return size'
       git diff | moshi-fl generate --temperature 0
     """
     settings = settings_for(hub=hub, device=device)
@@ -55,12 +75,29 @@ def generate(
     sampling = Sampling(**choices)  # type: ignore[arg-type]
     if not console.json_mode:
         console.write(text)
-    for piece in task.generate(module, text, sampling):
+    for piece in _answer(task, module, text, suffix, sampling):
         console.write(piece)
+    if suffix and not console.json_mode:
+        console.write(suffix)
     if console.json_mode:
         console.result(prompt=text, round=snapshot.round)
     else:
         console.write("\n")
+
+
+def _answer(
+    task: Task, module: nn.Module, text: str, suffix: str | None, sampling: Sampling
+) -> Iterator[str]:
+    if suffix is None:
+        return task.generate(module, text, sampling)
+    from moshi_fl.models.family import FillsIn
+
+    if not isinstance(task, FillsIn):
+        raise ConfigError(
+            "this hub's model cannot write between two texts.",
+            hint="Leave out --suffix; models of the family char can.",
+        )
+    return task.fill_in(module, text, suffix, sampling)
 
 
 def _piped() -> str:
