@@ -137,7 +137,7 @@ class Shuffle:
     def _keys_of(self, epoch: int) -> NDArray[np.uint64]:
         if self._keys[0] != epoch:
             state = np.random.SeedSequence([self._seed, epoch]).generate_state(_ROUNDS, np.uint64)
-            self._keys = (epoch, state.astype(np.uint64))
+            self._keys = (epoch, state.astype(np.uint64, copy=False))
         return self._keys[1]
 
     def _encipher(
