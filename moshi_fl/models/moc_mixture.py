@@ -178,7 +178,8 @@ class Mixture(nn.Module):
         middle = states[:, K] if self.mediator is not None else states.mean(1)
         gate = torch.sigmoid(self.fuse_gate(rows))  # (N, 1)
         answer = _weighted(states[:, :K], weights)
-        return self.o_proj(torch.lerp(answer, middle, gate)), gate.mean()
+        fused = torch.lerp(answer.to(middle.dtype), middle, gate.to(middle.dtype))
+        return self.o_proj(fused), gate.mean()
 
     def _converse(self, slots: Tensor, kept: Tensor | None) -> Tensor:
         states, heard = slots, kept

@@ -19,21 +19,10 @@ from moshi_fl.models.moc import Moc
 from moshi_fl.models.moc_config import MocConfig
 from moshi_fl.models.moc_experts import Expert, padded, plan, ragged
 from moshi_fl.weights import open_weights, read_header
+from tests.support.mocs import TINY, gradients, model_of, random_tokens
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CASES = ["base", "drops", "gqa2", "irl2", "mediator_off", "simple"]
-TINY = MocConfig(
-    d_model=32,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=2,
-    vocab_size=61,
-    multiple_of=8,
-    max_seq_len=32,
-    n_experts=4,
-    grad_ckpt_policy="none",
-    n_reasoning_steps=2,
-)
 
 
 class Reference:
@@ -59,27 +48,6 @@ class Reference:
 @pytest.fixture(scope="module", params=CASES)
 def reference(request: pytest.FixtureRequest) -> Reference:
     return Reference(request.param)
-
-
-def model_of(config: MocConfig = TINY, seed: int = 0, gain: float = 5.0) -> Moc:
-    """Random weights, larger than fresh ones, so that differences show."""
-    torch.manual_seed(seed)
-    model = Moc(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(gain)
-    return model
-
-
-def random_tokens(batch: int, length: int, seed: int = 1) -> Tensor:
-    return torch.randint(61, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def gradients(model: Moc, idx: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    model(idx, targets).loss.total.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
 def test_training_is_the_references(reference: Reference) -> None:

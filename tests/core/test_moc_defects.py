@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from test_moc import TINY, gradients, model_of, random_tokens
 from torch import Tensor
 
 from moshi_fl.errors import ConfigError
@@ -27,6 +26,7 @@ from moshi_fl.models.moc_mixture import Mixture
 from moshi_fl.shards import TokenShards
 from moshi_fl.train.engine import Engine
 from moshi_fl.train.recipe import Recipe
+from tests.support.mocs import TINY, gradients, model_of, random_tokens
 
 
 def logits_of(model: Moc, idx: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ def test_m12_the_router_keeps_half_the_rate_while_the_schedule_moves() -> None:
 
 def test_m13_a_compiled_model_saves_names_that_load() -> None:
     model = model_of()
-    model.compile()
+    model.compile(backend="eager")
     assert not any("_orig_mod" in name for name in model.state_dict())
     model_of(seed=1).load_state_dict(model.state_dict())
 
@@ -256,15 +256,11 @@ def test_m18_padding_need_not_take_room_in_experts() -> None:
     model = model_of(replace(TINY, route_ignored=False, capacity_factor=0.5)).train()
     idx, targets = random_tokens(3, 20), random_tokens(3, 20, seed=2)
     targets[:, 12:] = IGNORED
-    aux = model(idx, targets).loss.aux
-    other = idx.clone()
-    other[:, 12:] = 7
-    out = model(other, targets)
-    assert out.loss.aux == pytest.approx(aux.item(), abs=1e-6)
-    short = model(idx[:, :12], targets[:, :12])
-    assert torch.allclose(out.logits[:, :12], short.logits, atol=1e-5) or (
-        model.config.capacity(60) != model.config.capacity(36)  # room follows the batch's size
-    )
+    first = model(idx, targets)
+    idx[:, 12:] = 7
+    second = model(idx, targets)
+    assert second.loss.aux.item() == pytest.approx(first.loss.aux.item(), abs=1e-6)
+    assert torch.allclose(second.logits[:, :12], first.logits[:, :12], atol=1e-5)
 
 
 def test_m19_nothing_to_learn_from_is_a_loss_of_zero() -> None:
