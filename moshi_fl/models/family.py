@@ -76,6 +76,7 @@ class Sampling:
     top_p: float | None = None
     seed: int | None = None
     stop: Sequence[str] = ()
+    int8: bool = False
 
 
 class Task(Protocol):
