@@ -120,7 +120,9 @@ class CharTask:
         """
         sampler = Sampler.of(sampling)
         tokens = self._between(prompt, suffix) if suffix else self._after(prompt)
-        made = self._continue(module, tokens, sampler, sampling.max_tokens, slide=not suffix)
+        model = cast("CharTransformer", module.eval())
+        decoder = CharDecoder(model, "int8" if sampling.int8 else "float32")
+        made = self._continue(decoder, tokens, sampler, sampling.max_tokens, slide=not suffix)
         return until_stop(_text(self.vocabulary, made), sampling.stop)
 
     def fill_in(
@@ -141,9 +143,8 @@ class CharTask:
         return [marks.prefix, *before, marks.suffix, *after, marks.middle]
 
     def _continue(
-        self, module: nn.Module, tokens: list[int], sampler: Sampler, limit: int, *, slide: bool
+        self, decoder: CharDecoder, tokens: list[int], sampler: Sampler, limit: int, *, slide: bool
     ) -> Iterator[int]:
-        decoder = CharDecoder(cast("CharTransformer", module.eval()))
         half = self.config.context // 2
         logits = decoder.restart(tokens if len(tokens) <= self.config.context else tokens[-half:])
         for _ in range(limit):

@@ -214,6 +214,19 @@ def test_reading_token_by_token_gives_the_logits_of_all_at_once(first: int, norm
     assert torch.allclose(torch.stack(logits), wanted, atol=1e-5)
 
 
+def test_rounded_weights_change_the_logits_by_little() -> None:
+    torch.manual_seed(0)
+    model = CharTransformer(dataclasses.replace(TINY, d_model=64, d_ff=128), 50).eval()
+    tokens = torch.randint(50, (32,)).tolist()
+    exact, rounded = CharDecoder(model), CharDecoder(model, "int8")
+    exact.restart(tokens[:8])
+    rounded.restart(tokens[:8])
+    for token in tokens[8:]:
+        wanted, logits = exact.step(token), rounded.step(token)
+        assert not torch.equal(wanted, logits)
+        assert (wanted - logits).norm() < 0.03 * wanted.norm()
+
+
 def test_the_decoder_uses_the_models_weights_as_they_are_now() -> None:
     model = CharTransformer(TINY, 50).eval()
     decoder = CharDecoder(model)

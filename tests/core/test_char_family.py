@@ -1,5 +1,7 @@
 """The char family as the federated core uses it: data, batches, pools, evaluation, generation."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -187,3 +189,30 @@ def test_cached_generation_is_greedy_decoding_without_a_cache(corpus: CharCorpus
         tokens.append(int(logits.argmax()))
     assert made == task.vocabulary.decode(tokens[start:])
     assert len(made) == 18
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_text_goes_on_when_the_context_is_full(int8: bool) -> None:
+    task = task_of()
+    module = module_of(task)
+    module.fc_out.bias.data[CharVocabulary.end] = -1e4
+    pieces = task.generate(module, "x" * 50, Sampling(max_tokens=100, seed=0, int8=int8))
+    assert len("".join(pieces)) >= 90
+
+
+FIRST_STEP = """
+import sys
+from pathlib import Path
+from moshi_fl.models import get_family
+from moshi_fl.train import Recipe, train
+family = get_family("char")
+task = family.load({"n_layer": 1, "d_model": 32}, family.presets["tiny"].tokenizer)
+train(task.build(), task, task.read([Path(sys.argv[1])], seed=0), Recipe(steps=1, batch_size=1))
+print([name for name in ("torch._dynamo", "flwr", "sympy", "git") if name in sys.modules])
+"""
+
+
+def test_a_training_step_starts_without_the_compiler_or_flower(code: Path) -> None:
+    command = [sys.executable, "-c", FIRST_STEP, str(code)]
+    made = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert made.stdout.strip() == "[]"
