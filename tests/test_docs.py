@@ -23,6 +23,7 @@ from moshi_fl.config import SETTINGS, Settings
 from moshi_fl.console import Console
 from moshi_fl.models import get_preset
 from moshi_fl.models.char import CharConfig
+from moshi_fl.models.moc_config import MocConfig
 from moshi_fl.store import HUB_SETTINGS
 from moshi_fl.weights import save_weights, weights_digest
 from moshi_hub.cli import root as hub_root
@@ -139,7 +140,7 @@ def options_of(command: click.Command) -> set[str]:
 def mentioned_options(text: str) -> set[str]:
     ours = re.sub(r"^ *(git|pip|flower-|flwr).*$", "", text, flags=re.MULTILINE)
     ours = re.sub(r"`git [^`]*`", "", ours)
-    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", ours))
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", ours))
 
 
 COMMON = {"--json", "--quiet", "--help", "--version"}
@@ -201,12 +202,13 @@ def test_hub_toml_is_documented_with_its_defaults(table: str) -> None:
     assert documented == wanted
 
 
-def test_the_char_familys_settings_are_documented_with_their_defaults() -> None:
-    table = rows(section(HUB_GUIDE, "[model]"))
-    assert table.pop("family")[0] == "required"
-    documented = {key: default_of(cells[0]) for key, cells in table.items()}
-    assert documented == vars(CharConfig())
-    assert set(get_preset("char", "base").model) == set(documented)
+def test_the_families_settings_are_documented_with_their_defaults() -> None:
+    char, moc = section(HUB_GUIDE, "[model]").split("The keys of the family `moc`")
+    for text, family, config in ((char, "char", CharConfig()), (moc, "moc", MocConfig())):
+        documented = {key: default_of(cells[0]) for key, cells in rows(text).items()}
+        documented.pop("family", None)
+        assert documented == vars(config)
+        assert set(get_preset(family, "base").model) <= set(documented)
 
 
 def test_the_template_uses_only_documented_keys() -> None:

@@ -26,8 +26,9 @@ PATHS = click.argument(
 TOTAL_BYTES = 1 << 40  # unlike a contribution, shards may be large
 
 
-@click.group(context_settings={"max_content_width": 100})
-def tokenize() -> None:
+@click.group(invoke_without_command=True)
+@click.pass_context
+def tokenize(context: click.Context) -> None:
     r"""Turn texts into what `python -m moshi_fl.train` reads.
 
     \b
@@ -35,6 +36,8 @@ def tokenize() -> None:
       moshi-fl tokenize train ~/code --vocab-size 4096 --out tokenizer.json
       moshi-fl tokenize shards ~/code --tokenizer tokenizer.json --out data --val-out held-out
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 @tokenize.command()
@@ -43,7 +46,7 @@ def tokenize() -> None:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write.")
 @output_options
 def train(console: Console, paths: tuple[Path, ...], vocab_size: int, out: Path) -> None:
-    r"""Learn which byte sequences are frequent in PATHS, and write a tokenizer.json.
+    r"""Learn a tokenizer.json from PATHS: which byte sequences are frequent.
 
     Equal texts give an equal file. Hugging Face `tokenizers` reads it, and
     `moshi-hub init --tokenizer` takes it.
@@ -80,10 +83,10 @@ def shards(
     shard_tokens: int,
     seed: int,
 ) -> None:
-    """Write the texts under PATHS as .npy shards, with an end mark after each.
+    """Write the texts under PATHS as .npy shards.
 
-    The same is left out as of a contribution: what .gitignore says, binaries, secrets and so on.
-    With --val-out, about a tenth of the files goes there instead.
+    An end mark follows each text. The same is left out as of a contribution: what .gitignore says,
+    binaries, secrets and so on. With --val-out, about a tenth of the files goes there instead.
     """
     from moshi_fl import data
     from moshi_fl.subwords import Subwords
