@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moshi_fl.models.moc_config import MocConfig
 from moshi_fl.models.moc_experts import Expert, padded, plan, ragged
 from moshi_fl.models.moc_layers import RMSNorm, wide
+from moshi_fl.models.moc_talk import talk
 
 FEW_ROWS = 64  # so few are not worth a wait for the device
 
@@ -60,9 +61,20 @@ class Conversation(nn.Module):
 
         A row that may look at none gets the output projection of zero, which is its bias.
         """
-        N, S, C = x.shape
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(N, S, 3, self.n_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, H, S, D)
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (N, S, 3 C)
+        dropout = self.dropout if self.training else 0.0
+        exact = qkv.dtype in {torch.float32, torch.float64}
+        if x.is_cuda or dropout or self.save or not exact or torch.compiler.is_compiling():
+            y = self._talk(qkv, heard)
+        else:
+            y = talk(qkv, self.n_heads, heard)
+        return self.out_proj(y)  # type: ignore[no-any-return]
+
+    def _talk(self, qkv: Tensor, heard: Tensor | None) -> Tensor:
+        """The same for any device and precision, with dropout, and with its weights to show."""
+        N, S, width = qkv.shape
+        C = width // 3
+        q, k, v = qkv.view(N, S, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)  # (N, H, S, D)
         scores = q @ k.transpose(-1, -2) * (C // self.n_heads) ** -0.5  # (N, H, S, S)
         if heard is not None:
             scores = scores.masked_fill(~heard[:, None, None], torch.finfo(scores.dtype).min)
@@ -72,7 +84,7 @@ class Conversation(nn.Module):
         if self.save:
             self.seen = p.detach().mean(1)  # (N, S, S)
         p = F.dropout(p, self.dropout, self.training)
-        y: Tensor = self.out_proj((p @ v).transpose(1, 2).reshape(N, S, C))
+        y: Tensor = (p @ v).transpose(1, 2).reshape(N, S, C)
         return y
 
 

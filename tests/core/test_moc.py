@@ -18,6 +18,8 @@ from moshi_fl.models.common import extract_weights, load_weights, settings_from
 from moshi_fl.models.moc import Moc
 from moshi_fl.models.moc_config import MocConfig
 from moshi_fl.models.moc_experts import Expert, padded, plan, ragged
+from moshi_fl.models.moc_mixture import Conversation
+from moshi_fl.models.moc_talk import talk
 from moshi_fl.weights import open_weights, read_header
 from tests.support.mocs import TINY, gradients, model_of, random_tokens
 
@@ -174,6 +176,23 @@ def test_an_expert_without_room_keeps_the_most_wanted() -> None:
     wanted = torch.tensor([[0.1], [0.9], [0.5], [0.7]])
     table = plan(torch.zeros(4, 1, dtype=torch.long), wanted, 2, 2)
     assert table.kept_slots.flatten().tolist() == [False, True, False, True]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_quick_way_of_talking_is_the_plain_one(masked: bool) -> None:
+    torch.manual_seed(0)
+    conversation = Conversation(replace(TINY, save_attn_weights=True))
+    qkv = torch.randn(300, 3, 96)  # more than a block
+    heard = torch.rand(300, 3) < 0.5 if masked else None
+    results = []
+    for way in (lambda x: talk(x, 4, heard), lambda x: conversation._talk(x, heard)):
+        x = qkv.clone().requires_grad_()
+        y = way(x)
+        (y * torch.arange(32)).sum().backward()
+        results.append((y, x.grad))
+    for quick, plain in zip(*results, strict=True):
+        assert torch.allclose(quick, plain, atol=1e-4)
+        assert quick.any()
 
 
 def test_the_experts_own_backward_is_that_of_autograd() -> None:
