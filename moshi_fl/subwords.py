@@ -29,6 +29,7 @@ END = "<|endoftext|>"
 SPECIALS = (END, "<|prefix|>", "<|suffix|>", "<|middle|>")
 MAX_SIZE = 1 << 16  # ids are stored as uint16
 MAX_FILE_BYTES = 8 << 20
+_REMEDY = "Make a tokenizer with: moshi-fl tokenize train"
 MAX_TOKEN_LENGTH = 1024  # characters
 # Where no token may reach across. A line's end goes with the punctuation before it and with the
 # indentation after it, a word with the one sign before it, and a digit with nothing: 6 % fewer
@@ -101,7 +102,7 @@ class Subwords:
         try:
             table = json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise CorruptRecord(f"{name}: not JSON ({error}).") from error
+            raise CorruptRecord(f"{name}: not JSON ({error}).", hint=_REMEDY) from error
         return _Reader(name).read(table)
 
     def to_bytes(self) -> bytes:
@@ -237,10 +238,7 @@ class _Reader:
 
     def _require(self, holds: bool, what: str) -> None:
         if not holds:
-            raise CorruptRecord(
-                f"{self._name}: {what}.",
-                hint="Make a tokenizer with: moshi-fl tokenize train",
-            )
+            raise CorruptRecord(f"{self._name}: {what}.", hint=_REMEDY)
 
     def _table(self, value: Any, what: str) -> dict[str, Any]:
         self._require(isinstance(value, dict), f"{what} is not an object")
