@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moshi_fl.errors import ConfigError, MoshiError
@@ -27,6 +27,8 @@ class Sampling:
     repetition_penalty: float = 1.0
     int8: bool = False  # weights in eight bits: fewer bytes to read for each token
 
+
+Scores = NDArray[np.float32]
 
 PENALISED = 256  # tokens back to which a repetition counts
 
@@ -75,7 +77,7 @@ class Sampler:
                 raise ConfigError(f"{name} = {value} must be {rule}.")
         self._temperature, self._penalty = temperature, repetition_penalty
         self._top_k, self._top_p, self._min_p = top_k, top_p, min_p
-        self._random = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
+        self._random = np.random.default_rng(seed)
 
     @classmethod
     def of(cls, sampling: Sampling) -> Sampler:
@@ -95,40 +97,50 @@ class Sampler:
         Raises:
             MoshiError: The logits are not finite.
         """
-        logits = self._penalised(logits.float().cpu(), before)
-        best = logits.max()
+        scores = self._penalised(logits.detach().float().cpu().numpy(), before)
+        best = float(scores.max())
         if not math.isfinite(best):
             raise MoshiError(
-                f"the model's logits are not finite (the largest is {float(best)}).",
+                f"the model's logits are not finite (the largest is {best}).",
                 hint="Its weights may be damaged; try another round: --round N",
             )
-        if self._temperature == 0:
-            return int(logits.argmax())
-        # Subtracting the maximum first keeps a tiny temperature from overflowing.
-        logits = (logits - best) / self._temperature
-        if self._top_k is not None and self._top_k < len(logits):
-            logits = logits.masked_fill(logits < logits.topk(self._top_k).values[-1], -torch.inf)
-        probabilities = logits.softmax(-1)
-        if self._top_p is not None:
-            probabilities = _nucleus(probabilities, self._top_p)
+        return int(scores.argmax()) if self._temperature == 0 else self._draw(scores, best)
+
+    def _draw(self, scores: Scores, best: float) -> int:
+        temperature = min(max(self._temperature, 1e-30), 1e30)  # within float32
+        # Subtracting the maximum first keeps a tiny temperature from overflowing upwards.
+        with np.errstate(over="ignore"):
+            likelihood = np.exp((scores - best) / temperature)
+        if self._top_k is not None and self._top_k < len(likelihood):
+            least = np.partition(likelihood, -self._top_k)[-self._top_k]
+            likelihood[likelihood < least] = 0
+        if self._top_p is not None and self._top_p < 1:
+            likelihood = _nucleus(likelihood, self._top_p)
         if self._min_p:
-            lowest = self._min_p * probabilities.max()
-            probabilities = probabilities.masked_fill(probabilities < lowest, 0.0)
-        return int(torch.multinomial(probabilities, 1, generator=self._random))
+            likelihood[likelihood < self._min_p] = 0  # the likeliest one has 1
+        mass = likelihood.cumsum(dtype=np.float64)
+        return int(mass.searchsorted(self._random.random() * mass[-1], side="right"))
 
-    def _penalised(self, logits: Tensor, before: Sequence[int]) -> Tensor:
+    def _penalised(self, scores: Scores, before: Sequence[int]) -> Scores:
         if self._penalty == 1 or not before:
-            return logits
-        seen = torch.tensor(sorted(set(before[-PENALISED:])))
-        old = logits[seen]
-        new = torch.where(old > 0, old / self._penalty, old * self._penalty)
-        return logits.index_copy(0, seen, new)
+            return scores
+        seen = np.array(before[-PENALISED:])
+        old = scores[seen]
+        scores = scores.copy()
+        scores[seen] = np.where(old > 0, old / self._penalty, old * self._penalty)
+        return scores
 
 
-def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    ordered, tokens = probabilities.sort(descending=True, stable=True)
-    outside = ordered.cumsum(-1) - ordered >= top_p  # the most likely token is never outside
-    return probabilities.index_fill(0, tokens[outside], 0.0)
+def _nucleus(likelihood: Scores, top_p: float) -> Scores:
+    total = likelihood.sum(dtype=np.float64)
+    # All tokens below the bound together have less than 1 - top_p: no need to sort them.
+    likely = np.flatnonzero(likelihood > 0.5 * (1 - top_p) * total / len(likelihood))
+    order = likely[np.argsort(-likelihood[likely], kind="stable")]
+    above = likelihood[order].cumsum(dtype=np.float64) - likelihood[order]
+    kept = order[above < top_p * total]  # the likeliest token always is
+    nucleus = np.zeros_like(likelihood)
+    nucleus[kept] = likelihood[kept]
+    return nucleus
 
 
 def until_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:

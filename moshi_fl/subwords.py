@@ -29,8 +29,13 @@ END = "<|endoftext|>"
 SPECIALS = (END, "<|prefix|>", "<|suffix|>", "<|middle|>")
 MAX_SIZE = 1 << 16  # ids are stored as uint16
 MAX_FILE_BYTES = 8 << 20
+_REMEDY = "Make a tokenizer with: moshi-fl tokenize train"
 MAX_TOKEN_LENGTH = 1024  # characters
-_DIGITS = {"type": "Digits", "individual_digits": True}
+# Where no token may reach across. A line's end goes with the punctuation before it and with the
+# indentation after it, a word with the one sign before it, and a digit with nothing: 6 % fewer
+# tokens for Python's standard library than by GPT-2's pattern, at 4096 tokens.
+CODE = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*[ \t]*|[\r\n]+[ \t]*|\s+(?!\S)|\s+"
+_CUT = {"type": "Split", "pattern": {"Regex": CODE}, "behavior": "Isolated", "invert": False}
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
@@ -42,13 +47,13 @@ class Subwords:
         vocabulary: Token, in the byte alphabet, to id; specials are not in it.
         merges: Pairs that become one token, first ones first.
         specials: Special token to id.
-        splits_digits: Whether a number is read digit by digit.
+        for_code: Whether texts are cut by ``CODE``, or else as GPT-2 does.
     """
 
     vocabulary: Mapping[str, int]
     merges: tuple[tuple[str, str], ...]
     specials: Mapping[str, int]
-    splits_digits: bool = True
+    for_code: bool = True
 
     @classmethod
     def bytes_only(cls) -> Subwords:
@@ -97,7 +102,7 @@ class Subwords:
         try:
             table = json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise CorruptRecord(f"{name}: not JSON ({error}).") from error
+            raise CorruptRecord(f"{name}: not JSON ({error}).", hint=_REMEDY) from error
         return _Reader(name).read(table)
 
     def to_bytes(self) -> bytes:
@@ -108,7 +113,7 @@ class Subwords:
             for text, i in sorted(self.specials.items(), key=lambda item: item[1])
         ]
         everything = sorted({**self.vocabulary, **self.specials}.items(), key=lambda item: item[1])
-        steps = [_DIGITS, _BYTES] if self.splits_digits else [_BYTES]
+        steps = [_CUT, _BYTES | {"use_regex": False}] if self.for_code else [_BYTES]
         table = {
             "version": "1.0",
             "truncation": None,
@@ -145,6 +150,8 @@ class Subwords:
 
     def encode(self, text: str) -> Tokens:
         """Token ids of a text, which never are special ones."""
+        if not self.merges:
+            return self._of_bytes[np.frombuffer(text.encode("utf-8", "replace"), np.uint8)]
         ids = self.tokenizer.encode(_whole(text), add_special_tokens=False).ids
         return np.array(ids, np.uint16)
 
@@ -160,13 +167,18 @@ class Subwords:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The library's object."""
-        from tokenizers import Tokenizer, models, pre_tokenizers
+        from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
         tokenizer = Tokenizer(models.BPE(vocab=dict(self.vocabulary), merges=list(self.merges)))
-        level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        steps = [pre_tokenizers.Digits(individual_digits=True)] if self.splits_digits else []
+        level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not self.for_code)
+        steps = [pre_tokenizers.Split(Regex(CODE), "isolated")] if self.for_code else []
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, level])
         return tokenizer  # it knows no special tokens, so no text can become one
+
+    @cached_property
+    def _of_bytes(self) -> Tokens:
+        """Token of each byte value."""
+        return np.array([self.vocabulary[c] for c in _alphabet()], np.uint16)
 
     @cached_property
     def spelling(self) -> dict[int, bytes]:
@@ -217,19 +229,16 @@ class _Reader:
         self._require(model.get("type", "BPE") == "BPE", "only models of type BPE can be used")
         for part in ("normalizer", "truncation", "padding"):
             self._require(table.get(part) is None, f"a {part} would change texts")
-        for part in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-            self._require(model.get(part) in (None, ""), f"{part} cannot be used")
+        for part in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
+            self._require(model.get(part) in (None, "", False), f"{part} cannot be used")
         specials = self._specials(table.get("added_tokens") or [])
         vocabulary = self._vocabulary(model.get("vocab"), specials)
         merges = self._merges(model.get("merges"), vocabulary)
-        return Subwords(vocabulary, merges, specials, self._digits(table.get("pre_tokenizer")))
+        return Subwords(vocabulary, merges, specials, self._for_code(table.get("pre_tokenizer")))
 
     def _require(self, holds: bool, what: str) -> None:
         if not holds:
-            raise CorruptRecord(
-                f"{self._name}: {what}.",
-                hint="Make a tokenizer with: moshi-fl tokenize train",
-            )
+            raise CorruptRecord(f"{self._name}: {what}.", hint=_REMEDY)
 
     def _table(self, value: Any, what: str) -> dict[str, Any]:
         self._require(isinstance(value, dict), f"{what} is not an object")
@@ -242,17 +251,18 @@ class _Reader:
             text, number = self._table(entry, "an added token").get("content"), entry.get("id")
             if not isinstance(text, str) or type(number) is not int:
                 raise CorruptRecord(f"{self._name}: an added token without text or id.")
+            self._require(_whole(text) == text, "an added token has half a surrogate pair")
             found[text] = number
         self._require(END in found, f"it has no {END}")
         return found
 
     def _vocabulary(self, table: Any, specials: Mapping[str, int]) -> dict[str, int]:
         table = self._table(table, "model.vocab")
-        numbers = {*table.values(), *specials.values()}
         size = len({*table, *specials})
         self._require(size <= MAX_SIZE, f"{size} tokens, the limit is {MAX_SIZE}")
-        whole = all(type(number) is int for number in numbers)
-        self._require(whole and numbers == set(range(size)), "ids are not 0, 1, 2 and so on")
+        whole = all(type(number) is int for number in table.values())
+        in_order = whole and {*table.values(), *specials.values()} == set(range(size))
+        self._require(in_order, "ids are not 0, 1, 2 and so on")
         agree = all(table.get(text, number) == number for text, number in specials.items())
         self._require(agree, "a special token has two ids")
         plain = {token: number for token, number in table.items() if token not in specials}
@@ -271,15 +281,13 @@ class _Reader:
             self._require(fits and "".join(pair) in vocabulary, "a merge of unknown tokens")
         return tuple((left, right) for left, right in pairs)
 
-    def _digits(self, table: Any) -> bool:
-        """Whether digits are split, of the ways to cut a text that are known here."""
+    def _for_code(self, table: Any) -> bool:
+        """Which known way to cut a text this is; a stranger's pattern could take for ever."""
         table = self._table(table, "pre_tokenizer")
         steps = table.get("pretokenizers") if table.get("type") == "Sequence" else [table]
         self._require(isinstance(steps, list) and bool(steps), "an unknown pre_tokenizer")
-        first = self._table(steps[0], "a pre_tokenizer")
-        digits = first.get("type") == "Digits" and first.get("individual_digits") is True
-        level = self._table(steps[-1], "a pre_tokenizer")
-        known = len(steps) == 1 + digits and level.get("type") == "ByteLevel"
-        known = known and not level.get("add_prefix_space") and level.get("use_regex", True)
-        self._require(bool(known), "an unknown pre_tokenizer")
-        return digits
+        *before, level = (self._table(step, "a pre_tokenizer") for step in steps)
+        known = level.get("type") == "ByteLevel" and level.get("add_prefix_space") is False
+        known = known and level.get("use_regex", True) is not bool(before)
+        self._require(known and before in ([], [_CUT]), "an unknown pre_tokenizer")
+        return bool(before)
