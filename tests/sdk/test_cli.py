@@ -256,7 +256,9 @@ def test_every_listed_command_exists_and_explains_itself(cli):
         assert command.help, name
         assert "\\b" not in command.help, name
         assert help_text.endswith(".")
-        assert any("--json" in option.opts for option in command.params), name
+        parts = command.commands.values() if isinstance(command, click.Group) else [command]
+        for part in parts:
+            assert any("--json" in option.opts for option in part.params), (name, part.name)
 
 
 @pytest.mark.parametrize("module", ["moshi_sdk.cli", "moshi_hub.cli"])

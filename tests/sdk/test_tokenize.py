@@ -77,6 +77,16 @@ def test_nothing_is_overwritten(code: Path, capsys: pytest.CaptureFixture[str]) 
     assert tokenizer.read_bytes() == before
 
 
+def test_held_out_shards_within_the_others_are_refused_before_anything_is_written(
+    code: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = code.parent / "data"
+    words = ["tokenize", "shards", str(code), "--out", str(out), "--val-out", str(out / "val")]
+    assert fl_main(words) == 1
+    assert "must be apart" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_a_file_that_is_no_tokenizer_is_named(
     code: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,7 +94,7 @@ def test_a_file_that_is_no_tokenizer_is_named(
     bad.write_text('{"model": {"type": "WordPiece"}}')
     words = ["tokenize", "shards", str(code), "--tokenizer", str(bad), "--out", str(code / "d")]
     assert fl_main(words) == 1
-    assert "BPE" in capsys.readouterr().err
+    assert str(bad) in capsys.readouterr().err
     assert not (code / "d").exists()
 
 

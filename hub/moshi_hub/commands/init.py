@@ -69,7 +69,7 @@ def init(  # noqa: PLR0913 - one parameter an option
         prefix=PREFIXES[1] if branches_only else PREFIXES[0],
         eval_data=eval_data,
         maintainer=maintainer(),
-        tokenizer=tokenizer.read_bytes() if tokenizer else None,
+        tokenizer=_start_of(tokenizer) if tokenizer else None,
     )
     snapshot = create(plan, ensure_home())
     record, shown = snapshot.record, redact(hub)
@@ -84,3 +84,11 @@ def init(  # noqa: PLR0913 - one parameter an option
     if not eval_data:
         console.note("No held-out data: merges will not be measured. (--eval-data DIR)")
     console.hint(f"moshi-fl contribute --hub {shown} --data PATH   (anyone can, from now on)")
+
+
+def _start_of(path: Path) -> bytes:
+    """As much of a file as decides whether it is a tokenizer: one byte more than it may have."""
+    from moshi_fl.subwords import MAX_FILE_BYTES
+
+    with path.open("rb") as file:
+        return file.read(MAX_FILE_BYTES + 1)

@@ -91,10 +91,11 @@ def shards(
     from moshi_fl import data
     from moshi_fl.subwords import Subwords
 
-    for folder in (out, val_out):
-        if folder:
-            _refuse_present(folder)
-    subwords = Subwords.from_bytes(tokenizer.read_bytes()) if tokenizer else Subwords.bytes_only()
+    _refuse_present(out)
+    if val_out:
+        _refuse_present(val_out)
+        _refuse_nested(out.resolve(), val_out.resolve())
+    subwords = _tokenizer(tokenizer) if tokenizer else Subwords.bytes_only()
     sources = _read(console, paths)
     texts: Sequence[str] = [source.text for source in sources.taken]
     figures: dict[str, Any] = {}
@@ -109,6 +110,20 @@ def shards(
     per_token = round(sources.bytes / count, 2)
     console.done(f"Wrote {out}", **figures, vocab_size=subwords.size, bytes_per_token=per_token)
     console.hint(f"python -m moshi_fl.train CONFIG --set data_dir={out}")
+
+
+def _tokenizer(path: Path) -> Subwords:
+    from moshi_fl.subwords import MAX_FILE_BYTES, Subwords
+
+    with path.open("rb") as file:
+        return Subwords.from_bytes(file.read(MAX_FILE_BYTES + 1), name=str(path))
+
+
+def _refuse_nested(one: Path, other: Path) -> None:
+    if one.is_relative_to(other) or other.is_relative_to(one):
+        raise DataError(
+            f"{one} and {other} must be apart.", hint="Give --val-out a folder beside --out."
+        )
 
 
 def _refuse_present(path: Path) -> None:
