@@ -181,9 +181,14 @@ def _report(console: Console, message: str, hint: str, exit_code: Exit) -> int:
 def _confess(root: click.Command, console: Console) -> None:
     console.error(
         "this is a bug in moshi-fl; the lines below say where.",
-        hint=f"Report them together with the output of `{root.name} doctor --json`.",
+        hint=f"Report them together with the output of `{_doctor(root)} doctor --json`.",
     )
     console.finish()
+
+
+def _doctor(root: click.Command) -> str:
+    """Whose ``doctor`` to ask: that of the command itself, or of the contributor's."""
+    return str(root.name) if isinstance(root, click.Group) else "moshi-fl"
 
 
 def _output_lost(console: Console, error: OSError) -> int:

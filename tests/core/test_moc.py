@@ -17,6 +17,7 @@ from moshi_fl.errors import ConfigError
 from moshi_fl.models.common import extract_weights, load_weights, settings_from
 from moshi_fl.models.moc import Moc
 from moshi_fl.models.moc_config import MocConfig
+from moshi_fl.models.moc_decode import MocDecoder
 from moshi_fl.models.moc_experts import Expert, padded, plan, ragged
 from moshi_fl.models.moc_mixture import Conversation
 from moshi_fl.models.moc_talk import talk
@@ -338,3 +339,16 @@ def test_flops_grow_as_the_model_is_asked_to_think() -> None:
     flops: Callable[..., int] = lambda **changes: Moc(replace(TINY, **changes)).flops_per_token()  # noqa: E731
     assert flops(n_reasoning_steps=3) > flops(n_reasoning_steps=2) > flops(n_reasoning_steps=1)
     assert flops(moc_collab_steps=3) > flops() > flops(collab="simple") > flops(n_experts=0)
+
+
+def test_eight_bit_weights_decode_nearly_the_same() -> None:
+    config = replace(TINY, d_model=128, n_experts=8, max_seq_len=64)
+    model = model_of(config, gain=2.0).eval()
+    idx = random_tokens(1, 40)
+    exact, rounded = MocDecoder(model), MocDecoder(model, storage="int8")
+    assert torch.equal(exact.restart(idx[:, :8]), rounded.restart(idx[:, :8]))
+    errors = []
+    for t in range(8, 40):
+        wanted, found = exact.step(idx[:, t]), rounded.step(idx[:, t])
+        errors.append((found - wanted).norm() / wanted.norm())
+    assert 0 < max(errors) < 0.1

@@ -103,6 +103,7 @@ sys.exit(run(main, sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["precision=bf16", "schedule=one-cycle"])
 def test_a_process_killed_in_the_middle_of_a_checkpoint_goes_on_to_the_same_weights(
     way: str,
