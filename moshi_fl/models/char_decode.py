@@ -10,32 +10,14 @@ keys cannot be shifted along, and a window that slides has to be read anew.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moshi_fl.models.char import Block, CharTransformer
-
-Precision = Literal["float32", "int8"]
-
-
-class _Linear:
-    """``x`` times the transposed weights plus bias; one row may go by rounded weights."""
-
-    def __init__(self, weight: Tensor, bias: Tensor, precision: Precision) -> None:
-        self._weight, self._bias = weight.t(), bias
-        self._rounded: tuple[Tensor, Tensor] | None = None
-        if precision == "int8":
-            scales = weight.abs().amax(1).clamp(min=1e-30) / 127  # one for each output
-            rounded = (weight / scales[:, None]).round().to(torch.int8)
-            self._rounded = rounded, scales.bfloat16()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self._rounded is None or len(x) > 1:
-            return torch.addmm(self._bias, x, self._weight)
-        return torch._weight_int8pack_mm(x.bfloat16(), *self._rounded) + self._bias  # noqa: SLF001
+from moshi_fl.models.int8 import Linear, Storage, linear
 
 
 @dataclass(frozen=True)
@@ -43,10 +25,10 @@ class _Layer:
     """A block's layers, and its memory of the tokens read so far."""
 
     memory: Tensor  # (2, H, context, D): keys and values
-    attention_in: _Linear
-    attention_out: _Linear
-    ff_in: _Linear
-    ff_out: _Linear
+    attention_in: Linear
+    attention_out: Linear
+    ff_in: Linear
+    ff_out: Linear
     norm1: tuple[Tensor, Tensor]
     norm2: tuple[Tensor, Tensor]
 
@@ -61,12 +43,12 @@ class CharDecoder:
     """
 
     @torch.inference_mode()
-    def __init__(self, model: CharTransformer, weights: Precision = "float32") -> None:
-        self._precision = weights
+    def __init__(self, model: CharTransformer, weights: Storage = "float32") -> None:
+        self._storage = weights
         self._model, self.context, self.length = model, model.config.context, 0
         self._width, self._heads = (model.config.d_model,), model.config.n_head
         self._layers = [self._layer(cast("Block", block)) for block in model.blocks]
-        self._head = _Linear(model.fc_out.weight, model.fc_out.bias, "float32")
+        self._head = linear(model.fc_out.weight, model.fc_out.bias, "float32")
 
     def _layer(self, block: Block) -> _Layer:
         attention = block.attn
@@ -83,8 +65,8 @@ class CharDecoder:
             norm2=(block.norm2.weight, block.norm2.bias),
         )
 
-    def _linear(self, weight: Tensor, bias: Tensor) -> _Linear:
-        return _Linear(weight, bias, self._precision)
+    def _linear(self, weight: Tensor, bias: Tensor) -> Linear:
+        return linear(weight, bias, self._storage)
 
     def restart(self, tokens: list[int]) -> Tensor:
         """Forget everything and read these tokens; the logits (V,) after the last."""

@@ -8,6 +8,7 @@ pays at a few rows; at many, the plain product is faster.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -24,7 +25,7 @@ MOST_ROWS = 4  # of an input whose product with eight-bit weights is faster
 def linear(weight: Tensor, bias: Tensor | None, storage: Storage) -> Linear:
     """The product with a weight (out, in), whose numbers are kept as they are or in eight bits."""
     if storage == "float32":
-        return lambda x: F.linear(x, weight, bias)
+        return partial(_plain, weight, weight.t(), bias)
     scale = weight.float().abs().amax(1).clamp_min(1e-30) / 127  # (out,)
     integers = (weight.float() / scale[:, None]).round().to(torch.int8)
     scale = scale.to(torch.bfloat16)
@@ -38,3 +39,9 @@ def linear(weight: Tensor, bias: Tensor | None, storage: Storage) -> Linear:
         return y if bias is None else y.add_(bias)
 
     return product
+
+
+def _plain(weight: Tensor, transposed: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    if bias is not None and x.dim() == 2:
+        return torch.addmm(bias, x, transposed)  # what F.linear does, without its overhead
+    return F.linear(x, weight, bias)
