@@ -11,9 +11,7 @@ from __future__ import annotations
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.clock import now, seconds, threads
 from benchmarks.common import Row, print_table
 from moshi_fl.models import get_family
 from moshi_fl.models.char import CharConfig
@@ -29,6 +28,7 @@ from moshi_fl.models.char_family import CharTask
 from moshi_fl.models.common import load_weights
 from moshi_fl.models.family import Sampling
 from moshi_fl.train import Progress, Recipe, train
+from moshi_fl.train.hardware import best_precision
 
 STEPS = 7
 NEW_TOKENS = 384
@@ -111,26 +111,6 @@ class RivalTrainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         loss.item()
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def now() -> float:
-    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
-
-
-def seconds(work: Callable[[], object]) -> float:
-    start = now()
-    work()
-    return now() - start
 
 
 @dataclass
@@ -234,16 +214,11 @@ def run() -> list[Row]:
         code.write_text("".join(f"def f{i}(x):\n    return x * {i}\n" for i in range(3000)))
         for dropout in (0.0, 0.1):
             rows += [training_row(task, code, count, "fp32", dropout) for count in (1, 2)]
-        if has_bf16():
+        if best_precision("cpu") == "bf16":
             rows.append(training_row(task, code, 1, "bf16", 0.0))
         else:
             print("no AVX512_BF16 here: no bf16 rows", file=sys.stderr)
     return rows
-
-
-def has_bf16() -> bool:
-    info = Path("/proc/cpuinfo")
-    return info.exists() and "avx512_bf16" in info.read_text()
 
 
 if __name__ == "__main__":

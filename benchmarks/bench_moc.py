@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.bench_char import seconds, threads
+from benchmarks.clock import seconds, threads
 from benchmarks.common import Row, print_table
 from benchmarks.moc_rival import Rival
 from moshi_fl.models.moc import Moc
