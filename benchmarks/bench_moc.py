@@ -64,7 +64,7 @@ def worst_difference(ours: Moc, theirs: Rival, batch: torch.Tensor) -> tuple[flo
     ]
     ours.zero_grad()
     theirs.zero_grad()
-    return float((mine - other[1]).abs()), max(gaps)
+    return float((mine - other[1]).detach().abs()), max(gaps)
 
 
 def training_row(count: int, policy: str, precision: str = "fp32") -> Row:

@@ -133,7 +133,7 @@ def loss_of(forward: Forward, rows: Tensor) -> Tensor:
 
 def run(config: CharConfig = SMALL, budget: Budget | None = None) -> list[Row]:
     race = Race(config, budget or Budget(steps=480, batch_size=12))
-    rates = (1e-3, 3e-3) if config is SMALL else (1e-3,)
+    rates = (1e-3, 3e-3)
     curves = {f"nanoGPT-style, {rate:g}": race.rivals(rate) for rate in rates}
     best = min(curve[-1][1] for curve in curves.values())
     for norm in ("post", "pre"):
