@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moshi_fl import data
+from moshi_fl.errors import ConfigError
 from moshi_fl.generate import Sampler, until_stop
 from moshi_fl.models.char import CharConfig, CharTransformer
 from moshi_fl.models.char_corpus import CharCorpus, make_pool, read_pool, stream, windows
@@ -128,7 +129,16 @@ class CharTask:
     def fill_in(
         self, module: nn.Module, prompt: str, suffix: str, sampling: Sampling
     ) -> Iterator[str]:
-        """Text between prompt and suffix, of a model that was trained with ``fill_in_middle``."""
+        """Text between prompt and suffix.
+
+        Raises:
+            ConfigError: The hub does not train its model for that.
+        """
+        if not self.config.fill_in_middle:
+            raise ConfigError(
+                "this hub's model was not trained to write between two texts.",
+                hint="Leave out the suffix; a hub trains it with [model] fill_in_middle = 0.25.",
+            )
         return self.generate(module, prompt, sampling, suffix=suffix)
 
     def _after(self, prompt: str) -> list[int]:

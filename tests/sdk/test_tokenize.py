@@ -13,7 +13,7 @@ from moshi_fl.subwords import Subwords
 from moshi_fl.train.__main__ import main as train_command
 from moshi_hub.cli import main as hub_main
 from moshi_sdk.cli import main as fl_main
-from tests.support.simulator import write_corpus
+from tests.support.simulator import HubSimulator, write_corpus
 
 SMALL = {
     "d_model": 32,
@@ -150,3 +150,16 @@ def test_a_family_with_characters_takes_no_tokenizer(
     assert hub_main(words) == 1
     assert "has a tokenizer of its own" in capsys.readouterr().err
     assert not hub.exists()
+
+
+def test_writing_between_two_texts_needs_a_hub_that_trains_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOSHI_FL_HOME", str(tmp_path / "home"))
+    HubSimulator(tmp_path / "plain")
+    HubSimulator(tmp_path / "able", model={"fill_in_middle": 0.25})
+    words = ["generate", "def area(", "--suffix", "return x", "--max-tokens", "3", "--hub"]
+    assert fl_main([*words, str(tmp_path / "plain" / "hub.git")]) == 1
+    assert "not trained to write between" in capsys.readouterr().err
+    assert fl_main([*words, str(tmp_path / "able" / "hub.git")]) == 0
+    assert capsys.readouterr().out.endswith("return x\n")
