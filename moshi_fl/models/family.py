@@ -116,6 +116,7 @@ class ParameterGroup:
 
     learning_rate_scale: float = 1.0  # times the schedule's rate, at every step
     decays: bool = True
+    stays_float32: bool = False  # in training with bfloat16: what is sensitive to rounding
 
 
 @runtime_checkable

@@ -178,9 +178,9 @@ class Moc(nn.Module):
         return frozenset(_dead_tensors(self.config))
 
     def parameter_group(self, name: str) -> ParameterGroup:
-        """Routers at half the rate and without decay; no decay of gains and biases."""
+        """Routers at half the rate, undecayed, exact; no decay of gains and biases."""
         if ROUTER in name:
-            return ParameterGroup(learning_rate_scale=0.5, decays=False)
+            return ParameterGroup(learning_rate_scale=0.5, decays=False, stays_float32=True)
         return ParameterGroup(decays=self.get_parameter(name).dim() >= 2)
 
     def active_parameters(self) -> int:

@@ -73,11 +73,10 @@ class Engine:
             name: parameter.data.clone() if self._half else parameter.data
             for name, parameter in self.parameters.items()
         }
+        groups = _groups(module, self.parameters)
+        self._exact = {name for name, group in groups.items() if group.stays_float32}
         self.optimizer = AdamW(
-            self.weights,
-            weight_decay=recipe.weight_decay,
-            beta2=recipe.beta2,
-            groups=_groups(module, self.parameters),
+            self.weights, weight_decay=recipe.weight_decay, beta2=recipe.beta2, groups=groups
         )
         self.reads_at_once = "cuda" not in recipe.device  # elsewhere reading makes nobody wait
         self._unread: list[_Unread] = []
@@ -98,7 +97,8 @@ class Engine:
         self.module.train()
         if self._half:
             for name, parameter in self.parameters.items():
-                parameter.data = self.weights[name].bfloat16()
+                weight = self.weights[name]
+                parameter.data = weight if name in self._exact else weight.bfloat16()
         if self.recipe.compile:
             self.module.compile()  # in place: the parameters keep their names
         with torch.random.fork_rng(devices):

@@ -137,6 +137,19 @@ def test_m8_the_router_chooses_in_float32_under_autocast() -> None:
         assert torch.equal(mixture._route(rows), exact)
 
 
+def test_m8_the_router_stays_exact_while_all_else_trains_in_bfloat16() -> None:
+    model = model_of(gain=1.0)
+    engine = engine_of(model, precision="bf16")
+    gate = "transformer.h.0.feed_forward.gate.weight"
+    with engine.active():
+        before = model.get_parameter(gate).clone()
+        assert model.get_parameter("transformer.wte.weight").dtype == torch.bfloat16
+        engine.step(0, [random_tokens(2, 17)])
+        assert model.get_parameter(gate).dtype == torch.float32
+        assert torch.equal(model.get_parameter(gate), engine.weights[gate])
+        assert not torch.equal(model.get_parameter(gate), before)
+
+
 def test_m8_a_bfloat16_model_runs_without_autocast() -> None:
     model, idx = model_of(gain=1.0).eval(), random_tokens(2, 16)
     exact = logits_of(model, idx)
