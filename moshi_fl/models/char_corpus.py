@@ -2,6 +2,7 @@
 
 The stream is the files one after the other with ``<end>`` around each. A training window is any
 ``context + 1`` tokens of it, so the model learns every position, and where files begin and end.
+To teach filling in the middle, a share of the windows is rearranged, piece by piece.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from moshi_fl.models.family import DataSummary
 from moshi_fl.tokenizer import CharVocabulary, Tokens
 
 MAX_POOL_BYTES = 64 << 20
+MARKS = 4  # around the parts of a rearranged piece
+SHORTEST_PIECE = 2 * MARKS  # tokens, marks included
 
 
 @dataclass(frozen=True)
@@ -56,29 +59,52 @@ def stream(vocabulary: CharVocabulary, texts: Sequence[str]) -> Tokens:
 def windows(
     corpus: CharCorpus, batch_size: int, *, fill_in_middle: float, seed: int, start: int
 ) -> Iterator[NDArray[np.int64]]:
-    """Endless batches (B, context + 1) from batch number ``start`` on; each needs no other."""
+    """Endless batches (B, context + 1) from batch number ``start`` on; each needs no other.
+
+    ``fill_in_middle`` is the share of the windows that are rearranged.
+    """
     length = min(corpus.context + 1, len(corpus.tokens))
     index = start
     while True:
         random = np.random.default_rng([seed, index])
         starts = random.integers(0, len(corpus.tokens) - length + 1, batch_size)
         rows = corpus.tokens[starts[:, None] + np.arange(length)].astype(np.int64)
-        for row in rows[:0] if length < 8 else rows:
+        for row in rows[:0] if length < SHORTEST_PIECE else rows:
             if random.random() < fill_in_middle:
-                row[:] = _rearranged(row, random)
+                row[:] = _rearranged(row.tolist(), random)
         yield rows
         index += 1
 
 
-def _rearranged(row: NDArray[np.int64], random: np.random.Generator) -> list[int]:
+def _rearranged(text: list[int], random: np.random.Generator) -> list[int]:
+    """As much of the window as fits when piece after piece of it is rearranged.
+
+    Pieces have random lengths and end where a file ends. Were the window a single piece, each
+    ``<end>`` would stand at the same place, and a model would learn to count instead of to look
+    whether the middle has met the suffix. The last piece is cut off by the end of the window.
+    """
+    row: list[int] = []
+    start = 0
+    while (room := len(text) - len(row)) >= SHORTEST_PIECE:
+        if text[start] == CharVocabulary.end:
+            start += 1
+        size = int(random.integers(SHORTEST_PIECE, room + 1)) - MARKS
+        piece = text[start : start + size]
+        if CharVocabulary.end in piece:
+            piece = piece[: piece.index(CharVocabulary.end)]
+        row += _middle_last(piece, random)
+        start += len(piece)
+    return [*row, CharVocabulary.prefix, *text[start:]][: len(text)]
+
+
+def _middle_last(piece: list[int], random: np.random.Generator) -> list[int]:
     """Prefix, suffix, middle (Bavarian et al. 2022): the middle comes last and sees both."""
-    text = row[:-4].tolist()
-    first, second = sorted(random.integers(0, len(text) + 1, 2).tolist())
+    first, second = sorted(random.integers(0, len(piece) + 1, 2).tolist())
     marks = CharVocabulary
     return [
-        *(marks.prefix, *text[:first]),
-        *(marks.suffix, *text[second:]),
-        *(marks.middle, *text[first:second], marks.end),
+        *(marks.prefix, *piece[:first]),
+        *(marks.suffix, *piece[second:]),
+        *(marks.middle, *piece[first:second], marks.end),
     ]
 
 

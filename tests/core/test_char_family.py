@@ -104,21 +104,6 @@ def test_windows_cross_file_borders_and_reach_both_ends(corpus: CharCorpus) -> N
     assert not ((seen > end) & (seen < CharVocabulary.byte_row)).any()
 
 
-def test_fill_in_the_middle_keeps_the_text_and_moves_its_middle_last(corpus: CharCorpus) -> None:
-    plain = next(task_of().batches(corpus, 50, seed=1))
-    rows = next(task_of(fill_in_middle=0.99).batches(corpus, 50, seed=1))
-    marks = CharVocabulary
-    rearranged = 0
-    for row, text in zip(rows.tolist(), plain.tolist(), strict=True):
-        if row == text:
-            continue
-        rearranged += 1
-        a, b = row.index(marks.suffix), row.index(marks.middle)
-        assert (row[0], row[-1]) == (marks.prefix, marks.end)
-        assert row[1:a] + row[b + 1 : -1] + row[a + 1 : b] == text[:-4]
-    assert rearranged > 40
-
-
 def test_a_corpus_shorter_than_a_window_still_trains(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("x = 1\n")
     (tmp_path / "b.py").write_text("y = 2\n")
