@@ -17,6 +17,7 @@ from msgspec import Meta
 from moshi_fl.errors import CorruptRecord
 
 MAX_RECORD_BYTES = 1 << 20
+MAX_SAID = 500  # characters of what is wrong with a record
 
 Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Oid = Annotated[str, Meta(pattern=r"\A([0-9a-f]{40}|[0-9a-f]{64})\Z")]
@@ -222,7 +223,8 @@ def load(data: bytes, kind: type[R], *, name: str, limit: int = MAX_RECORD_BYTES
     try:
         record = msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CorruptRecord(f"{name}: {error}.") from error
+        said = str(error)[:MAX_SAID]  # it quotes keys of the record, however long they are
+        raise CorruptRecord(f"{name}: {said}.") from error
     if dump(record) != data:
         raise CorruptRecord(
             f"{name}: not in canonical form (key order, spacing or a repeated key)."

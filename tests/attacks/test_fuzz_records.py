@@ -99,6 +99,11 @@ def test_a_record_is_a_record_or_refused(kind, data: bytes) -> None:
     survives(lambda: load(data, kind, name="record"))
 
 
+def test_a_long_unknown_key_is_not_repeated_in_full() -> None:
+    data = b'{"' + b"9" * 100_000 + b'": 1}'
+    survives(lambda: load(data, Round, name="record"))
+
+
 @given(data=mutated(ROUND))
 def test_what_is_accepted_is_spelled_in_one_way(data: bytes) -> None:
     try:
