@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -141,6 +142,27 @@ def _nucleus(likelihood: Scores, top_p: float) -> Scores:
     nucleus = np.zeros_like(likelihood)
     nucleus[kept] = likelihood[kept]
     return nucleus
+
+
+class TextDecoder(Protocol):
+    """Turns tokens into text one at a time, holding back what is not complete."""
+
+    def feed(self, token: int) -> str:
+        """The text that this token completes."""
+        ...
+
+    def finish(self) -> str:
+        """What is left over."""
+        ...
+
+
+def pieces_of(decoder: TextDecoder, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of these tokens, piece by piece as it becomes certain."""
+    for token in tokens:
+        if piece := decoder.feed(token):
+            yield piece
+    if piece := decoder.finish():
+        yield piece
 
 
 def until_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:

@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -185,6 +186,12 @@ class Subwords:
         """Bytes of each token but the special ones."""
         byte = {c: i for i, c in enumerate(_alphabet())}
         return {i: bytes(byte[c] for c in token) for token, i in self.vocabulary.items()}
+
+
+def start_of(path: Path) -> bytes:
+    """As much of a file as decides whether it is a tokenizer: a byte more than it may have."""
+    with path.open("rb") as file:
+        return file.read(MAX_FILE_BYTES + 1)
 
 
 class Stream:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from moshi_fl import data
 from moshi_fl.errors import CorruptRecord
 from moshi_fl.generate import Sampler, until_stop
-from moshi_fl.models.common import extract_weights, require_counts, settings_from
+from moshi_fl.models.common import device_of, extract_weights, require_counts, settings_from
 from moshi_fl.models.family import Corpus, DataSummary, Family, Preset, Sampling, Table
 from moshi_fl.weights import Weights, serialize, tensors_in
 
@@ -139,7 +139,7 @@ class BytesTask:
 
     def loss(self, module: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
         """Mean cross-entropy of each byte given those before it, and the number of bytes."""
-        batch = batch.to(_device(module))
+        batch = batch.to(device_of(module))
         targets = batch[:, self.config.context :].flatten()
         logits = module(batch[:, :-1]).flatten(0, 1)
         return F.cross_entropy(logits.float(), targets), len(targets)
@@ -185,7 +185,7 @@ class BytesTask:
     def _continue(
         self, module: nn.Module, text: bytes, sampler: Sampler, limit: int
     ) -> Iterator[bytes]:
-        context, device = self.config.context, _device(module)
+        context, device = self.config.context, device_of(module)
         window = list((bytes(context) + text)[-context:])
         module.eval()
         for _ in range(limit):
@@ -195,10 +195,6 @@ class BytesTask:
                 return
             yield bytes([byte])
             window = [*window[1:], byte]
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
 
 
 class BytesFamily:

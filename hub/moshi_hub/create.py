@@ -57,7 +57,7 @@ def create(plan: Plan, home: Path, preset: Preset | None = None) -> Snapshot:
 
     preset = preset or get_preset(plan.family, plan.preset)
     if plan.tokenizer is not None:
-        preset = _with_tokenizer(plan, preset)
+        preset = _with_tokenizer(plan.family, preset, plan.tokenizer)
     hubfile = render_hubfile(plan, preset)
     config = parse_hubfile(hubfile)
     if is_local(plan.url):
@@ -88,17 +88,17 @@ def create(plan: Plan, home: Path, preset: Preset | None = None) -> Snapshot:
     return replica.pull()
 
 
-def _with_tokenizer(plan: Plan, preset: Preset) -> Preset:
+def _with_tokenizer(name: str, preset: Preset, tokenizer: bytes) -> Preset:
     from moshi_fl.models import get_family
     from moshi_fl.models.family import TakesTokenizer
 
-    family = get_family(plan.family)
-    if not isinstance(family, TakesTokenizer) or plan.tokenizer is None:
+    family = get_family(name)
+    if not isinstance(family, TakesTokenizer):
         raise ConfigError(
-            f"family {plan.family!r} has a tokenizer of its own.",
+            f"family {name!r} has a tokenizer of its own.",
             hint="Leave out --tokenizer, or choose --family moc.",
         )
-    return family.with_tokenizer(preset, plan.tokenizer)
+    return family.with_tokenizer(preset, tokenizer)
 
 
 def _refuse_used(repo: HubRepo) -> None:

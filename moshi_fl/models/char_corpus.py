@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,12 +47,25 @@ class CharCorpus:
         return math.ceil((len(self.tokens) - 1) / self.context)
 
 
-def stream(vocabulary: CharVocabulary, texts: Sequence[str]) -> Tokens:
-    """All texts as tokens, with ``<end>`` before, between and after them."""
-    end = np.array([vocabulary.end], np.uint16)
+class Encoder(Protocol):
+    """Turns texts into tokens, of which one ends a text."""
+
+    @property
+    def end(self) -> int:
+        """The token that ends a text."""
+        ...
+
+    def encode(self, text: str) -> Tokens:
+        """Token ids of a text."""
+        ...
+
+
+def stream(encoder: Encoder, texts: Sequence[str]) -> Tokens:
+    """All texts as tokens, with the end mark before, between and after them."""
+    end = np.array([encoder.end], np.uint16)
     parts = [end]
     for text in texts:
-        parts += [vocabulary.encode(text), end]
+        parts += [encoder.encode(text), end]
     return np.concatenate(parts)
 
 

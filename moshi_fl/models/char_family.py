@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moshi_fl import data
 from moshi_fl.errors import ConfigError
-from moshi_fl.generate import Sampler, until_stop
+from moshi_fl.generate import Sampler, pieces_of, until_stop
 from moshi_fl.models.char import CharConfig, CharTransformer
 from moshi_fl.models.char_corpus import CharCorpus, make_pool, read_pool, stream, windows
 from moshi_fl.models.char_decode import CharDecoder
@@ -124,7 +124,7 @@ class CharTask:
         model = cast("CharTransformer", module.eval())
         decoder = CharDecoder(model, "int8" if sampling.int8 else "float32")
         made = self._continue(decoder, tokens, sampler, sampling.max_tokens, slide=not suffix)
-        return until_stop(_text(self.vocabulary, made), sampling.stop)
+        return until_stop(pieces_of(Decoder(self.vocabulary), made), sampling.stop)
 
     def fill_in(
         self, module: nn.Module, prompt: str, suffix: str, sampling: Sampling
@@ -175,15 +175,6 @@ class CharTask:
         """Any token but the marks, which are not text."""
         logits[self.vocabulary.prefix : self.vocabulary.middle + 1] = -torch.inf
         return sampler.pick(logits, before)
-
-
-def _text(vocabulary: CharVocabulary, tokens: Iterator[int]) -> Iterator[str]:
-    decoder = Decoder(vocabulary)
-    for token in tokens:
-        if piece := decoder.feed(token):
-            yield piece
-    if piece := decoder.finish():
-        yield piece
 
 
 class CharFamily:

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from moshi_fl import data
 from moshi_fl.errors import ConfigError
-from moshi_fl.generate import Sampler, until_stop
-from moshi_fl.models.char_corpus import make_pool, read_pool
+from moshi_fl.generate import Sampler, pieces_of, until_stop
+from moshi_fl.models.char_corpus import make_pool, read_pool, stream
 from moshi_fl.models.common import device_of, extract_weights, settings_from
 from moshi_fl.models.family import Corpus, DataSummary, Family, Preset, Sampling, Table
 from moshi_fl.models.moc import Moc
 from moshi_fl.models.moc_config import MocConfig
 from moshi_fl.models.moc_decode import MocDecoder
 from moshi_fl.models.token_corpus import TokenArray, TokenCorpus, token_windows
-from moshi_fl.subwords import SPECIALS, Subwords, Tokens
+from moshi_fl.subwords import SPECIALS, Subwords
 from moshi_fl.weights import Weights
 
 BYTES_PER_TOKEN = 4  # at most, on average; what a piece of evaluation text is cut to
@@ -69,7 +69,7 @@ class MocTask:
         """Read files and folders. Raises ``DataError`` when nothing usable is there."""
         sources = data.read_sources(paths, seed=seed, max_bytes=max_bytes)
         split = data.split(sources, seed=seed)
-        tokens = TokenArray(documents(self.subwords, split.training))
+        tokens = TokenArray(stream(self.subwords, split.training))
         summary = DataSummary(
             files=len(sources.taken),
             bytes=sources.bytes,
@@ -129,7 +129,7 @@ class MocTask:
         sampler = Sampler.of(sampling)
         tokens = self.subwords.encode(prompt).tolist() or [self.subwords.end]
         made = self._continue(cast("Moc", module), tokens, sampler, sampling)
-        return until_stop(self._text(made), sampling.stop)
+        return until_stop(pieces_of(self.subwords.stream(), made), sampling.stop)
 
     def _continue(
         self, module: Moc, tokens: list[int], sampler: Sampler, sampling: Sampling
@@ -152,23 +152,6 @@ class MocTask:
         logits[self.subwords.size :] = -torch.inf
         logits[marks] = -torch.inf
         return logits
-
-    def _text(self, tokens: Iterator[int]) -> Iterator[str]:
-        stream = self.subwords.stream()
-        for token in tokens:
-            if piece := stream.feed(token):
-                yield piece
-        if piece := stream.finish():
-            yield piece
-
-
-def documents(subwords: Subwords, texts: Sequence[str]) -> Tokens:
-    """All texts as tokens, with the end mark before, between and after them."""
-    end = np.array([subwords.end], np.uint16)
-    parts = [end]
-    for text in texts:
-        parts += [subwords.encode(text), end]
-    return np.concatenate(parts)
 
 
 class MocFamily:

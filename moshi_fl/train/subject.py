@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moshi_fl.errors import ConfigError, DataError
+from moshi_fl.models.common import device_of
 from moshi_fl.models.family import DataSummary
 from moshi_fl.train.engine import Loss
 
@@ -98,7 +99,7 @@ def _char(table: Mapping[str, Any]) -> Subject:
 
 
 def _pair(module: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
-    batch = batch.to(next(module.parameters()).device, non_blocking=True)
+    batch = batch.to(device_of(module), non_blocking=True)
     return batch[:, :-1], batch[:, 1:]
 
 

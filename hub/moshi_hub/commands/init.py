@@ -58,6 +58,7 @@ def init(  # noqa: PLR0913 - one parameter an option
       moshi-hub init https://git.example.org/team/model.git --preset base
       moshi-hub init ./hub.git --family moc --tokenizer tokenizer.json
     """
+    from moshi_fl.subwords import start_of
     from moshi_hub.create import Plan, create
 
     plan = Plan(
@@ -69,7 +70,7 @@ def init(  # noqa: PLR0913 - one parameter an option
         prefix=PREFIXES[1] if branches_only else PREFIXES[0],
         eval_data=eval_data,
         maintainer=maintainer(),
-        tokenizer=_start_of(tokenizer) if tokenizer else None,
+        tokenizer=start_of(tokenizer) if tokenizer else None,
     )
     snapshot = create(plan, ensure_home())
     record, shown = snapshot.record, redact(hub)
@@ -84,11 +85,3 @@ def init(  # noqa: PLR0913 - one parameter an option
     if not eval_data:
         console.note("No held-out data: merges will not be measured. (--eval-data DIR)")
     console.hint(f"moshi-fl contribute --hub {shown} --data PATH   (anyone can, from now on)")
-
-
-def _start_of(path: Path) -> bytes:
-    """As much of a file as decides whether it is a tokenizer: one byte more than it may have."""
-    from moshi_fl.subwords import MAX_FILE_BYTES
-
-    with path.open("rb") as file:
-        return file.read(MAX_FILE_BYTES + 1)

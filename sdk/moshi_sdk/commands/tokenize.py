@@ -113,10 +113,9 @@ def shards(
 
 
 def _tokenizer(path: Path) -> Subwords:
-    from moshi_fl.subwords import MAX_FILE_BYTES, Subwords
+    from moshi_fl.subwords import Subwords, start_of
 
-    with path.open("rb") as file:
-        return Subwords.from_bytes(file.read(MAX_FILE_BYTES + 1), name=str(path))
+    return Subwords.from_bytes(start_of(path), name=str(path))
 
 
 def _refuse_nested(one: Path, other: Path) -> None:
