@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import cast
 
@@ -148,10 +149,15 @@ class MocTask:
     @torch.inference_mode()
     def _sayable(self, logits: Tensor) -> Tensor:
         """Without ids that the tokenizer lacks, and without marks, which are not text."""
-        marks = [self.subwords.specials[m] for m in SPECIALS[1:] if m in self.subwords.specials]
         logits[self.subwords.size :] = -torch.inf
-        logits[marks] = -torch.inf
+        logits[self._marks] = -torch.inf
         return logits
+
+    @cached_property
+    def _marks(self) -> list[int]:
+        """Special tokens but the end, which are not text."""
+        specials = self.subwords.specials
+        return [specials[mark] for mark in SPECIALS[1:] if mark in specials]
 
 
 class MocFamily:
