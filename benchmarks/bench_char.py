@@ -132,7 +132,7 @@ class Turns:
         self.start = now()
 
 
-def training_row(  # noqa: PLR0913 - each names a column of the row
+def training_row(
     task: CharTask, code: Path, count: int, precision: str, dropout: float, theirs_in: str = "fp32"
 ) -> Row:
     task = replace(task, config=replace(task.config, dropout=dropout))
