@@ -27,6 +27,14 @@ HubId = Annotated[str, Meta(pattern=r"\A[0-9a-f]{16}\Z")]
 ContributionId = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 Name = Annotated[str, Meta(pattern=r"\A[a-z][a-z0-9_-]*\Z", max_length=40)]
 Text = Annotated[str, Meta(max_length=200)]
+PublicKey = Annotated[
+    str,
+    Meta(
+        pattern=r"\A(ssh-ed25519|ssh-rsa|ecdsa-sha2-nistp(256|384|521)|sk-ssh-ed25519@openssh\.com"
+        r"|sk-ecdsa-sha2-nistp256@openssh\.com) [A-Za-z0-9+/]+={0,2}\Z",
+        max_length=1500,
+    ),
+]
 Count = Annotated[int, Meta(ge=0, le=(1 << 53) - 1)]
 RoundNumber = Annotated[int, Meta(ge=0, le=999_999_999)]
 Scalar = bool | int | float | str
