@@ -52,14 +52,17 @@ class GeometricMedian:
         """The geometric median."""
         ordered = in_order(updates)
         products = gram(ordered)
-        distances, radii = products.distances(), products.norms
-        for iteration in range(self.iterations):
-            if iteration:
-                radii = radii_within(distances, shares)
-            pulls = [1.0 / max(self.smoothing, radius) for radius in radii]
-            total = added(pulls)
-            shares = [pull / total for pull in pulls]
+        distances = products.distances()
+        shares = self._shares(products.norms)
+        for _ in range(self.iterations - 1):
+            shares = self._shares(radii_within(distances, shares))
         yield from combine(ordered, shapes, shares)
+
+    def _shares(self, radii: Sequence[float]) -> list[float]:
+        """Of each update in the next point, which add up to one: the nearer, the more."""
+        pulls = [1.0 / max(self.smoothing, radius) for radius in radii]
+        total = added(pulls)
+        return [pull / total for pull in pulls]
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ import math
 
 from moshi_fl.errors import ConfigError, MoshiError
 
-INFINITE = math.inf
-
 
 def number(
     strategy: str, option: str, value: object, low: float, high: float, *, below: bool = False
@@ -22,9 +20,7 @@ def number(
         if low <= given <= high and not (below and given == high):
             return
     to = f"below {high:g}" if below else f"{high:g}"
-    raise ConfigError(
-        f"strategy {strategy}: {option} must be from {low:g} to {to}, not {value!r}."
-    )
+    raise ConfigError(f"strategy {strategy}: {option} must be from {low:g} to {to}, not {value!r}.")
 
 
 def whole(strategy: str, option: str, value: object, low: int, high: int) -> None:
@@ -35,8 +31,7 @@ def whole(strategy: str, option: str, value: object, low: int, high: int) -> Non
     """
     if type(value) is not int or not low <= value <= high:
         raise ConfigError(
-            f"strategy {strategy}: {option} must be an integer from {low} to {high}, "
-            f"not {value!r}."
+            f"strategy {strategy}: {option} must be an integer from {low} to {high}, not {value!r}."
         )
 
 
