@@ -1,9 +1,9 @@
 """Inner products of all updates of a round, exact, and so the same on every machine.
 
-Each delta is rounded once to whole multiples of a power of two, 39 bits below its largest value.
+Each delta is rounded once to whole multiples of a power of two, 36 bits below its largest value.
 From then on everything is integers: a sum of them is the same in whatever order, in however many
 parts, with or without fused multiply-add. So this is the one place where a matrix product may be
-used: a factor has at most 2^19 in magnitude, a product at most 2^38, and a sum of at most 2^14 of
+used: a factor has at most 2^18 in magnitude, a product at most 2^36, and a sum of at most 2^17 of
 them stays below 2^53, up to which float64 holds every integer (as in Ozaki et al. 2012, "Error-free
 transformations of matrix multiplication").
 """
@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from moshi_fl.aggregate.base import Update, blocks, in_order
 from moshi_fl.codec.base import F64
 
-BITS = 39
-"""Magnitude of the rounded values: the largest of a delta is from 2^38 to below 2^39, or it."""
-LOW_BITS = 20  # the lower part of a value, as a signed number from -2^19 to 2^19
-LONGEST = 1 << 13  # values multiplied at a time: exact up to 2^14
-MEMORY = 1 << 22  # float64 values held at a time, whatever the number of updates
+BITS = 36
+"""Magnitude of the rounded values: the largest of a delta is from 2^35 to below 2^36, or it."""
+LOW_BITS = 18  # the lower part of a value, as a signed number from -2^17 to 2^17
+LONGEST = 1 << 16  # values multiplied at a time: exact up to 2^17
+MEMORY = 1 << 21  # float64 values held at a time, whatever the number of updates
 ROOM = 1 << 9  # sums below 2^53 that an int64 can take
 RELEASE = 1 << 16  # values after which a file's pages are let go
 
@@ -93,7 +93,7 @@ def norms(updates: Sequence[Update]) -> list[float]:
 
 
 def scale_of(update: Update) -> int:
-    """The exponent that brings an update's largest magnitude to 2^38 or above, below 2^39."""
+    """The exponent that brings an update's largest magnitude to 2^35 or above, below 2^36."""
     largest = update.delta.largest()
     return BITS - math.frexp(largest)[1] if largest else 0
 

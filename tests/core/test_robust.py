@@ -245,8 +245,8 @@ def test_inner_products_are_those_of_the_rounded_values(rows):
     rounded = []
     for row in matrix.astype(np.float64).tolist():
         largest = max(map(abs, row))
-        scale = 39 - math.frexp(largest)[1]
-        assert 2**38 <= largest * 2.0**scale < 2**39
+        scale = 36 - math.frexp(largest)[1]
+        assert 2**35 <= largest * 2.0**scale < 2**36
         rounded.append(
             [Fraction(round(value * 2.0**scale)) / Fraction(2) ** scale for value in row]
         )
