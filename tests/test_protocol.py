@@ -221,7 +221,7 @@ def test_a_round_is_aggregated_by_the_book(codec: str, strategy: str) -> None:
 
 
 def test_contributions_weigh_by_the_book() -> None:
-    rule = Weighting(max_examples=1000, staleness_discount=0.5)
+    rule = Weighting(rule="examples", max_examples=1000, staleness_discount=0.5)
     assert contribution_weight(rule, 5000, 0) == 1000
     assert contribution_weight(rule, 333, 1) == 166
     assert contribution_weight(rule, 1, 2) == 1

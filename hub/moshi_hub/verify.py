@@ -48,6 +48,8 @@ REASONS = {
     "zero-delta": "the delta changes nothing",
     "over-norm": "the delta's norm is above the hub's limit",
     "replay": "this delta was already contributed",
+    "superseded": "its owner sent another that counts: on a newer base, or with a lower id",
+    "copy": "its delta points the same way as one that came before it",
 }
 
 
