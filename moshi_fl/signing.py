@@ -9,8 +9,6 @@ by ``moshi_fl.sshsig`` before.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import os
 import subprocess
 import tempfile
@@ -18,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moshi_fl.errors import BadSignature, SigningError
-from moshi_fl.sshsig import MAX_SIGNATURE_BYTES, parse_key, parse_signature
+from moshi_fl.sshsig import MAX_SIGNATURE_BYTES, fingerprint_of, parse_key, parse_signature
 from moshi_fl.store.failures import disk_errors, disk_full
 from moshi_fl.store.locking import LOCK_FILE, FolderLock
 from moshi_fl.text import clean
@@ -186,10 +184,9 @@ def fingerprint(public_key: str) -> str:
         BadSignature: It is no public key.
     """
     try:
-        blob = parse_key(public_key).blob
+        return fingerprint_of(public_key)
     except ValueError as error:
         raise BadSignature(f"the key cannot be used: {error}.") from error
-    return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
 
 
 def keys_match(login_keys_text: str, public_key: str) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import re
 import struct
 from dataclasses import dataclass
@@ -221,3 +222,13 @@ class _Reader:
         """Insist that nothing follows."""
         if self._at != len(self._data):
             raise ValueError("something follows its end")
+
+
+def fingerprint_of(public_key: str) -> str:
+    """How people name a key, as ``ssh-keygen -l`` prints it: ``SHA256:`` and 43 characters.
+
+    Raises:
+        ValueError: It is no public key.
+    """
+    blob = hashlib.sha256(parse_key(public_key).blob).digest()
+    return "SHA256:" + base64.b64encode(blob).decode().rstrip("=")

@@ -115,6 +115,7 @@ class HubSimulator:
             fields: Fields of the record to overwrite.
         """
         replica = self.person(name)
+        replica.repo.prepare()
         base = on or replica.pull()
         rules = base.state.config.delta
         codec = get_codec(rules.codec, rules.options)
