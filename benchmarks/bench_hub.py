@@ -144,7 +144,7 @@ def ripe_rows(served: Served, folder: Path, keyframe: int) -> list[Row]:
     number = served.hub.maintainer.look().newest.round
     young = served.hub.folder / "hub.git"
     old = shutil.copytree(young, served.hub.folder / "old.git")
-    grow_old(old, Replica(str(old), folder / "ageing"), AGE - number)
+    grow_old(old, Replica(str(old), served.hub.folder / "maintainer"), AGE - number)
     return [
         cold_row(number, served.pull("ripe")[0], keyframe),
         cold_row(AGE, served.pull("old", "old")[0], keyframe),

@@ -65,6 +65,11 @@ class Refs:
         """The ``latest`` of a proposed round, ready for the day it is published."""
         return f"{self.prefix}next/{number}"
 
+    @property
+    def next_root(self) -> str:
+        """A change of the hub's keys that waits for signatures."""
+        return f"{self.prefix}next/root"
+
 
 def contribution_branch(number: int, contribution_id: str) -> str:
     """Branch of a contribution's record, made on that round."""

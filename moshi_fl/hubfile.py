@@ -91,6 +91,13 @@ class VocabularyRules(_Table, frozen=True, kw_only=True):
     max_size: Annotated[int, Meta(ge=256)] = 4096
 
 
+class TrustRules(_Table, frozen=True, kw_only=True):
+    """``[trust]``: how long signatures hold, in days."""
+
+    timestamp_days: Annotated[int, Meta(ge=1, le=3650)] = 90
+    metadata_days: Annotated[int, Meta(ge=1, le=3650)] = 365
+
+
 class HubConfig(_Table, frozen=True, kw_only=True):
     """The whole file."""
 
@@ -102,6 +109,7 @@ class HubConfig(_Table, frozen=True, kw_only=True):
     storage: StorageRules = StorageRules()
     evaluation: EvaluationRules = EvaluationRules()
     vocabulary: VocabularyRules = VocabularyRules()
+    trust: TrustRules = TrustRules()
 
     @property
     def family(self) -> str:

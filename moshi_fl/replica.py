@@ -24,9 +24,9 @@ from msgspec import Meta
 from moshi_fl.errors import CorruptRecord, HubError, MoshiError, UntrustedHub
 from moshi_fl.history import (
     MAIN,
+    SIGNED_FILES,
     HubState,
     Refs,
-    SIGNED_FILES,
     check_chain,
     fetch_latest,
     parse_state,

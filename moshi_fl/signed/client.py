@@ -108,7 +108,7 @@ def verify(offer: Offer, before: Mapping[str, bytes], folder: Path) -> Trust:
 
 
 def _bootstrap(offer: Offer, before: Mapping[str, bytes]) -> bytes:
-    """The root that everything else is judged by: the pinned one, or at first contact the offer's."""
+    """The root that all else is judged by: the pinned one, or at first contact the offer's."""
     if not root_versions(offer.files):
         raise refusals.unsigned(offer.hub)
     if root_versions(before):

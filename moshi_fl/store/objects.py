@@ -91,7 +91,9 @@ class ObjectStore(StoreFolder):
         """The contents of several plain files of at most ``limit`` bytes each, in two processes."""
         return self._contents(self._plain_files(commit, paths, limit)) if paths else []
 
-    def read_listed(self, commit: str, limits: Mapping[str, int], *, at_most: int) -> dict[str, bytes]:
+    def read_listed(
+        self, commit: str, limits: Mapping[str, int], *, at_most: int
+    ) -> dict[str, bytes]:
         """The contents of those files at a tree's root that have a limit, by name.
 
         Args:

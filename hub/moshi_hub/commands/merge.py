@@ -12,7 +12,7 @@ from moshi_fl.console import Console
 from moshi_fl.records import Round
 from moshi_fl.strategies import find_strategy
 from moshi_fl.text import Percent, Size
-from moshi_hub.options import maintainer, replica_for
+from moshi_hub.options import maintainer, passphrase_from, passphrase_option, replica_for
 
 
 @click.command()
@@ -27,15 +27,18 @@ from moshi_hub.options import maintainer, replica_for
     help="Held-out files to measure this and later merges on; they stay on this machine.",
 )
 @click.option("--dry-run", is_flag=True, help="Compute and report; push nothing.")
+@passphrase_option
 @output_options
 def merge(
     console: Console,
+    *,
     hub: str | None,
     publish: bool,
     strategy: str | None,
     exclude: tuple[str, ...],
     eval_data: tuple[Path, ...],
     dry_run: bool,
+    passphrase_env: str,
 ) -> None:
     r"""Verify the open contributions, aggregate the accepted ones, and make the next round.
 
@@ -57,7 +60,11 @@ def merge(
         store_pool(replica, state.config, state.tokenizer, eval_data)
     options = Options(publish, dry_run, strategy, exclude, maintainer())
     outcome: Outcome = run(
-        replica, options, evaluator=evaluator_for(replica), find_strategy=find_strategy
+        replica,
+        options,
+        evaluator=evaluator_for(replica),
+        find_strategy=find_strategy,
+        passphrase=passphrase_from(passphrase_env),
     )
     _contributions(console, outcome)
     record = outcome.built.record if outcome.built else outcome.proposal.record
