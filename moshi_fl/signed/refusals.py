@@ -120,24 +120,26 @@ def _expired(said: str, case: Case) -> StaleHub:
 
 def _wrong_root(case: Case) -> UntrustedHub:
     version = root_versions([case.asked])[0]
-    old, new = _signers(case, version - 1, version), _signers(case, version, version)
-    if not old[0] >= old[1]:
-        return UntrustedHub(
-            f"the hub's root was changed without its old keys: {case.asked} has {old[0]} of the "
-            f"{old[1]} signature(s) that {root_name(version - 1)} demands.",
-            hint=COMPARE,
-        )
+    above = case.known.get(root_name(version - 1))
+    if above:
+        have, need = _signers(above, case)
+        if have < need:
+            return UntrustedHub(
+                f"the hub's root was changed without its old keys: {case.asked} has {have} of the "
+                f"{need} signature(s) that {root_name(version - 1)} demands.",
+                hint=COMPARE,
+            )
+    have, need = _signers(case.files[case.asked], case)
     return UntrustedHub(
-        f"{case.asked} has too few signatures: {new[0]} of the {new[1]} that it demands itself.",
+        f"{case.asked} has too few signatures: {have} valid of the {need} that it demands itself.",
         hint=ADVICE,
     )
 
 
-def _signers(case: Case, judge: int, version: int) -> tuple[int, int]:
-    """Valid signatures on a root, and the threshold, by another root."""
-    data = case.known.get(root_name(judge)) or case.files[root_name(judge)]
-    root = Metadata[Root].from_bytes(data).signed
-    return count_signatures(root, "root", case.files[root_name(version)])
+def _signers(judge: bytes, case: Case) -> tuple[int, int]:
+    """Valid signatures on a root, and the threshold, by another root or by itself."""
+    root = Metadata[Root].from_bytes(judge).signed
+    return count_signatures(root, "root", case.files[case.asked])
 
 
 def count_signatures(root: Root, role: str, data: bytes) -> tuple[int, int]:

@@ -120,7 +120,7 @@ def contribute(
         TrainingError: Training failed; the last good checkpoint stays.
     """
     options, listener = options or Options(), listener or Silent()
-    manager = SyncManager(hub, home=home or default_home())
+    manager = SyncManager(hub, home=home or default_home(), root=options.root)
     snapshot = manager.pull()
     listener.stage("sync", _whence(snapshot))
     task = load_task(snapshot.state)
@@ -138,6 +138,7 @@ def resume(
     home: Path | None = None,
     listener: Listener | None = None,
     dry_run: bool = False,
+    root: str = "",
 ) -> Outcome:
     """Continue the last unfinished contribution to ``hub``, as it was planned.
 
@@ -145,7 +146,7 @@ def resume(
         MoshiError: There is none.
     """
     listener = listener or Silent()
-    manager = SyncManager(hub, home=home or default_home())
+    manager = SyncManager(hub, home=home or default_home(), root=root)
     run = Runs(manager.replica.folder / "runs").resume()
     snapshot = manager.pull()
     listener.stage("sync", f"{_whence(snapshot)}; resuming from round {run.plan.base_round}")
@@ -165,7 +166,8 @@ def discard(hub: str, *, home: Path | None = None) -> RunPlan:
 
 
 def _whence(snapshot: Snapshot) -> str:
-    text = f"round {snapshot.round}"
+    trust = "trusting from now on its root" if snapshot.first_contact else "signed under root"
+    text = f"round {snapshot.round}, {trust} {snapshot.root}"
     return text if snapshot.online else f"{text}, from the cache: {snapshot.problem}"
 
 

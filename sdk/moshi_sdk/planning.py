@@ -22,7 +22,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Options:
-    """What a contributor may decide; None leaves it to the hub's recipe."""
+    """What a contributor may decide; None leaves it to the hub's recipe.
+
+    ``root`` is the fingerprint that the hub's root of trust must have; empty pins the first seen.
+    """
 
     steps: int | None = None
     minutes: float | None = None
@@ -35,6 +38,7 @@ class Options:
     contributor: str = "anonymous"
     max_bytes: int | None = None
     dry_run: bool = False
+    root: str = ""
 
 
 def make_plan(

@@ -164,13 +164,13 @@ def test_files_without_a_maintainers_signature_are_refused(hub: HubSimulator) ->
     desk, files = thief(hub, "online"), hub.states[1]
     lie = {name: files[name] for name in SIGNED_FILES}
     unsigned = desk.draft_targets(lie, 1)
-    snapshot, timestamp = online(hub, desk, unsigned)
+    snapshot, timestamp = online(desk, unsigned)
     hub.offer({**lie, **desk.roots, TARGETS: unsigned, SNAPSHOT: snapshot, TIMESTAMP: timestamp})
     for who in ("reader", "newcomer"):
         refused(hub, "targets.json has too few signatures: 0 valid of the 1", who=who)
 
 
-def online(hub: HubSimulator, desk: Desk, targets: bytes) -> tuple[bytes, bytes]:
+def online(desk: Desk, targets: bytes) -> tuple[bytes, bytes]:
     """Snapshot and timestamp for any targets, by whoever has the online key."""
     snapshot = desk._snapshot(targets, desk.root)
     return snapshot, desk._timestamp(snapshot, desk.root)
@@ -243,7 +243,7 @@ def test_a_newcomer_takes_nothing_from_a_frozen_hub(hub: HubSimulator) -> None:
 
 
 def test_what_was_fresh_when_it_was_seen_is_asked_again_when_it_has_expired(
-    hub: HubSimulator, monkeypatch: pytest.MonkeyPatch
+    hub: HubSimulator,
 ) -> None:
     reader = hub.person("reader")
     seen = reader.seen()

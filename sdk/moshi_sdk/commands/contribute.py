@@ -13,7 +13,7 @@ from moshi_fl.console import Console
 from moshi_fl.errors import ConfigError
 from moshi_fl.progress import Progress
 from moshi_fl.text import Size
-from moshi_sdk.options import hub_flag, pick_device, settings_for, use_threads
+from moshi_sdk.options import hub_flag, pick_device, root_option, settings_for, use_threads
 
 LABELS = {"sync": "Model", "data": "Data", "measure": "Result", "encode": "Delta"}
 
@@ -43,6 +43,7 @@ LABELS = {"sync": "Model", "data": "Data", "measure": "Result", "encode": "Delta
 @click.option("--dry-run", is_flag=True, help="Train and show what would be sent; send nothing.")
 @click.option("--resume", is_flag=True, help="Continue the last unfinished contribution.")
 @click.option("--discard", is_flag=True, help="Drop the last unfinished contribution.")
+@root_option
 @output_options
 def contribute(console: Console, resume: bool, discard: bool, dry_run: bool, **flags: Any) -> None:
     r"""Train the hub's model on your data and send the weight delta.
@@ -76,7 +77,11 @@ def contribute(console: Console, resume: bool, discard: bool, dry_run: bool, **f
     with _Listener(console) as listener:
         if resume:
             outcome = work.resume(
-                settings.hub, home=ensure_home(), listener=listener, dry_run=dry_run
+                settings.hub,
+                home=ensure_home(),
+                listener=listener,
+                dry_run=dry_run,
+                root=flags["root"],
             )
         else:
             options = _options(flags, settings, dry_run)
@@ -92,7 +97,16 @@ def _options(flags: dict[str, Any], settings: Any, dry_run: bool) -> Any:
     from moshi_sdk.planning import Options
 
     precision = settings.precision if settings.origin("precision") != "default" else None
-    names = ("steps", "minutes", "epochs", "learning_rate", "batch_size", "seed", "max_bytes")
+    names = (
+        "root",
+        "steps",
+        "minutes",
+        "epochs",
+        "learning_rate",
+        "batch_size",
+        "seed",
+        "max_bytes",
+    )
     return Options(
         **{name: flags[name] for name in names},
         device=pick_device(settings.device),
