@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moshi_fl.aggregate import get_strategy
-from moshi_fl.errors import HubError, UntrustedHub
+from moshi_fl.errors import CorruptRecord, HubError, UntrustedHub
 from moshi_fl.history import (
     HUB_FILE,
     MAX_TOKENIZER_BYTES,
@@ -130,12 +130,19 @@ def _check_files(repo: HubRepo, source: str, state: HubState, proposed: Proposed
         TOKENIZER_FILE: (files[TOKENIZER_FILE], MAX_TOKENIZER_BYTES),
     }
     for path, (wanted, limit) in shown.items():
-        if repo.read(source, path, limit=limit) != wanted:
+        if _read(repo, source, path, limit) != wanted:
             raise UntrustedHub(
                 f"{path} on the round's branch is not what would be published.", hint=ADVICE
             )
     if sha256_bytes(files[TOKENIZER_FILE]) != record.tokenizer:
         raise UntrustedHub("the proposed tokenizer is not the one of its round.", hint=ADVICE)
+
+
+def _read(repo: HubRepo, commit: str, path: str, limit: int) -> bytes | None:
+    try:
+        return repo.read(commit, path, limit=limit)
+    except CorruptRecord:  # not there, or no plain file
+        return None
 
 
 def _recompute(
@@ -147,6 +154,8 @@ def _recompute(
     find_strategy: StrategyFinder,
 ) -> None:
     contributions = read_contributions(replica.repo, source, record)
+    if not contributions:
+        raise UntrustedHub(f"round {record.round} names no contributions.", hint=ADVICE)
     if weigh(list(contributions.values()), rules) != record.contributions:
         raise UntrustedHub("the round weighs contributions other than by the rules.", hint=ADVICE)
     place = _deltas(record)

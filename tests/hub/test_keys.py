@@ -59,7 +59,9 @@ def bob_joins(hub: HubSimulator, run: Run, *roles: str) -> None:
         public = hub.folder / f"bob-{role}.pem"
         public.write_text("\n".join(made["lines"]) + "\n")
         run("keys", "add", role, public)
-        run("keys", "threshold", role, "2")
+        assert run("keys", "threshold", role, "2")["published"] is False
+        assert run("keys", "sign", by="bob")["published"] is False  # the online key is elsewhere
+        assert run("keys", "sign")["published"] is True
 
 
 # Where keys lie.
@@ -178,7 +180,7 @@ def lie(hub: HubSimulator, change: Callable[[Any], Any]) -> None:
     ("fields", "words"),
     [
         ({"weights": "0" * 64}, "is not what its contributions make"),
-        ({"contributions": ()}, "is not what its contributions make|do not|no deltas|Error"),
+        ({"contributions": ()}, "names no contributions"),
         ({"previous": "0" * 64}, "chain of rounds is broken"),
         ({"round": 7}, "does not extend round 0"),
         ({"tokenizer": "0" * 64}, "tokenizer is not the one"),
@@ -190,7 +192,7 @@ def test_nobody_signs_what_they_recompute_otherwise(
     hub.contribute("ann")
     hub.merge(publish=False)
     lie(hub, lambda record: msgspec.structs.replace(record, **fields))
-    with pytest.raises((UntrustedHub, HubError, ValueError), match=words):
+    with pytest.raises(UntrustedHub, match=words):
         sign_round(hub.maintainer("second"))
 
 
@@ -198,7 +200,7 @@ def test_nobody_signs_what_the_branch_does_not_show(hub: HubSimulator) -> None:
     hub.contribute("ann")
     hub.merge(publish=False)
     git(hub.path, "update-ref", "refs/heads/round/1", hub.main())
-    with pytest.raises(HubError, match="round"):
+    with pytest.raises(UntrustedHub, match="is not what would be published"):
         sign_round(hub.maintainer("second"))
 
 
