@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 ROLES = click.Choice(["root", "targets", "online"])
 
 
-@click.group()
-def keys() -> None:
+@click.group(invoke_without_command=True)
+@click.pass_context
+def keys(context: click.Context) -> None:
     r"""Show and change whose signatures count.
 
     Roles: root (says whose keys count), targets (sign rounds), online (say what is newest).
@@ -32,6 +33,8 @@ def keys() -> None:
       moshi-hub keys refresh --hub ./hub.git
       moshi-hub keys rotate online
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 def _bench(hub: str | None, passphrase_env: str) -> Bench:
