@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from moshi_fl.history import (
     read_rounds,
     read_state,
 )
+from moshi_fl.policy import NO_DEMANDS, Policy
 from moshi_fl.records import (
     Count,
     HubId,
@@ -144,6 +145,9 @@ class Replica:
         timeout: Seconds after which one Git operation is given up.
         root: Fingerprint that a root of the hub must have; empty to trust the first one offered.
         even_expired: Accept signatures that have expired; for maintainers, who renew them.
+        policy: What the user demands of a round beyond that.
+        attestations: Counts a round's agreeing attestations of others than the hub; asked only
+            when the policy wants to know. Without it there are none.
     """
 
     def __init__(
@@ -155,9 +159,12 @@ class Replica:
         timeout: float = 600.0,
         root: str = "",
         even_expired: bool = False,
+        policy: Policy = NO_DEMANDS,
+        attestations: Callable[[Replica, Round], int] | None = None,
     ) -> None:
         self.url = normalise_url(url)
         self.home, self.root, self.even_expired = home, root, even_expired
+        self.policy, self._attestations = policy, attestations
         self.folder = hub_folder(home, self.url)
         self.keep_rounds = max(1, keep_rounds)
         self.timeout = timeout
@@ -180,6 +187,7 @@ class Replica:
             state, trust = self._look()
             if number is not None and number != state.newest.round:
                 return self._pull_old(state, trust, number)
+            self._check_policy(state.newest)
             received = self._ensure(state.newest, state.manifest.rounds)
             self._remember(state, trust)
             self._prune()
@@ -303,6 +311,11 @@ class Replica:
         self.trust.keep(trust.metadata)
         return state, trust
 
+    def _check_policy(self, record: Round) -> None:
+        if self.policy.asks_evidence:
+            found = self._attestations(self, record) if self._attestations else 0
+            self.policy.check(record, found)
+
     def _known(self, seen: Seen | None, commit: str) -> Trust | None:
         """What verifying this commit has shown before, if it was and nothing has expired since."""
         if seen is None or seen.commit != commit:
@@ -374,6 +387,7 @@ class Replica:
         if number < rounds[0].round:
             rounds = self.chain(state, 0)
         record = rounds[number - rounds[0].round]
+        self._check_policy(record)
         present = self.repo.remote_refs(f"{state.refs.prefix}*")
         received = self._ensure(record, rounds, present)
         return self._snapshot(state, trust, record, received)

@@ -21,6 +21,7 @@ from moshi_fl.errors import Rejected, TrainingError
 from moshi_fl.history import DELTA_FILE, HubState
 from moshi_fl.hubfile import HubConfig
 from moshi_fl.models.family import Corpus, DataSummary, Task
+from moshi_fl.policy import NO_DEMANDS, Policy
 from moshi_fl.records import Contribution, File, Location, Metrics, dump
 from moshi_fl.replica import Replica, Snapshot
 from moshi_fl.train import Progress, Recipe
@@ -120,7 +121,9 @@ def contribute(
         TrainingError: Training failed; the last good checkpoint stays.
     """
     options, listener = options or Options(), listener or Silent()
-    manager = SyncManager(hub, home=home or default_home(), root=options.root)
+    manager = SyncManager(
+        hub, home=home or default_home(), root=options.root, policy=options.policy
+    )
     snapshot = manager.pull()
     listener.stage("sync", _whence(snapshot))
     task = load_task(snapshot.state)
@@ -139,6 +142,7 @@ def resume(
     listener: Listener | None = None,
     dry_run: bool = False,
     root: str = "",
+    policy: Policy = NO_DEMANDS,
 ) -> Outcome:
     """Continue the last unfinished contribution to ``hub``, as it was planned.
 
@@ -146,7 +150,7 @@ def resume(
         MoshiError: There is none.
     """
     listener = listener or Silent()
-    manager = SyncManager(hub, home=home or default_home(), root=root)
+    manager = SyncManager(hub, home=home or default_home(), root=root, policy=policy)
     run = Runs(manager.replica.folder / "runs").resume()
     snapshot = manager.pull()
     listener.stage("sync", f"{_whence(snapshot)}; resuming from round {run.plan.base_round}")

@@ -10,6 +10,7 @@ import click
 
 from moshi_fl.config import Settings, ensure_home, load_settings
 from moshi_fl.errors import ConfigError
+from moshi_fl.policy import Policy
 from moshi_fl.store import redact
 from moshi_sdk.sync import SyncManager
 
@@ -32,6 +33,15 @@ def root_option(function: F) -> F:
     )(function)
 
 
+def attestations_option(function: F) -> F:
+    """``--min-attestations``: how many independent evaluators must agree on a round."""
+    return click.option(
+        "--min-attestations",
+        type=click.IntRange(0, 100),
+        help="Take only rounds with so many agreeing attestations of others than the hub.",
+    )(function)
+
+
 def settings_for(**flags: object) -> Settings:
     """Settings, with a hub.
 
@@ -50,7 +60,11 @@ def settings_for(**flags: object) -> Settings:
 def sync_manager(settings: Settings, root: str = "") -> SyncManager:
     """The hub's copy on this machine."""
     return SyncManager(
-        settings.hub, home=ensure_home(), keep_rounds=settings.keep_rounds, root=root
+        settings.hub,
+        home=ensure_home(),
+        keep_rounds=settings.keep_rounds,
+        root=root,
+        policy=Policy(min_attestations=settings.min_attestations),
     )
 
 

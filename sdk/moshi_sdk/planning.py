@@ -11,6 +11,7 @@ from msgspec import UNSET, UnsetType
 
 from moshi_fl.models.family import Corpus, Task
 from moshi_fl.optimizer import BETA2
+from moshi_fl.policy import NO_DEMANDS, Policy
 from moshi_fl.records import Training
 from moshi_fl.replica import Snapshot
 from moshi_fl.train import Recipe, calibrate, steps_for_epochs
@@ -25,6 +26,7 @@ class Options:
     """What a contributor may decide; None leaves it to the hub's recipe.
 
     ``root`` is the fingerprint that the hub's root of trust must have; empty pins the first seen.
+    ``policy`` is what else is demanded of the round.
     """
 
     steps: int | None = None
@@ -39,6 +41,7 @@ class Options:
     max_bytes: int | None = None
     dry_run: bool = False
     root: str = ""
+    policy: Policy = NO_DEMANDS
 
 
 def make_plan(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moshi_fl.config import home as default_home
 from moshi_fl.errors import HubError, UntrustedHub
+from moshi_fl.policy import NO_DEMANDS, Policy
 from moshi_fl.replica import Replica, Snapshot
 
 
@@ -23,6 +24,7 @@ class SyncManager:
         keep_rounds: How many rounds' weights to keep on this machine.
         timeout: Seconds after which one Git operation is given up.
         root: Fingerprint that the hub's root of trust must have; empty pins the first one seen.
+        policy: What else is demanded of a round.
 
     Example:
         >>> snapshot = SyncManager("hub.git").pull()
@@ -37,9 +39,15 @@ class SyncManager:
         keep_rounds: int = 2,
         timeout: float = 600.0,
         root: str = "",
+        policy: Policy = NO_DEMANDS,
     ) -> None:
         self.replica = Replica(
-            hub, home or default_home(), keep_rounds=keep_rounds, timeout=timeout, root=root
+            hub,
+            home or default_home(),
+            keep_rounds=keep_rounds,
+            timeout=timeout,
+            root=root,
+            policy=policy,
         )
 
     def pull(self, number: int | None = None, *, offline: bool = False) -> Snapshot:
@@ -56,7 +64,7 @@ class SyncManager:
 
         Raises:
             UntrustedHub: The hub is not signed by whom this machine trusts, went back, or
-                contradicts its records. Nothing was changed.
+                contradicts its records; or the policy demands more. Nothing was changed.
             HubError: No answer, and nothing usable on this machine.
         """
         if offline:

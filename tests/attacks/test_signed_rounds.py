@@ -296,6 +296,24 @@ def test_a_demanded_root_is_the_only_one_taken(hub: HubSimulator) -> None:
         SyncManager(hub.url, home=home, root=wrong).pull(offline=True)
 
 
+def test_a_round_with_too_few_attestations_is_refused_by_policy(hub: HubSimulator) -> None:
+    from moshi_fl.policy import Policy
+    from moshi_fl.replica import Replica
+    from moshi_sdk.sync import SyncManager
+
+    home = hub.folder / "newcomer"
+    demanding = SyncManager(hub.url, home=home, policy=Policy(2))
+    with pytest.raises(UntrustedHub, match=r"round 2 has 0 agreeing .* you demand 2") as error:
+        demanding.pull()
+    assert "--min-attestations" in error.value.hint
+    assert demanding.pull(0).round == 0  # random weights: nobody has anything to attest
+    attested = [Replica(hub.url, home, policy=Policy(2), attestations=lambda _, __, n=count: n)
+                for count in (1, 2)]  # fmt: skip
+    with pytest.raises(UntrustedHub, match="round 2 has 1 agreeing"):
+        attested[0].pull()
+    assert attested[1].pull().round == 2
+
+
 # Deaths in between.
 
 

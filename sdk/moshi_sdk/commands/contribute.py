@@ -11,9 +11,17 @@ from moshi_fl.cli import hub_option, output_options
 from moshi_fl.config import ensure_home
 from moshi_fl.console import Console
 from moshi_fl.errors import ConfigError
+from moshi_fl.policy import Policy
 from moshi_fl.progress import Progress
 from moshi_fl.text import Size
-from moshi_sdk.options import hub_flag, pick_device, root_option, settings_for, use_threads
+from moshi_sdk.options import (
+    attestations_option,
+    hub_flag,
+    pick_device,
+    root_option,
+    settings_for,
+    use_threads,
+)
 
 LABELS = {"sync": "Model", "data": "Data", "measure": "Result", "encode": "Delta"}
 
@@ -44,6 +52,7 @@ LABELS = {"sync": "Model", "data": "Data", "measure": "Result", "encode": "Delta
 @click.option("--resume", is_flag=True, help="Continue the last unfinished contribution.")
 @click.option("--discard", is_flag=True, help="Drop the last unfinished contribution.")
 @root_option
+@attestations_option
 @output_options
 def contribute(console: Console, resume: bool, discard: bool, dry_run: bool, **flags: Any) -> None:
     r"""Train the hub's model on your data and send the weight delta.
@@ -64,7 +73,8 @@ def contribute(console: Console, resume: bool, discard: bool, dry_run: bool, **f
     amounts = [name for name in ("steps", "minutes", "epochs") if flags[name] is not None]
     if len(amounts) > 1:
         raise click.UsageError(f"--{amounts[0]} and --{amounts[1]} exclude each other.")
-    own = {name: flags[name] for name in ("hub", "data", "device", "precision", "contributor")}
+    names = ("hub", "data", "device", "precision", "contributor", "min_attestations")
+    own = {name: flags[name] for name in names}
     settings = settings_for(**own)
     use_threads(settings.threads)
     console.resume_command = f"moshi-fl contribute{hub_flag(settings)} --resume"
@@ -82,6 +92,7 @@ def contribute(console: Console, resume: bool, discard: bool, dry_run: bool, **f
                 listener=listener,
                 dry_run=dry_run,
                 root=flags["root"],
+                policy=Policy(min_attestations=settings.min_attestations),
             )
         else:
             options = _options(flags, settings, dry_run)
@@ -112,6 +123,7 @@ def _options(flags: dict[str, Any], settings: Any, dry_run: bool) -> Any:
         device=pick_device(settings.device),
         precision=precision,
         contributor=settings.contributor,
+        policy=Policy(min_attestations=settings.min_attestations),
         dry_run=dry_run,
     )
 

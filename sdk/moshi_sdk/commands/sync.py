@@ -10,7 +10,13 @@ import click
 from moshi_fl.cli import hub_option, output_options
 from moshi_fl.console import Console
 from moshi_fl.text import Duration, Moment, Size
-from moshi_sdk.options import FIRST_CONTACT, root_option, settings_for, sync_manager
+from moshi_sdk.options import (
+    FIRST_CONTACT,
+    attestations_option,
+    root_option,
+    settings_for,
+    sync_manager,
+)
 
 
 @click.command()
@@ -18,8 +24,16 @@ from moshi_sdk.options import FIRST_CONTACT, root_option, settings_for, sync_man
 @click.option("--round", "number", type=click.IntRange(0), help="This round, not the newest.")
 @click.option("--offline", is_flag=True, help="Use what is on this machine; do not ask the hub.")
 @root_option
+@attestations_option
 @output_options
-def sync(console: Console, hub: str | None, number: int | None, offline: bool, root: str) -> None:
+def sync(
+    console: Console,
+    hub: str | None,
+    number: int | None,
+    offline: bool,
+    root: str,
+    min_attestations: int | None,
+) -> None:
     r"""Fetch the hub's model and verify it: signatures, chain of rounds, hashes, digest.
 
     When the hub cannot be reached, or its signatures have expired, the newest round on this
@@ -30,7 +44,7 @@ def sync(console: Console, hub: str | None, number: int | None, offline: bool, r
       moshi-fl sync --hub ./hub.git
       moshi-fl sync --round 3 --json
     """
-    settings = settings_for(hub=hub)
+    settings = settings_for(hub=hub, min_attestations=min_attestations)
     manager = sync_manager(settings, root)
     started = time.monotonic()
     snapshot = manager.pull(number, offline=offline)
