@@ -296,16 +296,14 @@ class Replica:
     def _look(self) -> tuple[HubState, Trust]:
         seen = self.seen()
         refs, commit = fetch_latest(self.repo, seen.prefix if seen else None)
-        with self.workspace() as folder:
-            try:
-                files = read_latest(self.repo, commit)
-                trust = self._known(seen, commit) or self._verify(files, folder)
-                state = parse_state(files, refs, commit)
-            except CorruptRecord as error:
-                raise UntrustedHub(
-                    f"{self.repo.shown_url} offers a model that cannot be used: {error}",
-                    hint=ADVICE,
-                ) from error
+        try:
+            files = read_latest(self.repo, commit)
+            trust = self._known(seen, commit) or self._verify(files)
+            state = parse_state(files, refs, commit)
+        except CorruptRecord as error:
+            raise UntrustedHub(
+                f"{self.repo.shown_url} offers a model that cannot be used: {error}", hint=ADVICE
+            ) from error
         if seen and seen.commit != commit:
             self._check_continuity(seen, state)
         self.trust.keep(trust.metadata)
@@ -327,7 +325,7 @@ class Replica:
             return None
         return Trust({}, root, first_contact=False, expires=seen.expires)
 
-    def _verify(self, files: Mapping[str, bytes], folder: Path) -> Trust:
+    def _verify(self, files: Mapping[str, bytes]) -> Trust:
         from moshi_fl.signed.client import Offer, verify  # loads TUF: only for what is new
 
         offer = Offer(
@@ -338,7 +336,8 @@ class Replica:
             pin=self.root,
             even_expired=self.even_expired,
         )
-        return verify(offer, self.trust.load(), folder)
+        with self.workspace() as folder:
+            return verify(offer, self.trust.load(), folder)
 
     def _check_continuity(self, seen: Seen, state: HubState) -> None:
         if state.config.hub.id != seen.hub:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moshi_fl.aggregate import get_strategy
 from moshi_fl.errors import HubError, MoshiError
-from moshi_fl.history import HUB_FILE, HubState, round_branch
+from moshi_fl.history import HUB_FILE, SIGNED_FILES, HubState, read_latest, round_branch
 from moshi_fl.hubfile import MAX_HUBFILE_BYTES, HubConfig, parse_hubfile
 from moshi_fl.records import Contribution, Round, Scalar, Strategy
 from moshi_fl.replica import Replica, Snapshot
@@ -160,9 +160,14 @@ def desk_for(
     config: HubConfig,
     passphrase: Passphrase = passphrase_from_environment,
 ) -> Desk:
-    """Where the hub's next metadata is signed: on top of what was just verified."""
+    """Where the hub's next metadata is signed: on top of what was just verified.
+
+    All roots come from the hub: this machine may have been pinned to a later one than the first.
+    """
+    files = read_latest(replica.repo, state.commit)
+    metadata = {name: data for name, data in files.items() if name not in SIGNED_FILES}
     store = KeyStore(replica.home, state.config.hub.id, passphrase=passphrase)
-    return Desk(replica.trust.load(), store, config.trust, utc_now())
+    return Desk(metadata, store, config.trust, utc_now())
 
 
 def _finish_clean_up(replica: Replica, found: OpenRound) -> OpenRound:

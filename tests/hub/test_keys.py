@@ -331,3 +331,52 @@ def test_a_second_machine_needs_nothing_but_a_copy_of_the_keys(hub: HubSimulator
     hub.contribute("ann")
     run("merge", "--publish", by="laptop")
     assert hub.sync().round == 1
+
+
+def test_init_shows_the_root_and_locks_keys_with_a_passphrase(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MOSHI_FL_HOME", str(tmp_path / "ann"))
+    url = str(tmp_path / "locked.git")
+    assert main(["init", url, "--passphrase", "--json"]) == 1  # nobody is there to ask
+    assert main(["init", url, "--passphrase-env", "MISSING", "--json"]) == 1
+    monkeypatch.setenv("SESAME", "open sesame")
+    capsys.readouterr()
+    assert main(["init", url, "--passphrase-env", "SESAME", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    files = list(Path(made["keys"]).iterdir())
+    assert len(files) == 3
+    assert all(b"ENCRYPTED PRIVATE KEY" in file.read_bytes() for file in files)
+    monkeypatch.setattr("sys.stdin", open("/dev/null"))  # noqa: SIM115, PTH123
+    assert main(["keys", "refresh", "--hub", url]) == 1
+    assert "has a passphrase, and nobody is there" in capsys.readouterr().err
+    assert main(["keys", "refresh", "--hub", url, "--passphrase-env", "SESAME"]) == 0
+    assert main(["keys", "rotate", "online", "--hub", url, "--passphrase-env", "SESAME"]) == 0
+    newest = max(Path(made["keys"]).glob("online-*"), key=lambda path: path.stat().st_mtime_ns)
+    assert b"ENCRYPTED PRIVATE KEY" in newest.read_bytes()
+    capsys.readouterr()
+    assert main(["keys", "fingerprint", "--hub", url, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["root"] == made["root"]
+
+
+def test_a_maintainer_pinned_to_a_later_root_keeps_the_earlier_ones(
+    hub: HubSimulator, run: Run
+) -> None:
+    run("keys", "rotate", "root")
+    newest = fingerprint(hub.latest()["2.root.json"])
+    shutil.rmtree(hub.replica.folder)
+    late = Replica(hub.url, hub.home, root=newest)
+    assert late.pull().root == newest
+    refresh(open_bench(late), with_snapshot=False)
+    assert hub.sync("newcomer").root == fingerprint(hub.latest()["1.root.json"])
+
+
+def test_keys_that_others_can_read_are_told_of(
+    hub: HubSimulator, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("keys", "list")
+    KeyStore(hub.home, hub.replica.look().config.hub.id).stored()[0].path.chmod(0o644)
+    assert main(["keys", "list", "--hub", hub.url]) == 0
+    assert "others can read your keys" in capsys.readouterr().err

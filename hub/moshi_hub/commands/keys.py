@@ -53,6 +53,7 @@ def list_(console: Console, hub: str | None, passphrase_env: str) -> None:
     """Show each role's keys, how many must sign, until when, and which keys are here."""
     from moshi_fl.signed.files import SNAPSHOT, TARGETS, TIMESTAMP, root_name
     from moshi_fl.signed.refusals import expiry
+    from moshi_hub.keys import is_private
     from moshi_hub.metadata import TUF_ROLES, keys_of, newest_root
     from moshi_hub.rotation import waiting_change
 
@@ -65,6 +66,8 @@ def list_(console: Console, hub: str | None, passphrase_env: str) -> None:
             here = desk.keys.where(key)
             rows.append({"role": role, "key": key.keyid[:16], "needed": needed, "here": here})
     console.table(rows, name="keys")
+    if not is_private(desk.keys.folder):
+        console.warn(f"others can read your keys: chmod -R go= {desk.keys.folder}")
     names = {"root": root_name(root.version), "targets": TARGETS}
     names |= {"snapshot": SNAPSHOT, "timestamp": TIMESTAMP}
     ends = [
