@@ -144,6 +144,17 @@ def parse_hubfile(text: str, *, name: str = "hub.toml") -> HubConfig:
     return config
 
 
+def changed_settings(old: HubConfig, new: HubConfig) -> list[str]:
+    """What differs between two files, as ``table.key: old -> new``."""
+    before, after = msgspec.to_builtins(old), msgspec.to_builtins(new)
+    return [
+        f"{table}.{key}: {before[table].get(key)!r} -> {after[table].get(key)!r}"
+        for table in after
+        for key in sorted({*before[table], *after[table]})
+        if before[table].get(key) != after[table].get(key)
+    ]
+
+
 def _located(message: str, text: str, name: str) -> ConfigError:
     what, _, where = message.partition(" - at `$")
     path = [part for part in where.rstrip("`").split(".") if part]

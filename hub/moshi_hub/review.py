@@ -20,7 +20,7 @@ from moshi_fl.history import (
     read_contributions,
     round_path,
 )
-from moshi_fl.hubfile import MAX_HUBFILE_BYTES
+from moshi_fl.hubfile import MAX_HUBFILE_BYTES, changed_settings, parse_hubfile
 from moshi_fl.records import MAX_RECORD_BYTES, Location, Round, dump
 from moshi_fl.replica import Replica, Snapshot
 from moshi_fl.restore import StrategyFinder, aggregate, delta_name, fetch_locations
@@ -47,12 +47,14 @@ class Signature:
         have: Valid signatures on it now.
         need: How many it takes.
         added: Whether this call added one.
+        settings: What the round changes in ``hub.toml``.
     """
 
     record: Round
     have: int
     need: int
     added: bool
+    settings: tuple[str, ...] = ()
 
 
 def sign_round(
@@ -96,7 +98,9 @@ def sign_round(
         commit = commit_latest(repo, proposed.manifest, files, author(name))
         _push(repo, state, proposed, commit)
     have, need = counted(desk.root, "targets", targets)
-    return Signature(record, have, need, added)
+    proposed_config = parse_hubfile(proposed.files[HUB_FILE].decode("utf-8", "replace"))
+    settings = changed_settings(state.config, proposed_config)
+    return Signature(record, have, need, added, tuple(settings))
 
 
 def _push(repo: HubRepo, state: HubState, proposed: Proposed, commit: str) -> None:

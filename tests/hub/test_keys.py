@@ -238,6 +238,23 @@ def test_a_refresh_and_a_merge_race_and_nothing_is_mixed(
     assert hub.sync("newcomer").round == 1
 
 
+def test_settings_that_came_to_main_unsigned_are_named_before_they_are_signed(
+    hub: HubSimulator, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.contribute("ann")
+    hub.edit_settings("max_examples = 100000 ", "max_examples = 5 ")
+    run("merge", "--dry-run")
+    assert main(["merge", "--hub", hub.url]) == 0
+    said = "aggregation.max_examples: 100000 -> 5"
+    assert said in capsys.readouterr().err
+    assert main(["sign", "--hub", hub.url]) == 0
+    assert said in capsys.readouterr().err
+    run("publish")
+    hub.contribute("bob")
+    assert main(["merge", "--hub", hub.url, "--dry-run"]) == 0
+    assert "hub.toml is not" not in capsys.readouterr().err
+
+
 # Changes of keys.
 
 

@@ -9,6 +9,7 @@ import click
 
 from moshi_fl.cli import hub_option, output_options
 from moshi_fl.console import Console
+from moshi_fl.hubfile import changed_settings
 from moshi_fl.records import Round
 from moshi_fl.strategies import find_strategy
 from moshi_fl.text import Percent, Size
@@ -67,6 +68,9 @@ def merge(
         passphrase=passphrase_from(passphrase_env),
     )
     _contributions(console, outcome)
+    published = outcome.open_round.snapshot.state.config
+    for change in changed_settings(published, outcome.open_round.rules.config):
+        console.warn(f"main's hub.toml is not the one last signed: {change}")
     record = outcome.built.record if outcome.built else outcome.proposal.record
     done = {True: "Published", False: "Proposed"}[publish] if not dry_run else "Computed"
     console.done(

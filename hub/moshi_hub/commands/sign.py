@@ -47,6 +47,8 @@ def sign(console: Console, number: int | None, hub: str | None, passphrase_env: 
         needed=done.need,
         added=done.added,
     )
+    for change in done.settings:
+        console.warn(f"you have signed a change of hub.toml: {change}")
     where = f" --hub {shlex.quote(hub)}" if hub else ""
     if done.have >= done.need:
         console.hint(f"moshi-hub publish{where}   (makes it the current round)")
