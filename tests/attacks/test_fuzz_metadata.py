@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import random
@@ -72,12 +73,8 @@ def test_no_metadata_crashes_or_convinces(hub: HubSimulator, tmp_path: Path, see
         names = chance.sample(NAMES, chance.choice([1, 1, 2]))
         lie = files | {name: mutated(files[name], chance) for name in names}
         before = chance.choice([{}, known, {"1.root.json": known["1.root.json"]}])
-        try:
+        with contextlib.suppress(MoshiError):
             trust = verify(Offer("hub", lie, SIGNED_FILES, tmp_path), before, tmp_path / "work")
-        except MoshiError as error:
-            assert str(error)
-            assert error.hint
-        else:  # only what is not signed differs
-            for name in names:
+            for name in names:  # only what is not signed differs
                 assert signed_part(trust.metadata[name]) == signed_part(files[name])
         shutil.rmtree(tmp_path / "work", ignore_errors=True)

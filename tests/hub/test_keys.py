@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import stat
@@ -250,7 +251,7 @@ def test_settings_that_came_to_main_unsigned_are_named_before_they_are_signed(
     assert main(["sign", "--hub", hub.url]) == 0
     assert said in capsys.readouterr().err
     run("publish")
-    hub.contribute("bob")
+    hub.contribute("bob", seed=2)
     assert main(["merge", "--hub", hub.url, "--dry-run"]) == 0
     assert "hub.toml is not" not in capsys.readouterr().err
 
@@ -366,7 +367,7 @@ def test_init_shows_the_root_and_locks_keys_with_a_passphrase(
     files = list(Path(made["keys"]).iterdir())
     assert len(files) == 3
     assert all(b"ENCRYPTED PRIVATE KEY" in file.read_bytes() for file in files)
-    monkeypatch.setattr("sys.stdin", open("/dev/null"))  # noqa: SIM115, PTH123
+    monkeypatch.setattr("sys.stdin", io.StringIO())
     assert main(["keys", "refresh", "--hub", url]) == 1
     assert "has a passphrase, and nobody is there" in capsys.readouterr().err
     assert main(["keys", "refresh", "--hub", url, "--passphrase-env", "SESAME"]) == 0
