@@ -46,6 +46,10 @@ class UntrustedHub(HubError):
         super().__init__(message, hint=hint or "ask the hub's maintainer; nothing was changed here")
 
 
+class StaleHub(HubError):
+    """The hub's signed metadata has expired: it may be frozen, so what it offers is not taken."""
+
+
 class CorruptRecord(MoshiError):
     """Bytes that are not what they claim to be."""
 

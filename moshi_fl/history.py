@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from moshi_fl.errors import BadSignature, CorruptRecord, HubError, UntrustedHub
 from moshi_fl.hubfile import MAX_HUBFILE_BYTES, HubConfig, parse_hubfile
 from moshi_fl.records import Contribution, Manifest, Round, digest, dump, load
+from moshi_fl.signed.files import MAX_METADATA_BYTES, METADATA_FILES
 from moshi_fl.signing import CONTRIBUTION_NAMESPACE, MAX_SIGNATURE_BYTES, verify_signature
 from moshi_fl.store import HubRepo, RefMissing
 from moshi_fl.weights import sha256_bytes
@@ -28,6 +29,9 @@ DELTA_FILE = "delta.safetensors"
 MAX_MANIFEST_BYTES = 8 << 20
 MAX_TOKENIZER_BYTES = 8 << 20
 MAX_LATEST_PACK = 32 << 20
+MAX_LATEST_FILES = 1000
+SIGNED_FILES = (MANIFEST_FILE, HUB_FILE, TOKENIZER_FILE)
+"""What the targets metadata signs."""
 LOCAL_LATEST = "refs/moshi-fl/latest"
 
 
@@ -66,6 +70,11 @@ class Refs:
     def next(self, number: int) -> str:
         """The ``latest`` of a proposed round, ready for the day it is published."""
         return f"{self.prefix}next/{number}"
+
+    @property
+    def next_root(self) -> str:
+        """A change of the hub's keys that waits for signatures."""
+        return f"{self.prefix}next/root"
 
 
 def contribution_branch(number: int, contribution_id: str) -> str:
@@ -152,16 +161,42 @@ def fetch_latest(repo: HubRepo, prefix: str | None = None) -> tuple[Refs, str]:
 
 
 def read_state(repo: HubRepo, refs: Refs, commit: str) -> HubState:
-    """Read and check a ``latest`` commit that is in the local store.
+    """Read and check a ``latest`` commit that is in the local store; its signatures are not.
 
     Raises:
         UntrustedHub: Its parts contradict each other.
         CorruptRecord, ConfigError: A part is malformed.
     """
-    manifest_bytes = repo.read(commit, MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
-    hubfile = repo.read(commit, HUB_FILE, limit=MAX_HUBFILE_BYTES).decode("utf-8", "replace")
-    tokenizer = repo.read(commit, TOKENIZER_FILE, limit=MAX_TOKENIZER_BYTES)
-    manifest = load(manifest_bytes, Manifest, name=MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
+    return parse_state(read_latest(repo, commit), refs, commit)
+
+
+def read_latest(repo: HubRepo, commit: str) -> dict[str, bytes]:
+    """The files of a ``latest`` commit that mean something, each within its limit.
+
+    Raises:
+        CorruptRecord: One of the hub's own is missing, or one is no plain file or too large.
+    """
+    limits = dict.fromkeys(METADATA_FILES, MAX_METADATA_BYTES) | {
+        MANIFEST_FILE: MAX_MANIFEST_BYTES,
+        HUB_FILE: MAX_HUBFILE_BYTES,
+        TOKENIZER_FILE: MAX_TOKENIZER_BYTES,
+    }
+    found = repo.read_listed(commit, limits, at_most=MAX_LATEST_FILES)
+    for name in SIGNED_FILES:
+        if name not in found:
+            raise CorruptRecord(f"{commit} has no file {name!r}.")
+    return found
+
+
+def parse_state(files: Mapping[str, bytes], refs: Refs, commit: str) -> HubState:
+    """What the files of a ``latest`` commit say, checked against each other.
+
+    Raises:
+        As for ``read_state``.
+    """
+    data, tokenizer = files[MANIFEST_FILE], files[TOKENIZER_FILE]
+    hubfile = files[HUB_FILE].decode("utf-8", "replace")
+    manifest = load(data, Manifest, name=MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
     config = parse_hubfile(hubfile)
     check_chain(manifest.rounds)
     _check_state(manifest, config, refs, tokenizer)

@@ -93,6 +93,13 @@ class VocabularyRules(_Table, frozen=True, kw_only=True):
     max_size: Annotated[int, Meta(ge=256)] = 4096
 
 
+class TrustRules(_Table, frozen=True, kw_only=True):
+    """``[trust]``: how long signatures hold, in days."""
+
+    timestamp_days: Annotated[int, Meta(ge=1, le=3650)] = 90
+    metadata_days: Annotated[int, Meta(ge=1, le=3650)] = 365
+
+
 class HubConfig(_Table, frozen=True, kw_only=True):
     """The whole file."""
 
@@ -104,6 +111,7 @@ class HubConfig(_Table, frozen=True, kw_only=True):
     storage: StorageRules = StorageRules()
     evaluation: EvaluationRules = EvaluationRules()
     vocabulary: VocabularyRules = VocabularyRules()
+    trust: TrustRules = TrustRules()
 
     @property
     def family(self) -> str:
@@ -136,6 +144,17 @@ def parse_hubfile(text: str, *, name: str = "hub.toml") -> HubConfig:
     if not isinstance(config.model.get("family"), str):
         raise ConfigError(f'{name}: [model] needs family = "…".')
     return config
+
+
+def changed_settings(old: HubConfig, new: HubConfig) -> list[str]:
+    """What differs between two files, as ``table.key: old -> new``."""
+    before, after = msgspec.to_builtins(old), msgspec.to_builtins(new)
+    return [
+        f"{table}.{key}: {before[table].get(key)!r} -> {after[table].get(key)!r}"
+        for table in after
+        for key in sorted({*before[table], *after[table]})
+        if before[table].get(key) != after[table].get(key)
+    ]
 
 
 def _located(message: str, text: str, name: str) -> ConfigError:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import struct
 from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 import zstandard
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +28,8 @@ from moshi_fl.records import Contribution, File, Location, Metrics, Training, We
 from moshi_fl.rules import Claim, contribution_weight, round_weights
 from moshi_fl.snapshot import encode_keyframe, encode_step, grow
 from moshi_fl.weights import Weights
+from moshi_hub.rotation import change_root, open_bench, replace
+from tests.support.simulator import HubSimulator
 
 SHAPES = {"bias": (7,), "layer.weight": (30, 41), "scalar": ()}
 
@@ -445,3 +452,106 @@ def test_the_vocabulary_grows_by_the_book() -> None:
             for byte in spelling:
                 total = total + float(matrix[4 + byte, column])
             assert row[column] == np.float32(total / len(spelling))
+
+
+# Signed metadata.
+
+FILES = ("manifest.json", "hub.toml", "tokenizer.json")
+
+
+def canonical(value: Any) -> str:
+    """TUF's canonical JSON."""
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, dict):
+        members = (f"{canonical(key)}:{canonical(value[key])}" for key in sorted(value))
+        return "{" + ",".join(members) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(canonical, value)) + "]"
+    assert value is None or isinstance(value, bool | int)
+    return json.dumps(value)
+
+
+def is_signed(metadata: Any, root: Any, role: str) -> bool:
+    """Whether enough keys of a role, as this root names them, have signed."""
+    by_id = {entry["keyid"]: entry["sig"] for entry in metadata["signatures"]}
+    wanted = root["signed"]["roles"][role]
+    valid = 0
+    for keyid in set(wanted["keyids"]) & set(by_id):
+        key = root["signed"]["keys"][keyid]
+        assert (key["keytype"], key["scheme"]) == ("ed25519", "ed25519")
+        public = Ed25519PublicKey.from_public_bytes(bytes.fromhex(key["keyval"]["public"]))
+        try:
+            public.verify(bytes.fromhex(by_id[keyid]), canonical(metadata["signed"]).encode())
+        except InvalidSignature:
+            continue
+        valid += 1
+    return valid >= wanted["threshold"]
+
+
+def matches(data: bytes, said: Any) -> bool:
+    digest = hashlib.sha256(data).hexdigest()
+    return (len(data), digest) == (said["length"], said["hashes"]["sha256"])
+
+
+def last_root(files: dict[str, bytes], pinned: bytes) -> Any | None:
+    """The root that counts, if each was signed by the one before and by itself."""
+    root, version = json.loads(pinned), 1
+    assert files["1.root.json"] == pinned
+    while f"{version + 1}.root.json" in files:
+        version += 1
+        later = json.loads(files[f"{version}.root.json"])
+        signed = is_signed(later, root, "root") and is_signed(later, later, "root")
+        if not signed or later["signed"]["version"] != version:
+            return None
+        root = later
+    return root
+
+
+def holds(files: dict[str, bytes], root: Any, role: str) -> bool:
+    """Whether a role's file is signed, has not expired, and names the file below as it is."""
+    metadata = json.loads(files[f"{role}.json"])
+    fresh = datetime.fromisoformat(metadata["signed"]["expires"]) > datetime.now(UTC)
+    named = metadata["signed"].get("meta", {}).items()
+    below = all(
+        matches(files[name], said)
+        and json.loads(files[name])["signed"]["version"] == said["version"]
+        for name, said in named
+    )
+    return is_signed(metadata, root, role) and fresh and below
+
+
+def verified(files: dict[str, bytes], pinned: bytes) -> bool:
+    """The checks of a first contact, in the order of the text."""
+    root = last_root(files, pinned)
+    if root is None or not all(
+        holds(files, root, role) for role in ("timestamp", "snapshot", "targets")
+    ):
+        return False
+    targets = json.loads(files["targets.json"])["signed"]["targets"]
+    assert set(targets) == set(FILES)
+    return all(matches(files[name], targets[name]) for name in FILES)
+
+
+def test_canonical_json_of_the_metadata_is_as_in_the_worked_example() -> None:
+    assert canonical({"b": 1, "a": ["x\ny", True, None]}) == '{"a":["x\ny",true,null],"b":1}'
+
+
+def test_signed_metadata_is_verified_by_the_book(tmp_path: Path) -> None:
+    hub = HubSimulator(tmp_path)
+    pinned = hub.latest()["1.root.json"]
+    bench = open_bench(hub.replica)
+    for role in ("root", "online"):
+        name = "timestamp" if role == "online" else role
+        (old,) = bench.desk.root.get_delegated_role(name).keyids
+        change_root(bench, replace(old, bench.desk.keys.create(role).public_key, role))
+        bench = open_bench(hub.replica)
+    files = hub.latest()
+    assert {f"{version}.root.json" for version in (1, 2, 3)} < set(files)
+    for version in (1, 2, 3):
+        for keyid, key in json.loads(files[f"{version}.root.json"])["signed"]["keys"].items():
+            named = {"keytype": "ed25519", "scheme": "ed25519", "keyval": key["keyval"]}
+            assert hashlib.sha256(canonical(named).encode()).hexdigest() == keyid
+    assert verified(files, pinned)
+    for name in (*FILES, "2.root.json", "timestamp.json", "snapshot.json", "targets.json"):
+        assert not verified({**files, name: files[name].replace(b"1", b"2", 1)}, pinned), name

@@ -11,7 +11,9 @@ COMMANDS = {
     "init": ("moshi_hub.commands.init:init", "Create a hub and publish round 0."),
     "verify": ("moshi_hub.commands.verify:verify", "Check contributions against the hub's rules."),
     "merge": ("moshi_hub.commands.merge:merge", "Aggregate accepted contributions into a round."),
+    "sign": ("moshi_hub.commands.sign:sign", "Recompute a proposed round, and sign it."),
     "publish": ("moshi_hub.commands.publish:publish", "Make a prepared round the current one."),
+    "keys": ("moshi_hub.commands.keys:keys", "Show and change whose signatures count."),
     "doctor": ("moshi_hub.commands.doctor:doctor", "Check a hub's repository and its settings."),
 }
 

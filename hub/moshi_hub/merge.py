@@ -8,23 +8,27 @@ from pathlib import Path
 
 from moshi_fl.aggregate import get_strategy
 from moshi_fl.errors import ConfigError, HubError, MoshiError
-from moshi_fl.history import HUB_FILE, round_branch
+from moshi_fl.history import HUB_FILE, SIGNED_FILES, HubState, read_latest, round_branch
 from moshi_fl.hubfile import MAX_HUBFILE_BYTES, HubConfig, parse_hubfile
 from moshi_fl.records import Contribution, Round, Strategy
 from moshi_fl.replica import Replica, Snapshot
 from moshi_fl.restore import StrategyFinder
 from moshi_fl.rules import owner_of, shapes_of, strategy_options
+from moshi_fl.signed.files import TARGETS
 from moshi_fl.signing import check_ssh_keygen
 from moshi_fl.store import HubRepo
 from moshi_hub.cleanup import clean_up, settle
 from moshi_hub.collect import judge, known_deltas, known_keys, make_rules, open_branches
 from moshi_hub.intake import Arrivals, arrivals
+from moshi_hub.keys import KeyStore, Passphrase, passphrase_from_environment
 from moshi_hub.likeness import likeness
+from moshi_hub.metadata import Desk, utc_now
 from moshi_hub.propose import Evaluator, Proposal, propose
 from moshi_hub.publish import (
     Built,
     author,
     build_round,
+    fetch_proposed,
     publish_proposed,
     push_proposed,
     push_published,
@@ -137,6 +141,7 @@ def merge(
     *,
     evaluator: Callable[[HubConfig], Evaluator | None],
     find_strategy: StrategyFinder = get_strategy,
+    passphrase: Passphrase = passphrase_from_environment,
 ) -> Outcome:
     """Merge the open contributions into the next round.
 
@@ -145,14 +150,18 @@ def merge(
         options: The maintainer's decisions.
         evaluator: Gives what measures held-out loss, or None where there is no held-out data.
         find_strategy: Looks up an aggregation strategy by name.
+        passphrase: Gives the passphrase of a key that has one.
 
     Raises:
-        HubError: Too few contributions; or someone else published first.
+        HubError: Too few contributions; someone else published first; or the keys here do not
+            suffice to publish.
     """
     with replica.workspace() as folder:
         found = look(replica, folder)
         if options.publish:
             found = _finish_clean_up(replica, found)
+        if options.publish and not options.dry_run:
+            desk_for(replica, found.snapshot.state, found.rules.config, passphrase).require_keys()
         found, chosen, waiting = choose(found, options.exclude, folder / "deltas")
         proposal = propose(
             found.snapshot.state,
@@ -166,7 +175,23 @@ def merge(
         )
         if options.dry_run:
             return _outcome(found, proposal, None, waiting)
-        return _push(replica, found, proposal, waiting, options)
+        return _push(replica, found, proposal, waiting, options, passphrase)
+
+
+def desk_for(
+    replica: Replica,
+    state: HubState,
+    config: HubConfig,
+    passphrase: Passphrase = passphrase_from_environment,
+) -> Desk:
+    """Where the hub's next metadata is signed: on top of what was just verified.
+
+    All roots come from the hub: this machine may have been pinned to a later one than the first.
+    """
+    files = read_latest(replica.repo, state.commit)
+    metadata = {name: data for name, data in files.items() if name not in SIGNED_FILES}
+    store = KeyStore(replica.home, state.config.hub.id, passphrase=passphrase)
+    return Desk(metadata, store, config.trust, utc_now())
 
 
 def _finish_clean_up(replica: Replica, found: OpenRound) -> OpenRound:
@@ -271,11 +296,18 @@ def _push(
     proposal: Proposal,
     waiting: Sequence[Contribution],
     options: Options,
+    passphrase: Passphrase,
 ) -> Outcome:
     repo, state = replica.repo, found.snapshot.state
+    desk = desk_for(replica, state, proposal.config, passphrase)
+
+    def sign(files: Mapping[str, bytes], number: int) -> Mapping[str, bytes]:
+        metadata = desk.propose(files, number)
+        return desk.publish(metadata[TARGETS]) if options.publish else metadata
+
     report = round_report(proposal, found.verdicts, waiting)
     by = author(options.name)
-    built = build_round(repo, state, found.main, proposal, report, by, found.signatures)
+    built = build_round(repo, state, found.main, proposal, report, by, found.signatures, sign)
     present = repo.remote_refs(f"{state.refs.prefix}*", round_branch(built.record.round))
     if not options.publish:
         push_proposed(repo, state, built, present)
@@ -306,20 +338,40 @@ def _outcome(
     return Outcome(found, proposal, built, tuple(waiting), update, keyframe, leftovers)
 
 
-def publish_round(replica: Replica, number: int | None = None) -> tuple[Round, str]:
+def publish_round(
+    replica: Replica,
+    number: int | None = None,
+    *,
+    passphrase: Passphrase = passphrase_from_environment,
+    name: str = "moshi-hub",
+) -> tuple[Round, str]:
     """Publish a proposed round, then remove what it has settled.
 
     Args:
         replica: The hub's copy on this machine.
         number: Which round; the next one when None.
+        passphrase: Gives the passphrase of a key that has one.
+        name: Who makes the commit.
 
     Returns:
         The round's record, and why the clean-up is not complete (empty when it is).
+
+    Raises:
+        TooFewSignatures: Not enough maintainers have signed it.
     """
     with replica.workspace() as folder:
         found = look(replica, folder)
+        state = found.snapshot.state
         wanted = found.snapshot.round + 1 if number is None else number
-        publish_proposed(replica.repo, found.snapshot.state, found.main, wanted)
+        proposed = fetch_proposed(replica.repo, state.refs, wanted)
+        desk = desk_for(replica, state, found.rules.config, passphrase)
+        if not desk.is_next(proposed.targets, proposed.files, wanted):
+            raise HubError(
+                f"what was signed of round {wanted} does not follow on what the hub has now.",
+                hint=f"moshi-hub sign {wanted}   (signs it anew, on top of that)",
+            )
+        metadata = desk.publish(proposed.targets)
+        publish_proposed(replica.repo, state, found.main, proposed, metadata, author(name))
         record = replica.pull().record
         taken = {merged.id for merged in record.contributions}
         dropped = _select(found, found.intake, folder / "deltas").dropped

@@ -22,6 +22,7 @@ from moshi_fl.errors import BadSignature, Rejected, SigningError, TrainingError
 from moshi_fl.history import DELTA_FILE, HubState, check_signature
 from moshi_fl.hubfile import HubConfig
 from moshi_fl.models.family import Corpus, DataSummary, Task
+from moshi_fl.policy import NO_DEMANDS, Policy
 from moshi_fl.records import Contribution, File, Location, Metrics, dump
 from moshi_fl.replica import Replica, Snapshot
 from moshi_fl.signing import CONTRIBUTION_NAMESPACE, Signer, fingerprint, own_signer
@@ -124,7 +125,7 @@ def contribute(
         SigningError: The key cannot be used; nothing was sent.
     """
     options, listener, home = options or Options(), listener or Silent(), home or default_home()
-    manager = SyncManager(hub, home=home)
+    manager = SyncManager(hub, home=home, root=options.root, policy=options.policy)
     signer = own_signer(home, options.key, interactive=options.interactive)
     snapshot = manager.pull()
     listener.stage("sync", _whence(snapshot))
@@ -148,6 +149,8 @@ def resume(
     dry_run: bool = False,
     key: Path | None = None,
     interactive: bool = False,
+    root: str = "",
+    policy: Policy = NO_DEMANDS,
 ) -> Outcome:
     """Continue the last unfinished contribution to ``hub``, as it was planned.
 
@@ -156,7 +159,7 @@ def resume(
         SigningError: The key cannot be used, or it is not the one that it was begun with.
     """
     listener, home = listener or Silent(), home or default_home()
-    manager = SyncManager(hub, home=home)
+    manager = SyncManager(hub, home=home, root=root, policy=policy)
     runs = Runs(manager.replica.folder / "runs")
     run = runs.resume()
     signer = own_signer(home, key, interactive=interactive)
@@ -203,7 +206,8 @@ def _check_key(plan: RunPlan, signer: Signer) -> None:
 
 
 def _whence(snapshot: Snapshot) -> str:
-    text = f"round {snapshot.round}"
+    trust = "trusting from now on its root" if snapshot.first_contact else "signed under root"
+    text = f"round {snapshot.round}, {trust} {snapshot.root}"
     return text if snapshot.online else f"{text}, from the cache: {snapshot.problem}"
 
 

@@ -11,6 +11,7 @@ from msgspec import UNSET, UnsetType
 
 from moshi_fl.models.family import Corpus, Task
 from moshi_fl.optimizer import BETA2
+from moshi_fl.policy import NO_DEMANDS, Policy
 from moshi_fl.records import Training
 from moshi_fl.replica import Snapshot
 from moshi_fl.train import Recipe, calibrate, steps_for_epochs
@@ -22,7 +23,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Options:
-    """What a contributor may decide; None leaves it to the hub's recipe."""
+    """What a contributor may decide; None leaves it to the hub's recipe.
+
+    ``root`` is the fingerprint that the hub's root of trust must have; empty pins the first seen.
+    ``policy`` is what else is demanded of the round.
+    """
 
     steps: int | None = None
     minutes: float | None = None
@@ -39,6 +44,8 @@ class Options:
     """The contributor's own SSH key; None uses the one that moshi-fl made for them."""
     interactive: bool = False
     """Whether ssh-keygen may ask on the terminal for what the key needs."""
+    root: str = ""
+    policy: Policy = NO_DEMANDS
 
 
 def make_plan(

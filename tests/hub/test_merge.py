@@ -75,7 +75,7 @@ def test_a_dry_run_changes_nothing(hub: HubSimulator) -> None:
 def test_two_merges_race_and_one_wins(hub: HubSimulator) -> None:
     """The second one looked before the first published, and publishes after it."""
     hub.contribute("ann")
-    other = Replica(hub.url, hub.folder / "second maintainer")
+    other = hub.maintainer("second maintainer")
     late = _merge_interrupted_by(other, lambda: hub.merge(name="the first"))
     with pytest.raises(PushRejected, match="another merge published first"):
         late()
@@ -157,7 +157,7 @@ def test_a_proposal_does_not_replace_the_weights_of_a_round_that_was_published_m
 ) -> None:
     hub.contribute("ann")
     hub.merge(publish=False)
-    other = Replica(hub.url, hub.folder / "second maintainer")
+    other = hub.maintainer("second maintainer")
     late = _merge_interrupted_by(other, lambda: publish_round(hub.replica), publish=False)
     with pytest.raises(PushRejected, match="another merge published first"):
         late()
@@ -174,7 +174,7 @@ def test_a_proposal_that_is_made_anew_while_it_is_published_stays_unpublished(
 
     def late(updates) -> None:
         monkeypatch.undo()
-        hub.merge(publish=False, replica=Replica(hub.url, hub.folder / "second"), name="second")
+        hub.merge(publish=False, replica=hub.maintainer("second"), name="second")
         push(updates)
 
     monkeypatch.setattr(hub.replica.repo, "push", late)

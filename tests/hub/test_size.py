@@ -153,7 +153,7 @@ def test_age_costs_nothing_to_those_who_start_or_follow(
     root = tmp_path / "served"
     young = shutil.copytree(lived.path, root / "young.git")
     old = shutil.copytree(young, root / "old.git")
-    grow_old(old, Replica(str(old), tmp_path / "ageing"), 1000)
+    grow_old(old, Replica(str(old), lived.home), 1000)
     with counted(root) as wire:
         start, again = pulled(wire, "young", tmp_path)
         late_start, late_again = pulled(wire, "old", tmp_path)

@@ -131,7 +131,9 @@ def test_a_rewound_hub_is_refused(hub: HubSimulator) -> None:
     repo = hub.person("reader").repo
     back = [RefUpdate(ref, earlier[ref], ANY) for ref in (MAIN, "refs/moshi/latest")]
     hub.replica.repo.push(back)
-    with pytest.raises(UntrustedHub, match="rewound: it offers round 1, but round 2"):
+    with pytest.raises(
+        UntrustedHub, match=r"rewound: it offers version 2 of timestamp.json, but version 3"
+    ):
         hub.sync()
     assert repo
     assert hub.sync(offline=True).round == reader.round == 2
@@ -166,3 +168,14 @@ def test_syncing_imports_neither_torch_nor_flower(hub: HubSimulator) -> None:
     )
     argv = [sys.executable, "-c", script, hub.url, str(hub.folder / "lean")]
     assert subprocess.run(argv, check=False).returncode == 0
+
+
+def test_a_sync_that_finds_nothing_new_loads_no_tuf(hub: HubSimulator) -> None:
+    script = (
+        "import sys; from pathlib import Path; from moshi_sdk.sync import SyncManager; "
+        "SyncManager(sys.argv[1], home=Path(sys.argv[2])).pull(); "
+        "sys.exit(any(name in sys.modules for name in ('tuf', 'cryptography', 'urllib3')))"
+    )
+    argv = [sys.executable, "-c", script, hub.url, str(hub.folder / "lean")]
+    statuses = [subprocess.run(argv, check=False).returncode for _ in range(2)]
+    assert statuses == [1, 0]

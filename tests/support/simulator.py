@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ from moshi_fl.history import (
     MAIN,
     contribution_branch,
     contribution_path,
+    read_latest,
     signature_path,
 )
+from moshi_fl.hubfile import TrustRules
 from moshi_fl.models import get_preset
 from moshi_fl.models.family import Preset
 from moshi_fl.records import Contribution, File, Location, Training, dump
@@ -28,7 +32,9 @@ from moshi_fl.store import ANY, Author, RefUpdate
 from moshi_fl.strategies import find_strategy
 from moshi_fl.weights import Weights, sha256_bytes
 from moshi_hub.create import Plan, create
+from moshi_hub.keys import KeyStore
 from moshi_hub.merge import OpenRound, Options, Outcome, look, merge
+from moshi_hub.metadata import Desk, utc_now
 from moshi_hub.verify import Verdict
 from moshi_sdk.submit import DELTA_AUTHOR
 from moshi_sdk.sync import SyncManager
@@ -85,6 +91,38 @@ class HubSimulator:
     def person(self, name: str) -> Replica:
         """Someone else's copy of the hub."""
         return Replica(self.url, self.folder / name)
+
+    def maintainer(self, name: str) -> Replica:
+        """Another maintainer's copy of the hub, with all of its keys."""
+        shutil.copytree(self.home / "keys", self.folder / name / "keys", dirs_exist_ok=True)
+        return self.person(name)
+
+    def desk(self, **rules: int) -> Desk:
+        """Where the hub's keys sign, on top of what is there now; dates may lie in the past."""
+        state = self.replica.look()
+        keys = KeyStore(self.home, state.config.hub.id)
+        now = utc_now() + timedelta(days=rules.pop("days", 0))
+        return Desk(self.replica.trust.load(), keys, TrustRules(**rules), now)
+
+    def signed(self, files: Mapping[str, bytes], *, number: int, **rules: int) -> dict[str, bytes]:
+        """These files with metadata that the hub's own keys have signed, whatever they say."""
+        desk = self.desk(**rules)
+        targets = desk.sign_targets(desk.draft_targets(files, number))
+        return {**files, **desk.publish(targets)}
+
+    def offer(self, files: Mapping[str, bytes]) -> str:
+        """Make ``latest`` consist of these files, as whoever rules the repository can."""
+        repo = self.replica.repo
+        tree = repo.tree({name: repo.put(data) for name, data in files.items()})
+        commit = repo.commit(tree, message="x\n", author=Author("Liar", "liar@x"), when=1)
+        repo.push([RefUpdate("refs/moshi/latest", commit, ANY)])
+        return commit
+
+    def latest(self) -> dict[str, bytes]:
+        """The files of ``latest``."""
+        repo = self.replica.repo
+        commit = repo.fetch({"refs/moshi/latest": "refs/test/latest"})["refs/test/latest"]
+        return read_latest(repo, commit)
 
     def sync(self, name: str = "reader", **how: Any) -> Snapshot:
         """Someone brings the newest round to their machine."""

@@ -9,10 +9,11 @@ import click
 
 from moshi_fl.cli import hub_option, output_options
 from moshi_fl.console import Console
+from moshi_fl.hubfile import changed_settings
 from moshi_fl.records import Round
 from moshi_fl.strategies import find_strategy
 from moshi_fl.text import Percent, Size
-from moshi_hub.options import maintainer, replica_for
+from moshi_hub.options import maintainer, passphrase_from, passphrase_option, replica_for
 
 
 @click.command()
@@ -27,15 +28,18 @@ from moshi_hub.options import maintainer, replica_for
     help="Held-out files to measure this and later merges on; they stay on this machine.",
 )
 @click.option("--dry-run", is_flag=True, help="Compute and report; push nothing.")
+@passphrase_option
 @output_options
 def merge(
     console: Console,
+    *,
     hub: str | None,
     publish: bool,
     strategy: str | None,
     exclude: tuple[str, ...],
     eval_data: tuple[Path, ...],
     dry_run: bool,
+    passphrase_env: str,
 ) -> None:
     r"""Verify the open contributions, aggregate the accepted ones, and make the next round.
 
@@ -57,11 +61,18 @@ def merge(
         store_pool(replica, state.config, state.tokenizer, eval_data)
     options = Options(publish, dry_run, strategy, exclude, maintainer())
     outcome: Outcome = run(
-        replica, options, evaluator=evaluator_for(replica), find_strategy=find_strategy
+        replica,
+        options,
+        evaluator=evaluator_for(replica),
+        find_strategy=find_strategy,
+        passphrase=passphrase_from(passphrase_env),
     )
     if outcome.open_round.arrivals.problem:
         console.warn(outcome.open_round.arrivals.problem)
     _contributions(console, outcome)
+    published = outcome.open_round.snapshot.state.config
+    for change in changed_settings(published, outcome.open_round.rules.config):
+        console.warn(f"main's hub.toml is not the one last signed: {change}")
     record = outcome.built.record if outcome.built else outcome.proposal.record
     done = {True: "Published", False: "Proposed"}[publish] if not dry_run else "Computed"
     console.done(

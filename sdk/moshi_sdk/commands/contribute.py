@@ -12,10 +12,19 @@ from moshi_fl.cli import hub_option, output_options
 from moshi_fl.config import ensure_home
 from moshi_fl.console import Console
 from moshi_fl.errors import ConfigError
+from moshi_fl.policy import Policy
 from moshi_fl.progress import Progress
 from moshi_fl.signing import fingerprint
 from moshi_fl.text import Size
-from moshi_sdk.options import hub_flag, pick_device, settings_for, signing_key, use_threads
+from moshi_sdk.options import (
+    attestations_option,
+    hub_flag,
+    pick_device,
+    root_option,
+    settings_for,
+    signing_key,
+    use_threads,
+)
 
 LABELS = {
     "sync": "Model", "data": "Data", "measure": "Result", "encode": "Delta",
@@ -54,6 +63,8 @@ LABELS = {
 @click.option("--dry-run", is_flag=True, help="Train and show what would be sent; send nothing.")
 @click.option("--resume", is_flag=True, help="Continue the last unfinished contribution.")
 @click.option("--discard", is_flag=True, help="Drop the last unfinished contribution.")
+@root_option
+@attestations_option
 @output_options
 def contribute(console: Console, resume: bool, discard: bool, dry_run: bool, **flags: Any) -> None:
     r"""Train the hub's model on your data and send the weight delta.
@@ -75,8 +86,9 @@ def contribute(console: Console, resume: bool, discard: bool, dry_run: bool, **f
     amounts = [name for name in ("steps", "minutes", "epochs") if flags[name] is not None]
     if len(amounts) > 1:
         raise click.UsageError(f"--{amounts[0]} and --{amounts[1]} exclude each other.")
-    own = ("hub", "data", "device", "precision", "contributor", "signing_key")
-    settings = settings_for(**{name: flags[name] for name in own})
+    names = ("hub", "data", "device", "precision", "contributor", "signing_key", "min_attestations")
+    own = {name: flags[name] for name in names}
+    settings = settings_for(**own)
     use_threads(settings.threads)
     console.resume_command = f"moshi-fl contribute{hub_flag(settings)} --resume"
     from moshi_sdk import contribute as work
@@ -94,6 +106,8 @@ def contribute(console: Console, resume: bool, discard: bool, dry_run: bool, **f
                 dry_run=dry_run,
                 key=signing_key(settings),
                 interactive=sys.stdin.isatty(),
+                root=flags["root"],
+                policy=Policy(min_attestations=settings.min_attestations),
             )
         else:
             options = _options(flags, settings, dry_run)
@@ -109,12 +123,22 @@ def _options(flags: dict[str, Any], settings: Any, dry_run: bool) -> Any:
     from moshi_sdk.planning import Options
 
     precision = settings.precision if settings.origin("precision") != "default" else None
-    names = ("steps", "minutes", "epochs", "learning_rate", "batch_size", "seed", "max_bytes")
+    names = (
+        "root",
+        "steps",
+        "minutes",
+        "epochs",
+        "learning_rate",
+        "batch_size",
+        "seed",
+        "max_bytes",
+    )
     return Options(
         **{name: flags[name] for name in names},
         device=pick_device(settings.device),
         precision=precision,
         contributor=settings.contributor,
+        policy=Policy(min_attestations=settings.min_attestations),
         dry_run=dry_run,
         key=signing_key(settings),
         interactive=sys.stdin.isatty(),

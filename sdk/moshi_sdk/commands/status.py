@@ -10,7 +10,7 @@ from moshi_fl.history import HubState, contribution_branch
 from moshi_fl.replica import Replica, Snapshot
 from moshi_fl.store import redact
 from moshi_fl.text import Moment, Size
-from moshi_sdk.options import hub_flag, settings_for, sync_manager
+from moshi_sdk.options import FIRST_CONTACT, hub_flag, settings_for, sync_manager
 from moshi_sdk.runs import Run, Runs
 
 SHOWN_ROUNDS = 10
@@ -33,6 +33,8 @@ def status(console: Console, hub: str | None, offline: bool) -> None:
     snapshot = manager.pull(offline=offline)
     if not snapshot.online and not offline:
         console.warn(f"{snapshot.problem} This is what was last seen.")
+    if snapshot.first_contact:
+        console.note(FIRST_CONTACT)
     _show_hub(console, settings.hub, snapshot)
     console.table(_rounds(snapshot.state), name="rounds")
     resume = f"moshi-fl contribute{hub_flag(settings)} --resume"
@@ -55,6 +57,7 @@ def _show_hub(console: Console, hub: str, snapshot: Snapshot) -> None:
         model=f"{config.family}, {record.parameters:,} parameters",
         round=record.round,
         online=snapshot.online,
+        root=snapshot.root,
     )
 
 
