@@ -9,6 +9,7 @@ from typing import NamedTuple
 from moshi_fl.aggregate.robust import next_running_norm
 from moshi_fl.hubfile import AggregationRules, VocabularyRules
 from moshi_fl.records import Contribution, Round, Scalar, Weighting
+from moshi_fl.sshsig import parse_key
 from moshi_fl.weights import Weights
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -29,8 +30,8 @@ class Claim(NamedTuple):
 
 
 def owner_of(contribution: Contribution) -> str:
-    """Who stands behind a contribution."""
-    return contribution.contributor
+    """Who stands behind a contribution whose signature was checked: its key's fingerprint."""
+    return parse_key(contribution.key).fingerprint
 
 
 def weighting(rules: AggregationRules) -> Weighting:
