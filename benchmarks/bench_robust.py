@@ -1,4 +1,4 @@
-"""Krum and ``robust`` on contributions of 10.7 million float32 parameters, against byzfl's and Flower's.
+"""Krum and ``robust`` on deltas of 10.7 million float32 parameters, against byzfl and Flower.
 
 As in ``bench_aggregate``: each side in a process of its own, with one thread, from the files to the
 aggregated delta in memory; the best of ``TURNS``; memory above that after the imports. byzfl gets
@@ -33,7 +33,7 @@ STRATEGIES = ("krum", "robust")
 
 
 def write_contributions(folder: Path, count: int) -> None:
-    """Files ``00.safetensors`` … of deltas that share a direction; a fifth of them turn it around."""
+    """Files ``00.safetensors`` … of deltas of one direction; a fifth turn it around."""
     codec = get_codec("f32", {})
     random = np.random.default_rng(0)
     common = {name: random.standard_normal(shape, np.float32) for name, shape in SHAPES.items()}

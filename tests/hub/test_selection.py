@@ -100,7 +100,7 @@ def test_sybil_copies_count_once(hub: HubSimulator) -> None:
     hub.contribute("ben", seed=2)
     for number in range(3):
         noise = random_delta(base, 50 + number, scale=1e-6)
-        copy = {name: np.float32(1 + number) * work[name] + noise[name] for name in work}
+        copy = {name: np.float32(2 + number) * work[name] + noise[name] for name in work}
         hub.contribute(f"sybil{number}", delta=copy)
     outcome = hub.merge()
     dropped = [v for v in outcome.open_round.verdicts if not v.accepted]
@@ -128,7 +128,7 @@ def test_the_report_says_what_was_left_out_and_why(hub: HubSimulator) -> None:
 
 
 def test_a_newer_base_supersedes_what_its_owner_sent_before(hub: HubSimulator) -> None:
-    old = hub.sync("slow")
+    old = hub.sync("ann")
     hub.rounds(1)
     late, new = hub.contribute("ann", on=old, seed=7), hub.contribute("ann", seed=8)
     record = hub.merge().built.record
@@ -137,7 +137,7 @@ def test_a_newer_base_supersedes_what_its_owner_sent_before(hub: HubSimulator) -
 
 
 def test_a_proposal_settles_what_it_left_out(hub: HubSimulator) -> None:
-    old = hub.sync("slow")
+    old = hub.sync("ann")
     hub.rounds(1)
     hub.contribute("ann", on=old, seed=1)
     hub.contribute("ann", seed=2)
