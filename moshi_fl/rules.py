@@ -7,10 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from moshi_fl.aggregate.robust import next_running_norm
-from moshi_fl.errors import CorruptRecord
 from moshi_fl.hubfile import AggregationRules, VocabularyRules
 from moshi_fl.records import Contribution, Round, Scalar, Weighting
-from moshi_fl.sshsig import fingerprint_of
+from moshi_fl.sshsig import parse_key
 from moshi_fl.weights import Weights
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -31,15 +30,8 @@ class Claim(NamedTuple):
 
 
 def owner_of(contribution: Contribution) -> str:
-    """Who stands behind a contribution: the fingerprint of its key.
-
-    Raises:
-        CorruptRecord: The record names no usable key.
-    """
-    try:
-        return fingerprint_of(contribution.key)
-    except ValueError as error:
-        raise CorruptRecord(f"contribution {contribution.id[:12]}: {error}.") from error
+    """Who stands behind a contribution whose signature was checked: its key's fingerprint."""
+    return parse_key(contribution.key).fingerprint
 
 
 def weighting(rules: AggregationRules) -> Weighting:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moshi_fl.errors import BadSignature, SigningError
-from moshi_fl.sshsig import MAX_SIGNATURE_BYTES, fingerprint_of, parse_key, parse_signature
+from moshi_fl.sshsig import MAX_SIGNATURE_BYTES, parse_key, parse_signature
 from moshi_fl.store.failures import disk_errors, disk_full
 from moshi_fl.store.locking import LOCK_FILE, FolderLock
 from moshi_fl.text import clean
@@ -185,7 +185,7 @@ def fingerprint(public_key: str) -> str:
         BadSignature: It is no public key.
     """
     try:
-        return fingerprint_of(public_key)
+        return parse_key(public_key).fingerprint
     except ValueError as error:
         raise BadSignature(f"the key cannot be used: {error}.") from error
 

@@ -55,6 +55,11 @@ class Key:
         """Type and base64, without a comment: how records spell it."""
         return f"{self.kind} {base64.b64encode(self.blob).decode()}"
 
+    @property
+    def fingerprint(self) -> str:
+        """How people name it, as ``ssh-keygen -l`` prints it: ``SHA256:`` and 43 characters."""
+        return "SHA256:" + base64.b64encode(hashlib.sha256(self.blob).digest()).decode().rstrip("=")
+
 
 @dataclass(frozen=True)
 class Signature:
@@ -222,13 +227,3 @@ class _Reader:
         """Insist that nothing follows."""
         if self._at != len(self._data):
             raise ValueError("something follows its end")
-
-
-def fingerprint_of(public_key: str) -> str:
-    """How people name a key, as ``ssh-keygen -l`` prints it: ``SHA256:`` and 43 characters.
-
-    Raises:
-        ValueError: It is no public key.
-    """
-    blob = hashlib.sha256(parse_key(public_key).blob).digest()
-    return "SHA256:" + base64.b64encode(blob).decode().rstrip("=")
