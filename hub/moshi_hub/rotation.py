@@ -11,9 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from securesystemslib.signer import Key
+from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, Root
 
-from moshi_fl.errors import HubError
+from moshi_fl.errors import HubError, UntrustedHub
 from moshi_fl.history import MAX_LATEST_PACK, SIGNED_FILES, HubState, read_latest
 from moshi_fl.replica import Replica
 from moshi_fl.signed.files import (
@@ -186,11 +187,7 @@ def sign_change(bench: Bench) -> Changed:
     waiting = waiting_change(bench)
     if waiting is None:
         raise HubError("no change of keys waits for signatures.", hint="moshi-hub keys list")
-    if _root(waiting.root).version != bench.desk.root.version + 1:
-        raise HubError(
-            "the keys have changed since this change was made.", hint="moshi-hub keys drop"
-        )
-    _check_roles(_root(waiting.root))
+    _check_roles(waiting_root(bench, waiting))
     data = sign_root(bench.desk, waiting.root)
     return _publish_or_wait(bench, data, waiting, waiting.targets is not None)
 
@@ -211,8 +208,35 @@ def waiting_change(bench: Bench) -> Waiting | None:
         return None
     repo.fetch({ref: "refs/moshi-fl/next/root"}, max_bytes=MAX_LATEST_PACK, expect=found)
     files = read_latest(repo, found[ref])
-    newest = root_name(root_versions(files)[-1])
-    return Waiting(found[ref], files[newest], files.get(TARGETS))
+    newest = root_name(max(root_versions(files), default=0))
+    return Waiting(found[ref], files.get(newest, b""), files.get(TARGETS))
+
+
+def waiting_root(bench: Bench, waiting: Waiting) -> Root:
+    """The root that a waiting change would bring, provided that a present maintainer began it.
+
+    Whoever rules the repository can put anything there, so that others sign it unread.
+
+    Raises:
+        UntrustedHub: None of the present root keys has signed it, or it is no root.
+        HubError: The keys have changed since it was made.
+    """
+    try:
+        begun = counted(bench.desk.root, "root", waiting.root)[0] > 0
+        root = _root(waiting.root)
+    except RepositoryError:
+        begun = False
+    if not begun:
+        raise UntrustedHub(
+            "a change of keys waits that none of the hub's root keys has signed.",
+            hint="do not sign it; moshi-hub keys drop   (takes it away)",
+        )
+    if root.version != bench.desk.root.version + 1:
+        raise HubError(
+            "the keys have changed since the change that waits was made.",
+            hint="moshi-hub keys drop   (then make it again)",
+        )
+    return root
 
 
 def refresh(bench: Bench, *, with_snapshot: bool) -> None:

@@ -18,7 +18,7 @@ from moshi_fl.errors import ConfigError, HubError, UntrustedHub
 from moshi_fl.history import MAIN
 from moshi_fl.replica import Replica
 from moshi_fl.signed.files import TIMESTAMP, fingerprint
-from moshi_fl.store import ANY, PushRejected, RefUpdate
+from moshi_fl.store import ANY, Author, PushRejected, RefUpdate
 from moshi_hub.cli import main
 from moshi_hub.create import Plan, create
 from moshi_hub.keys import KeyStore, passphrase_from_environment
@@ -398,3 +398,35 @@ def test_keys_that_others_can_read_are_told_of(
     KeyStore(hub.home, hub.replica.look().config.hub.id).stored()[0].path.chmod(0o644)
     assert main(["keys", "list", "--hub", hub.url]) == 0
     assert "others can read your keys" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("root", [b"", b"{}", None])
+def test_nobody_signs_a_change_of_keys_that_no_maintainer_began(
+    hub: HubSimulator, run: Run, root: bytes | None
+) -> None:
+    files = hub.latest()
+    stranger = HubSimulator(hub.folder / "stranger's").latest()["1.root.json"]
+    forged = stranger.replace(b'"version":1', b'"version":2') if root is None else root
+    repo = hub.replica.repo
+    tree = repo.tree({n: repo.put(d) for n, d in {**files, "2.root.json": forged}.items()})
+    commit = repo.commit(tree, message="x\n", author=Author("l", "l@x"), when=1)
+    repo.push([RefUpdate("refs/moshi/next/root", commit, None)])
+    assert "none of the hub's root keys" in run("keys", "sign", status=1)["error"]["message"]
+    assert run("keys", "list")["keys"]
+    assert run("keys", "drop")["dropped"] is True
+    assert hub.sync().online
+
+
+def test_garbage_in_the_place_of_a_proposals_signatures_is_no_proposal(hub: HubSimulator) -> None:
+    hub.contribute("ann")
+    hub.merge(publish=False)
+    repo, ref = hub.replica.repo, "refs/moshi/next/1"
+    commit = repo.fetch({ref: "refs/x/next"})["refs/x/next"]
+    tree = repo.tree({"targets.json": repo.put(b"{}")}, base=commit)
+    broken = repo.commit(tree, message="x\n", author=Author("l", "l@x"), when=1)
+    repo.push([RefUpdate(ref, broken, ANY)])
+    with pytest.raises(HubError, match="does not follow on what the hub has now"):
+        publish_round(hub.replica)
+    assert sign_round(hub.replica).added
+    publish_round(hub.replica)
+    assert hub.sync().round == 1

@@ -15,7 +15,7 @@ from moshi_hub.options import maintainer, passphrase_from, passphrase_option, re
 
 if TYPE_CHECKING:
     from moshi_hub.keys import KeyStore, StoredKey
-    from moshi_hub.rotation import Bench, Change, Changed
+    from moshi_hub.rotation import Bench, Change, Changed, Waiting
 
 ROLES = click.Choice(["root", "targets", "online"])
 
@@ -54,7 +54,7 @@ def list_(console: Console, hub: str | None, passphrase_env: str) -> None:
     from moshi_fl.signed.files import SNAPSHOT, TARGETS, TIMESTAMP, root_name
     from moshi_fl.signed.refusals import expiry
     from moshi_hub.keys import is_private
-    from moshi_hub.metadata import TUF_ROLES, keys_of, newest_root
+    from moshi_hub.metadata import TUF_ROLES, keys_of
     from moshi_hub.rotation import waiting_change
 
     bench = _bench(hub, passphrase_env)
@@ -76,15 +76,17 @@ def list_(console: Console, hub: str | None, passphrase_env: str) -> None:
     ]
     console.table(ends, name="expiry")
     if waiting := waiting_change(bench):
-        _show_waiting(console, bench, newest_root({root_name(1): waiting.root}))
+        _show_waiting(console, bench, waiting)
 
 
-def _show_waiting(console: Console, bench: Bench, root: object) -> None:
-    from tuf.api.metadata import Root
+def _show_waiting(console: Console, bench: Bench, waiting: Waiting) -> None:
+    from moshi_hub.rotation import describe, waiting_root
 
-    from moshi_hub.rotation import describe
-
-    assert isinstance(root, Root)
+    try:
+        root = waiting_root(bench, waiting)
+    except HubError as error:
+        console.warn(f"{error} {error.hint}")
+        return
     console.note(f"A change to root version {root.version} waits for signatures:")
     console.table(describe(bench.desk.root, root), ["role", "change", "key"], name="waiting")
     console.hint("moshi-hub keys sign   (signs it; or, to take it back: moshi-hub keys drop)")
@@ -257,13 +259,11 @@ def renew(console: Console, hub: str | None, passphrase_env: str) -> None:
 @output_options
 def sign(console: Console, hub: str | None, passphrase_env: str) -> None:
     """Add your signatures to a change of keys that waits for them."""
-    from moshi_fl.signed.files import root_name
-    from moshi_hub.metadata import newest_root
-    from moshi_hub.rotation import describe, sign_change, waiting_change
+    from moshi_hub.rotation import describe, sign_change, waiting_change, waiting_root
 
     bench = _bench(hub, passphrase_env)
     if waiting := waiting_change(bench):
-        rows = describe(bench.desk.root, newest_root({root_name(1): waiting.root}))
+        rows = describe(bench.desk.root, waiting_root(bench, waiting))
         console.table(rows, ["role", "change", "key"], name="changes")
     _report(console, sign_change(bench))
 
