@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import msgspec
 
 from moshi_fl.errors import CorruptRecord, HubError, UntrustedHub
-from moshi_fl.evidence import Evaluators, Judged, Mode, Verdicts
+from moshi_fl.evidence import Evaluators, Mode, Verdicts
 from moshi_fl.history import EVALUATORS_FILE, MAIN, read_rounds, verdicts_path
 from moshi_fl.records import Contribution, Round, digest, dump, load
 from moshi_fl.replica import Replica
@@ -27,7 +26,6 @@ from moshi_hub.merge import OpenRound
 from moshi_hub.propose import utc_now
 from moshi_hub.publish import author, seconds
 from moshi_hub.trust import Reputation, reputations, seats
-from moshi_hub.verify import Finding, Verdict
 
 
 def desk_for(replica: Replica, found: OpenRound, deltas: Path) -> Desk:
@@ -85,7 +83,7 @@ def run_locally(
     home: Path,
     on_step: Callable[[str], None] | None = None,
 ) -> Decided:
-    """Evaluate an open round by this machine's own processes; goes on where a killed one stopped."""
+    """Evaluate an open round by this machine's own processes; goes on where it stopped."""
     chair = chair_for(replica, found, folder, home, "local")
     hub, quorum = found.rules.config.hub.id, found.rules.config.evaluation.quorum
     signers: dict[str, Signer] = {ANCHOR: chair.signer}
@@ -140,49 +138,6 @@ def waiting_for(chair: Chair, board: RefBoard) -> MoreAttestations:
         f"the evaluation of round {chair.number} is not over: next is {step!r}, awaited: {names}.",
         hint="moshi-hub evaluate   (does the hub's next step; evaluators run moshi-hub attest)",
     )
-
-
-# What verdicts mean for a merge.
-
-
-def without_gain(found: OpenRound, decided: Decided) -> OpenRound:
-    """The open round with the contributions rejected that make the model worse."""
-    rejected = {j.submission: j for j in decided.verdicts.judged if j.outcome == "reject"}
-    return replace(found, verdicts=tuple(_judge(v, rejected) for v in found.verdicts))
-
-
-def _judge(verdict: Verdict, rejected: dict[str, Judged]) -> Verdict:
-    entry = verdict.contribution
-    if not verdict.accepted or entry is None or entry.id not in rejected:
-        return verdict
-    return replace(verdict, findings=(no_gain(rejected[entry.id]),))
-
-
-def no_gain(judged: Judged) -> Finding:
-    """The finding about a contribution that was measured and rejected."""
-    gain, error = judged.gain / 1e6, judged.standard_error / 1e6
-    return Finding(
-        "no-gain",
-        f"it changes the held-out loss by {-gain:+.6f} nats per token (standard error "
-        f"{error:.6f}): no gain, at 95 % confidence.",
-    )
-
-
-def held(found: OpenRound, decided: Decided, accepted: Sequence[str]) -> set[str]:
-    """Contributions that wait: disputed ones, and those that came after the session had closed.
-
-    Args:
-        found: The open round.
-        decided: Its verdicts.
-        accepted: Beginnings of ids of disputed contributions that the maintainer accepts.
-    """
-    judged = {entry.submission: entry.outcome for entry in decided.verdicts.judged}
-    return {
-        entry.id
-        for entry in found.accepted
-        if entry.id not in judged
-        or (judged[entry.id] == "disputed" and not entry.id.startswith(tuple(accepted)))
-    }
 
 
 # The list of evaluators, and what main says about them.
