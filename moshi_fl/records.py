@@ -93,6 +93,7 @@ class Contribution(Record, frozen=True, kw_only=True):
     family: Name
     codec: Name
     contributor: Text
+    key: PublicKey
     delta: Location
     num_examples: Annotated[int, Meta(ge=1, le=(1 << 53) - 1)]
     training: Training
@@ -205,6 +206,15 @@ class Manifest(Record, frozen=True, kw_only=True):
     def newest(self) -> Round:
         """The round that is the current global model."""
         return self.rounds[-1]
+
+
+class Intake(Record, frozen=True, kw_only=True):
+    """Open contributions in the order in which whoever merges first saw them."""
+
+    format: Literal[1] = 1
+    kind: Literal["intake"] = "intake"
+    hub: HubId
+    seen: Annotated[tuple[ContributionId, ...], Meta(max_length=20_000)]
 
 
 R = TypeVar("R", bound=Record)

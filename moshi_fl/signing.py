@@ -12,7 +12,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-import secrets
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -20,6 +19,8 @@ from pathlib import Path
 
 from moshi_fl.errors import BadSignature, SigningError
 from moshi_fl.sshsig import MAX_SIGNATURE_BYTES, parse_key, parse_signature
+from moshi_fl.store.failures import disk_errors, disk_full
+from moshi_fl.store.locking import LOCK_FILE, FolderLock
 from moshi_fl.text import clean
 
 __all__ = [
@@ -223,22 +224,22 @@ def check_ssh_keygen() -> None:
 
 
 def _make_identity(path: Path) -> None:
-    """An Ed25519 key without a passphrase; of two first runs at the same moment, one wins."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    fresh = path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(8)}")
-    public = _public_half(fresh)
-    argv = ["-q", "-t", "ed25519", "-N", "", "-C", "", "-f", str(fresh)]
-    try:
-        _succeed(argv, f"make {path}")
-        path.hardlink_to(fresh)
-        public.replace(_public_half(path))
-    except FileExistsError:
-        pass
-    except OSError as error:
-        raise SigningError(f"cannot make {path}: {error.strerror}.") from error
-    finally:
-        fresh.unlink(missing_ok=True)
-        public.unlink(missing_ok=True)
+    """An Ed25519 key without a passphrase; of two first runs at the same moment, one makes it."""
+    folder, fresh = path.parent, path.with_name(".new-identity")
+    with disk_errors(folder):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with FolderLock(folder / LOCK_FILE).held(PATIENCE), disk_errors(folder):
+        if path.exists():
+            return
+        try:
+            fresh.unlink(missing_ok=True)  # of a process that was killed
+            argv = ["-q", "-t", "ed25519", "-N", "", "-C", "", "-f", str(fresh)]
+            _succeed(argv, f"make {path}")
+            _public_half(fresh).replace(_public_half(path))
+            fresh.replace(path)
+        finally:
+            fresh.unlink(missing_ok=True)
+            _public_half(fresh).unlink(missing_ok=True)
 
 
 def _public_half(path: Path) -> Path:
@@ -292,7 +293,9 @@ def _run(
 
 def _failure(action: str, done: subprocess.CompletedProcess[bytes]) -> SigningError:
     words = clean((done.stderr or b"").decode(errors="replace").strip())[-500:]
-    hint = ""
-    if "passphrase" in words:
+    hint = "moshi-fl doctor   (tells what is wrong with ssh-keygen or the key)"
+    if disk_full(words):
+        hint = "Make room there and do the same again."
+    elif "passphrase" in words:
         hint = "ssh-add KEY   (unlocks it for this session), or run this on a terminal"
     return SigningError(f"ssh-keygen cannot {action}: {words or 'it gave no reason'}", hint=hint)

@@ -28,6 +28,7 @@ from moshi_fl.signing import (
     verify_signature,
 )
 from moshi_fl.sshsig import armour, parse_key, parse_signature
+from moshi_fl.store.locking import LOCK_FILE
 from tests.support.keys import key_file, signature_by, signer_of
 
 DATA = b'{"kind": "contribution"}\n'
@@ -188,7 +189,7 @@ def test_the_first_use_makes_an_identity_that_stays(tmp_path: Path):
     path = tmp_path / "home" / "identity"
     assert path.stat().st_mode & 0o777 == 0o600
     assert own_signer(tmp_path / "home").public_key == first.public_key
-    assert sorted(file.name for file in path.parent.iterdir()) == ["identity", "identity.pub"]
+    assert {file.name for file in path.parent.iterdir()} == {"identity", "identity.pub", LOCK_FILE}
     path.with_name("identity.pub").unlink()
     again = own_signer(tmp_path / "home")
     assert again.public_key == first.public_key
@@ -207,7 +208,7 @@ def test_two_first_uses_at_once_agree_on_one_identity(tmp_path: Path):
         thread.join()
     assert len(found) == 4
     assert len(set(found)) == 1
-    assert not [file for file in tmp_path.iterdir() if file.name.startswith(".tmp")]
+    assert {file.name for file in tmp_path.iterdir()} == {"identity", "identity.pub", LOCK_FILE}
 
 
 def test_the_users_own_key_signs_instead(tmp_path: Path):

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import shutil
 import subprocess
 import tempfile
+import threading
 from functools import cache
 from pathlib import Path
 
 from moshi_fl.signing import Signer
 
-
-@cache
-def _folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="moshi-fl-keys-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+_folder = Path(tempfile.mkdtemp(prefix="moshi-fl-keys-"))
+atexit.register(shutil.rmtree, _folder, ignore_errors=True)
+_one_at_a_time = threading.Lock()
 
 
-@cache
 def key_file(name: str, kind: str = "ed25519", bits: int = 0, passphrase: str = "") -> Path:
     """Somebody's private key; the same one however often it is asked for."""
-    path = _folder() / f"{len(list(_folder().iterdir()))}-key"
+    told = f"{name}/{kind}/{bits}/{passphrase}"
+    path = _folder / hashlib.sha256(told.encode()).hexdigest()[:20]
     size = ["-b", str(bits)] if bits else []
     argv = ["ssh-keygen", "-q", "-t", kind, *size, "-N", passphrase, "-C", name, "-f", str(path)]
-    subprocess.run(argv, check=True, stdin=subprocess.DEVNULL)
+    with _one_at_a_time:
+        if not path.exists():
+            subprocess.run(argv, check=True, stdin=subprocess.DEVNULL)
     return path
 
 
