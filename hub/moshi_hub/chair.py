@@ -20,7 +20,6 @@ from moshi_fl.evidence import (
     Sealing,
     Seat,
     Submission,
-    Verdicts,
 )
 from moshi_fl.history import Refs
 from moshi_fl.records import Contribution, File, Location, Record, Round, digest, dump
@@ -41,6 +40,7 @@ from moshi_fl.signing import EVALUATION_NAMESPACE, Signer
 from moshi_fl.store import Author, HubRepo
 from moshi_fl.weights import sha256_bytes
 from moshi_hub.board import Board
+from moshi_hub.judging import Decided
 from moshi_hub.measure import Desk, Meter, referee
 from moshi_hub.propose import utc_now
 from moshi_hub.publish import seconds
@@ -52,17 +52,6 @@ class MoreAttestations(HubError):
     """The evaluation is not over: others must do their part first."""
 
     exit_code = Exit.MORE_ATTESTATIONS
-
-
-@dataclass(frozen=True)
-class Decided:
-    """A finished evaluation: the verdicts, and what they follow from."""
-
-    verdicts: Verdicts
-    signed: Signed
-    session: Session
-    files: dict[str, bytes]
-    """The evidence: names to contents."""
 
 
 @dataclass(frozen=True)

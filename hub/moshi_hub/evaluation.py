@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import msgspec
 
-from moshi_fl.errors import CorruptRecord, HubError, UntrustedHub
-from moshi_fl.evidence import Evaluators, Mode, Verdicts
-from moshi_fl.history import EVALUATORS_FILE, MAIN, read_rounds, verdicts_path
-from moshi_fl.records import Contribution, Round, digest, dump, load
+from moshi_fl.errors import HubError
+from moshi_fl.evidence import Evaluators, Mode
+from moshi_fl.history import EVALUATORS_FILE, MAIN, read_rounds
+from moshi_fl.records import Contribution, Round, digest, dump
 from moshi_fl.replica import Replica
-from moshi_fl.session import MAX_STEP_BYTES
 from moshi_fl.signing import Signer
 from moshi_fl.store import HubRepo, PushRejected, RefUpdate
-from moshi_fl.weights import sha256_bytes
+from moshi_fl.trusted import read_evaluators, read_verdicts
 from moshi_hub.board import RefBoard
-from moshi_hub.chair import Chair, Decided, MoreAttestations, awaited, next_step
+from moshi_hub.chair import Chair, MoreAttestations, awaited, next_step
 from moshi_hub.heldout import pool_path
+from moshi_hub.judging import Decided, with_anchor
 from moshi_hub.local import ANCHOR, evaluate_locally, local_seats, local_signer
 from moshi_hub.measure import BaseModel, Desk, tokenizer_before_growth
-from moshi_hub.merge import OpenRound
+from moshi_hub.merge import Gate, OpenRound
 from moshi_hub.propose import utc_now
 from moshi_hub.publish import author, seconds
 from moshi_hub.trust import Reputation, reputations, seats
@@ -105,9 +105,6 @@ def board_for(replica: Replica, chair: Chair) -> RefBoard:
     return RefBoard(replica.repo, chair.refs, chair.number)
 
 
-Gate = Callable[[OpenRound, Path], Decided | None]
-
-
 def gate_for(replica: Replica, home: Path, tell: Callable[[str], None] | None = None) -> Gate:
     """What a merge asks for verdicts, given the open round and its working folder."""
 
@@ -140,25 +137,7 @@ def waiting_for(chair: Chair, board: RefBoard) -> MoreAttestations:
     )
 
 
-# The list of evaluators, and what main says about them.
-
-
-def read_evaluators(repo: HubRepo, main: str) -> Evaluators | None:
-    """The evaluators that main lists; None when it lists none."""
-    if not any(entry.path == EVALUATORS_FILE for entry in repo.entries(main, EVALUATORS_FILE)):
-        return None
-    data = repo.read(main, EVALUATORS_FILE, limit=MAX_STEP_BYTES)
-    return load(data, Evaluators, name=EVALUATORS_FILE, limit=MAX_STEP_BYTES)
-
-
-def with_anchor(listed: Evaluators | None, hub: str, anchor: str) -> Evaluators:
-    """The list with this key as the hub's present anchor."""
-    if listed is None:
-        return Evaluators(hub=hub, anchors=(anchor,))
-    if listed.anchors[-1] == anchor:
-        return listed
-    before = tuple(key for key in listed.anchors if key != anchor)
-    return msgspec.structs.replace(listed, anchors=(*before, anchor))
+# The list of evaluators.
 
 
 def change_evaluators(
@@ -191,37 +170,6 @@ def change_evaluators(
     except PushRejected as error:
         raise HubError("main moved meanwhile; nothing was changed.", hint="Try again.") from error
     return changed
-
-
-def read_verdicts(repo: HubRepo, main: str, rounds: Iterable[Round]) -> list[Verdicts | None]:
-    """The verdicts of rounds, in order, from a commit of main; None where a round has none.
-
-    Raises:
-        UntrustedHub: They are not those that a round names.
-    """
-    rounds = list(rounds)
-    having = [record for record in rounds if record.verdicts]
-    paths = [verdicts_path(record.round) for record in having]
-    found = dict(
-        zip(
-            [record.round for record in having],
-            repo.read_many(main, paths, limit=MAX_STEP_BYTES),
-            strict=True,
-        )
-    )
-    return [
-        _verdicts(found[record.round], record) if record.verdicts else None for record in rounds
-    ]
-
-
-def _verdicts(data: bytes, record: Round) -> Verdicts:
-    path = verdicts_path(record.round)
-    if sha256_bytes(data) != record.verdicts:
-        raise UntrustedHub(f"{path} is not what round {record.round} names.")
-    try:
-        return load(data, Verdicts, name=path, limit=MAX_STEP_BYTES)
-    except CorruptRecord as error:
-        raise UntrustedHub(str(error)) from error
 
 
 def known_reputations(repo: HubRepo, main: str, newest: Round) -> dict[str, Reputation]:

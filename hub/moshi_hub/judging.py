@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from moshi_fl.evidence import Judged, Verdicts
+import msgspec
+
+from moshi_fl.evidence import Evaluators, Judged, Verdicts
 from moshi_fl.records import Contribution
+from moshi_fl.session import Session, Signed
 from moshi_hub.verify import Finding, Verdict
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A finished evaluation: the verdicts, and what they follow from."""
+
+    verdicts: Verdicts
+    signed: Signed
+    session: Session
+    files: Mapping[str, bytes]
+    """The evidence: names to contents."""
 
 
 def without_gain(found: Iterable[Verdict], verdicts: Verdicts) -> tuple[Verdict, ...]:
@@ -50,3 +64,13 @@ def held(
         if entry.id not in outcomes
         or (outcomes[entry.id] == "disputed" and not entry.id.startswith(tuple(allowed)))
     }
+
+
+def with_anchor(listed: Evaluators | None, hub: str, anchor: str) -> Evaluators:
+    """The list with this key as the hub's present anchor."""
+    if listed is None:
+        return Evaluators(hub=hub, anchors=(anchor,))
+    if listed.anchors[-1] == anchor:
+        return listed
+    before = tuple(key for key in listed.anchors if key != anchor)
+    return msgspec.structs.replace(listed, anchors=(*before, anchor))

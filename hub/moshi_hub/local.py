@@ -17,8 +17,9 @@ from pathlib import Path
 from moshi_fl.evidence import Seat
 from moshi_fl.signing import Signer, own_signer
 from moshi_hub.board import FolderBoard
-from moshi_hub.chair import Chair, Decided, awaited, next_step
+from moshi_hub.chair import Chair, awaited, next_step
 from moshi_hub.evaluator import Evaluator
+from moshi_hub.judging import Decided
 from moshi_hub.measure import Desk
 
 ANCHOR = "anchor"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from moshi_fl.store import HubRepo
 from moshi_hub.cleanup import clean_up, settle
 from moshi_hub.collect import judge, known_deltas, known_keys, make_rules, open_branches
 from moshi_hub.intake import Arrivals, arrivals
+from moshi_hub.judging import Decided, held, without_gain
 from moshi_hub.propose import Evaluator, Proposal, propose
 from moshi_hub.publish import (
     Built,
@@ -40,6 +41,8 @@ class Options:
     dry_run: bool = False
     strategy: str | None = None
     exclude: tuple[str, ...] = ()
+    accept: tuple[str, ...] = ()
+    """Beginnings of ids of disputed contributions that the maintainer accepts."""
     name: str = "moshi-hub"
 
 
@@ -65,6 +68,10 @@ class OpenRound:
         """Signature of each accepted contribution's record, by id."""
         accepted = (v for v in self.verdicts if v.accepted)
         return {v.contribution.id: v.signature for v in accepted if v.contribution}
+
+
+Gate = Callable[[OpenRound, Path], Decided | None]
+"""Evaluates an open round, given its working folder; None where there is nothing to do it with."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +138,7 @@ def merge(
     *,
     evaluator: Callable[[HubConfig], Evaluator | None],
     find_strategy: StrategyFinder = get_strategy,
+    gate: Gate | None = None,
 ) -> Outcome:
     """Merge the open contributions into the next round.
 
@@ -139,6 +147,7 @@ def merge(
         options: The maintainer's decisions.
         evaluator: Gives what measures held-out loss, or None where there is no held-out data.
         find_strategy: Looks up an aggregation strategy by name.
+        gate: Gives the verdicts on the open contributions; None takes all that pass ``look``.
 
     Raises:
         HubError: Too few contributions; or someone else published first.
@@ -147,7 +156,12 @@ def merge(
         found = look(replica, folder)
         if options.publish:
             found = _finish_clean_up(replica, found)
-        chosen, waiting = choose(found, options.exclude)
+        decided = gate(found, folder) if gate else None
+        late: set[str] = set()
+        if decided:
+            found = replace(found, verdicts=without_gain(found.verdicts, decided.verdicts))
+            late = held(found.accepted, decided.verdicts, options.accept)
+        chosen, waiting = choose(found, options.exclude, late)
         proposal = propose(
             found.snapshot.state,
             found.rules,
@@ -158,6 +172,7 @@ def merge(
             find_strategy=find_strategy,
             evaluate=evaluator(found.rules.config),
         )
+        proposal = replace(proposal, decided=decided)
         if options.dry_run:
             return _outcome(found, proposal, None, waiting)
         return _push(replica, found, proposal, waiting, options)
@@ -179,13 +194,14 @@ def _finish_clean_up(replica: Replica, found: OpenRound) -> OpenRound:
 
 
 def choose(
-    found: OpenRound, exclude: Sequence[str]
+    found: OpenRound, exclude: Sequence[str], late: Collection[str] = ()
 ) -> tuple[list[Contribution], list[Contribution]]:
     """Contributions that this round takes, and accepted ones that wait for the next.
 
     Args:
         found: The open round.
         exclude: Ids, or beginnings of ids, that the maintainer leaves out.
+        late: Ids that wait for the next round, whatever room there is.
 
     Raises:
         HubError: Nothing open begins with an excluded id, or fewer are left than the hub demands.
@@ -200,6 +216,8 @@ def choose(
                 hint="moshi-hub verify   (lists all)",
             )
     kept = [c for c in found.accepted if not any(c.id.startswith(start) for start in exclude)]
+    late_ones = [entry for entry in kept if entry.id in late]
+    kept = [entry for entry in kept if entry.id not in late]
     if len(kept) < rules.min_contributions:
         rejected = len(found.verdicts) - len(found.accepted)
         raise HubError(
@@ -207,7 +225,8 @@ def choose(
             f"{rules.min_contributions}; {rejected} rejected.",
             hint="moshi-hub verify   (shows each open contribution and why it was rejected)",
         )
-    return kept[: rules.max_contributions], kept[rules.max_contributions :]
+    limit = rules.max_contributions
+    return kept[:limit], sorted([*kept[limit:], *late_ones], key=lambda entry: entry.id)
 
 
 def strategy_of(config: HubConfig, override: str | None) -> Strategy:

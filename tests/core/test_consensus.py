@@ -279,7 +279,9 @@ def test_no_set_of_liars_makes_a_wrong_verdict_while_the_anchor_is_honest(
     others = [liar(f"e{n}", shift) for n, shift in enumerate(shifts)]
     found = decide(case(honest("h"), *others, stage=stage, quorum=quorum), referee)
     assert found.outcome in {"credit", "disputed", None}
-    assert set(found.liars) == {m.evaluator for m, s in zip(others, shifts, strict=True) if abs(s) > 1}
+    assert set(found.liars) == {
+        m.evaluator for m, s in zip(others, shifts, strict=True) if abs(s) > 1
+    }
 
 
 @given(st.lists(st.sampled_from([0, 5_000, -500_000]), min_size=2, max_size=6), st.integers(1, 2))

@@ -49,9 +49,10 @@ def attest(
 def _advance(console: Console, replica: Replica, key: Path | None) -> None:
     from moshi_fl.session import read_session
     from moshi_fl.signing import own_signer
+    from moshi_fl.trusted import read_evaluators
     from moshi_hub.board import RefBoard
     from moshi_hub.chair import next_step
-    from moshi_hub.evaluation import desk_for, read_evaluators
+    from moshi_hub.evaluation import desk_for
     from moshi_hub.host import evaluator
     from moshi_hub.merge import look
 

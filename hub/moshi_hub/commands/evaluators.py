@@ -33,7 +33,8 @@ def evaluators() -> None:
 def list_(console: Console, hub: str | None) -> None:
     """Show the hub's anchor, and each evaluator with its reputation."""
     from moshi_fl.signing import fingerprint
-    from moshi_hub.evaluation import known_reputations, read_evaluators
+    from moshi_fl.trusted import read_evaluators
+    from moshi_hub.evaluation import known_reputations
     from moshi_hub.trust import Reputation, status
 
     replica = replica_for(hub)
