@@ -83,6 +83,7 @@ class RefBoard:
         self._repo, self._refs, self._number = repo, refs, number
         self._prefix = refs.evaluation(number, "")
         self._found: dict[str, str] = {}
+        self._known: dict[str, Signed | None] = {}
 
     def read(self) -> dict[str, Signed]:
         """All records of people who have a seat; what cannot be read is as if it were not there."""
@@ -122,7 +123,9 @@ class RefBoard:
             self._repo.fetch(missing, max_bytes=MAX_BOARD_PACK, expect=expect)
         except MoshiError:
             self._one_by_one(missing, wanted)
-        found = {name: self._record(oid) for name, oid in names.items()}
+        have = self._repo.refs("refs/moshi-fl/evaluation/") if missing else have
+        here = {name for name in names if have.get(local[self._prefix + name]) == names[name]}
+        found = {name: self._record(names[name]) for name in sorted(here)}
         return {name: signed for name, signed in found.items() if signed}
 
     def _one_by_one(self, missing: Mapping[str, str], wanted: Mapping[str, str]) -> None:
@@ -138,10 +141,17 @@ class RefBoard:
         return f"refs/moshi-fl/evaluation/{ref.removeprefix(self._refs.prefix)}"
 
     def _record(self, commit: str) -> Signed | None:
+        if commit not in self._known:
+            self._known[commit] = self._read(commit)
+        return self._known[commit]
+
+    def _read(self, commit: str) -> Signed | None:
+        names, limit = [RECORD_FILE, SIGNATURE_FILE], MAX_ATTESTATION_BYTES
         try:
-            record = self._repo.read(commit, RECORD_FILE, limit=MAX_ATTESTATION_BYTES)
-            signature = self._repo.read(commit, SIGNATURE_FILE, limit=MAX_SIGNATURE_BYTES)
+            record, signature = self._repo.read_many(commit, names, limit=limit)
         except CorruptRecord:
+            return None
+        if len(signature) > MAX_SIGNATURE_BYTES:
             return None
         return Signed(record, signature.decode("ascii", "replace"))
 

@@ -20,7 +20,7 @@ from moshi_hub.board import RefBoard
 from moshi_hub.chair import Chair, MoreAttestations, awaited, next_step
 from moshi_hub.heldout import pool_path
 from moshi_hub.judging import Decided, with_anchor
-from moshi_hub.local import ANCHOR, evaluate_locally, local_seats, local_signer
+from moshi_hub.local import ANCHOR, evaluate_locally, forget_sessions, local_seats, local_signer
 from moshi_hub.measure import BaseModel, Desk, tokenizer_before_growth
 from moshi_hub.merge import Gate, OpenRound
 from moshi_hub.propose import utc_now
@@ -84,6 +84,7 @@ def run_locally(
     on_step: Callable[[str], None] | None = None,
 ) -> Decided:
     """Evaluate an open round by this machine's own processes; goes on where it stopped."""
+    forget_sessions(replica.folder / "evaluation", found.snapshot.round)
     chair = chair_for(replica, found, folder, home, "local")
     hub, quorum = found.rules.config.hub.id, found.rules.config.evaluation.quorum
     signers: dict[str, Signer] = {ANCHOR: chair.signer}

@@ -109,11 +109,13 @@ def _evaluator(config: HubConfig, pool: bytes) -> Evaluator:
 
         from moshi_fl.models import get_family
         from moshi_fl.models.common import load_weights
+        from moshi_hub.measure import few_threads
 
         task = get_family(config.family).load(config.model_table, tokenizer)
         module = task.build()
         load_weights(module, weights)
-        losses = task.evaluate(module, pool, torch.device("cpu"))
+        with few_threads(module):
+            losses = task.evaluate(module, pool, torch.device("cpu"))
         if not len(losses):
             raise DataError("the held-out pool is empty.", hint="moshi-hub init --eval-data DIR")
         return float(losses.mean()), len(losses), sha256_bytes(pool)

@@ -6,7 +6,8 @@ about 1e-15 nats, nine orders of magnitude below what is compared. bfloat16 neve
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,8 @@ from moshi_fl.records import Contribution
 from moshi_fl.rules import shapes_of
 from moshi_fl.tokenizer import CharVocabulary
 from moshi_fl.weights import Weights, open_weights, sha256_bytes
+
+SMALL_MODEL = 4_000_000  # weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -163,9 +166,23 @@ class Meter:
         if picks:
             assert isinstance(task, CutsPools)
             pool = task.pick(pool, sequences or ())
-        with torch.autocast("cpu", enabled=False):
+        with few_threads(module), torch.autocast("cpu", enabled=False):
             found = quantise(task.evaluate(module, pool, torch.device("cpu")).tolist())
         return found if picks or sequences is None else [found[i] for i in sequences]
+
+
+@contextmanager
+def few_threads(module: nn.Module) -> Iterator[None]:
+    """One thread for a small model: more spend their time waiting for one another."""
+    import torch
+
+    before = torch.get_num_threads()
+    if sum(parameter.numel() for parameter in module.parameters()) < SMALL_MODEL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def measure(
