@@ -208,10 +208,14 @@ def draw_sequences(seed: str, pool: int, sequences: int, private: int) -> Sequen
     return Sequences(pool, tuple(sorted(order[:sequences])), seed, private)
 
 
-def ranking(seed: str, submission: Submission, seats: Sequence[Seat]) -> list[Seat]:
-    """Who may evaluate a submission, lowest score first: of each owner one, never its own."""
-    by_key = {seat.key: seat.owner for seat in seats}
-    own = {by_key.get(submission.key), fingerprint(submission.key)}
+def ranking(
+    seed: str, submission: Submission, seats: Sequence[Seat], owners: Mapping[str, str]
+) -> list[Seat]:
+    """Who may evaluate a submission, lowest score first: of each owner one, never its own.
+
+    ``owners``: owner of each key that has a seat, whether it takes part or not.
+    """
+    own = {owners.get(submission.key), fingerprint(submission.key)}
     ordered = sorted(seats, key=lambda seat: score(seed, "assign", submission.id, seat.id))
     owners: set[str] = set()
     found = []
@@ -223,12 +227,18 @@ def ranking(seed: str, submission: Submission, seats: Sequence[Seat]) -> list[Se
 
 
 def assign(
-    seed: str, submission: Submission, seats: Sequence[Seat], *, quorum: int, stage: int
+    seed: str,
+    submission: Submission,
+    seats: Sequence[Seat],
+    owners: Mapping[str, str],
+    *,
+    quorum: int,
+    stage: int,
 ) -> Assignment:
     """Who evaluates a submission in a stage; ``seats`` are those who revealed their nonces."""
-    counting = ranking(seed, submission, [seat for seat in seats if seat.counts])
+    counting = ranking(seed, submission, [seat for seat in seats if seat.counts], owners)
     chosen = counting[:quorum] if stage == 1 else counting[quorum:ESCALATED]
-    learning = ranking(seed, submission, [seat for seat in seats if not seat.counts])
+    learning = ranking(seed, submission, [seat for seat in seats if not seat.counts], owners)
     learning = [] if stage > 1 else learning[:PROBATION_SEATS]
     return Assignment(
         submission=submission.id,

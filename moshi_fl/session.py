@@ -271,8 +271,11 @@ def draw_assignments(
 ) -> tuple[Assignment, ...]:
     """Who evaluates what: only those who revealed their nonces."""
     seats = [seat for who, seat in session.seats.items() if who in session.reveals]
+    owners = {seat.key: seat.owner for seat in session.seats.values()}
     quorum = session.opening.quorum
-    return tuple(assign(seed, entry, seats, quorum=quorum, stage=stage) for entry in submissions)
+    return tuple(
+        assign(seed, entry, seats, owners, quorum=quorum, stage=stage) for entry in submissions
+    )
 
 
 def _read_stage(board: Board, session: Session, stage: int) -> None:

@@ -83,22 +83,20 @@ def _evaluated(proposal: Proposal) -> str:
     if proposal.decided is None:
         return ""
     verdicts, opening = proposal.decided.verdicts, proposal.decided.session.opening
+    who = {"local": "processes of this machine", "appointed": "appointed evaluators"}
+    intro = (
+        f"By {who[verdicts.mode]}, on {opening.sequences} sequences, in {opening.precision}. Gain "
+        "and standard error of each contribution alone, in nats per token:\n"
+    )
     rows = [
-        "## Evaluation\n",
-        f"By {'processes of this machine' if verdicts.mode == 'local' else 'appointed evaluators'}"
-        f", on {opening.sequences} sequences, in {opening.precision}. Gain and standard error of "
-        "each contribution alone, in nats per token:\n",
-        "| contribution | verdict | gain | standard error | agreeing beside the anchor | why |",
-        "|---|---|--:|--:|--:|---|",
+        f"| {entry.submission[:12]} | {entry.outcome} | {entry.gain / 1e6:+.6f} "
+        f"| {entry.standard_error / 1e6:.6f} | {len(entry.attesters)} "
+        f"| {escape(entry.reason, 200)} |"
+        for entry in verdicts.judged[:MAX_ROWS]
     ]
-    for entry in verdicts.judged[:MAX_ROWS]:
-        rows.append(
-            f"| {entry.submission[:12]} | {entry.outcome} | {entry.gain / 1e6:+.6f} "
-            f"| {entry.standard_error / 1e6:.6f} | {len(entry.attesters)} "
-            f"| {escape(entry.reason, 200)} |"
-        )
-    rows.append(_cut(len(verdicts.judged)))
-    return "\n".join([*rows, *_lies(verdicts)]) + "\n"
+    head = "| contribution | verdict | gain | standard error | agreeing beside the anchor | why |"
+    text = ["## Evaluation\n", intro, head, "|---|---|--:|--:|--:|---|", *rows]
+    return "\n".join([*text, _cut(len(verdicts.judged)), *_lies(verdicts)]) + "\n"
 
 
 def _lies(verdicts: Verdicts) -> list[str]:

@@ -1,8 +1,8 @@
 """Audit: recompute published rounds from their accepted contributions, bit for bit.
 
 Trusts neither the merger nor the hub: ids are compared with record contents, signatures with the
-records' keys, deltas with records, weights with the rules, and the recomputed model with the
-published digest.
+records' keys, deltas with records, weights with the rules, verdicts and ledger with attestations,
+and the recomputed model with the published digest.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from moshi_fl.replica import Replica
 from moshi_fl.restore import StrategyFinder, aggregate, delta_name, fetch_locations
 from moshi_fl.rules import contribution_weight
 from moshi_fl.snapshot import grow
+from moshi_fl.trusted import check_evaluation
 from moshi_fl.weights import Weights, weights_digest
 
 
@@ -75,18 +76,19 @@ class Auditor:
         for base, record in itertools.pairwise(chain[: last - first + 2]):
             if self._on_round:
                 self._on_round(record.round)
-            finding, weights = self._audit_round(record, base.round, weights)
+            finding, weights = self._audit_round(record, base, weights)
             yield finding
 
     def _audit_round(
-        self, record: Round, base: int, at_hand: Weights | None
+        self, record: Round, base: Round, at_hand: Weights | None
     ) -> tuple[Finding, Weights | None]:
         count = len(record.contributions)
         try:
             contributions = read_contributions(self._replica.repo, self._main, record)
             check_signatures(self._replica.repo, self._main, record, contributions)
             check_weights(record, contributions)
-            known = at_hand or self._replica.pull(base).load()
+            self._check_evaluation(record, base, contributions)
+            known = at_hand or self._replica.pull(base.round).load()
             weights = self._recompute(record, known, contributions)
         except (UntrustedHub, CorruptRecord) as error:
             return Finding(record.round, count, False, "", str(error)), None
@@ -97,6 +99,14 @@ class Auditor:
             problem = f"recomputed {found[:12]}, published {record.weights[:12]}"
             return Finding(record.round, count, False, found, problem), None
         return Finding(record.round, count, True, found), weights
+
+    def _check_evaluation(
+        self, record: Round, base: Round, contributions: dict[str, Contribution]
+    ) -> None:
+        """Verdicts and ledger must follow from the attestations that the hub keeps."""
+        repo = self._replica.repo
+        with self._replica.scratch() as scratch, self._replica.workspace() as files:
+            check_evaluation(repo, scratch, files, self._main, record, base, contributions)
 
     def _recompute(
         self, record: Round, base: Weights, contributions: dict[str, Contribution]

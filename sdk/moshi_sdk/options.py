@@ -28,7 +28,12 @@ def settings_for(**flags: object) -> Settings:
 
 def sync_manager(settings: Settings) -> SyncManager:
     """The hub's copy on this machine."""
-    return SyncManager(settings.hub, home=ensure_home(), keep_rounds=settings.keep_rounds)
+    return SyncManager(
+        settings.hub,
+        home=ensure_home(),
+        keep_rounds=settings.keep_rounds,
+        min_attestations=settings.min_attestations,
+    )
 
 
 def signing_key(settings: Settings) -> Path | None:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from moshi_fl.config import home as default_home
 from moshi_fl.errors import HubError, UntrustedHub
+from moshi_fl.history import read_contributions
 from moshi_fl.replica import Replica, Snapshot
+from moshi_fl.trusted import check_evaluation, external_attestations
 
 
 class SyncManager:
@@ -22,6 +24,8 @@ class SyncManager:
         home: Folder of this user's moshi-fl data; ``MOSHI_FL_HOME`` or ``~/.moshi-fl`` by default.
         keep_rounds: How many rounds' weights to keep on this machine.
         timeout: Seconds after which one Git operation is given up.
+        min_attestations: Refuse a round of whose contributions one has fewer agreeing attestations
+            of appointed evaluators. The attestations themselves are fetched and checked.
 
     Example:
         >>> snapshot = SyncManager("hub.git").pull()
@@ -35,7 +39,9 @@ class SyncManager:
         home: Path | None = None,
         keep_rounds: int = 2,
         timeout: float = 600.0,
+        min_attestations: int = 0,
     ) -> None:
+        self._min_attestations = min_attestations
         self.replica = Replica(
             hub, home or default_home(), keep_rounds=keep_rounds, timeout=timeout
         )
@@ -59,11 +65,35 @@ class SyncManager:
         if offline:
             return self._cached(number, HubError("not asked: offline."))
         try:
+            if self._min_attestations:
+                self._require_attestations(number)
             return self.replica.pull(number)
         except UntrustedHub:
             raise
         except HubError as error:
             return self._cached(number, error)
+
+    def _require_attestations(self, number: int | None) -> None:
+        """Check the wanted round before a byte of it is loaded."""
+        replica, wanted = self.replica, self._min_attestations
+        state = replica.look()
+        newest = state.newest.round
+        if number == 0 or newest == 0 or (number or 0) > newest:
+            return  # random weights have no contributions; what is not there is refused elsewhere
+        previous, record = replica.chain(state, (number or newest) - 1)[:2]
+        main = replica.fetch_main()
+        contributions = read_contributions(replica.repo, main, record)
+        with replica.scratch() as scratch, replica.workspace() as files:
+            verdicts = check_evaluation(
+                replica.repo, scratch, files, main, record, previous, contributions
+            )
+        if (found := external_attestations(record, verdicts)) < wanted:
+            raise UntrustedHub(
+                f"round {record.round} rests on {found} agreeing attestations of independent "
+                f"evaluators; you want at least {wanted}.",
+                hint="moshi-fl config set min_attestations 0   (accepts such rounds), "
+                "or sync --round N for an earlier one",
+            )
 
     def _cached(self, number: int | None, error: HubError) -> Snapshot:
         snapshot = self.replica.cached()

@@ -151,7 +151,7 @@ def test_who_comes_after_the_sealing_does_not_count(hub: HubSimulator) -> None:
     # One pledge never came in time: take it off the board before it is sealed.
     from moshi_fl.store import RefUpdate
 
-    ref = session_ref(hub, f"pledge/1/{id_of(late)}")
+    ref = session_ref(f"pledge/1/{id_of(late)}")
     hub.replica.repo.push([RefUpdate(ref, None, hub.refs()[ref])])
     others = [name for name in ("eve", "fay", "gus") if name != late]
     chair, board = court.chair(), court.board()
@@ -164,7 +164,7 @@ def test_who_comes_after_the_sealing_does_not_count(hub: HubSimulator) -> None:
     assert len(judged.attesters) == 2
 
 
-def session_ref(hub: HubSimulator, step: str) -> str:
+def session_ref(step: str) -> str:
     return f"refs/moshi/evaluation/1/{step}"
 
 

@@ -48,6 +48,10 @@ def seat(name: str, owner: str | None = None, *, counts: bool = True) -> Seat:
     return Seat(key=signer_of(name).public_key, owner=owner or name, counts=counts)
 
 
+def owners(seats: Iterable[Seat]) -> dict[str, str]:
+    return {entry.key: entry.owner for entry in seats}
+
+
 # Losses and verdicts.
 
 
@@ -163,16 +167,24 @@ def test_a_commitment_cannot_be_taken_over() -> None:
 
 def test_nobody_evaluates_their_own_and_an_owner_has_one_voice() -> None:
     seats = [seat("eve"), seat("eve2", "eve"), seat("ann2", "ann"), seat("ann"), seat("bob")]
-    ordered = ranking(SEED, submission(1, "ann"), seats)
+    ordered = ranking(SEED, submission(1, "ann"), seats, owners(seats))
     assert sorted({entry.owner for entry in ordered}) == ["bob", "eve"]
     assert len(ordered) == 2
+
+
+def test_who_is_absent_still_owns_their_contribution() -> None:
+    """Eve sends a contribution with one key, and would evaluate it with another."""
+    seats = [seat("eve2", "eve"), seat("bob")]
+    known = owners([*seats, seat("eve", "eve", counts=False)])
+    ordered = ranking(SEED, submission(1, "eve"), seats, known)
+    assert [entry.owner for entry in ordered] == ["bob"]
 
 
 def test_stages_draw_different_evaluators() -> None:
     seats = [seat(f"person{n}") for n in range(9)] + [seat("new", counts=False)]
     for number in range(20):
-        first = assign(SEED, submission(number), seats, quorum=2, stage=1)
-        more = assign(SEED, submission(number), seats, quorum=2, stage=2)
+        first = assign(SEED, submission(number), seats, owners(seats), quorum=2, stage=1)
+        more = assign(SEED, submission(number), seats, owners(seats), quorum=2, stage=2)
         assert (len(first.evaluators), len(more.evaluators)) == (2, 4)
         assert not set(first.evaluators) & set(more.evaluators)
         assert len(first.probation) == 1
@@ -181,7 +193,9 @@ def test_stages_draw_different_evaluators() -> None:
 
 def test_everybody_gets_a_share_of_the_work() -> None:
     seats = [seat(f"person{n}") for n in range(5)]
-    drawn = [assign(SEED, submission(n), seats, quorum=2, stage=1) for n in range(100)]
+    drawn = [
+        assign(SEED, submission(n), seats, owners(seats), quorum=2, stage=1) for n in range(100)
+    ]
     shares = [sum(s.id in entry.evaluators for entry in drawn) for s in seats]
     assert sum(shares) == 200
     assert min(shares) > 20

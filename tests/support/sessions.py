@@ -98,7 +98,7 @@ class Court:
     def chair(self) -> Chair:
         """The hub's part, as a fresh process finds it."""
         self.found = self.hub.look()
-        folder = sorted((self.hub.folder / "look").iterdir(), key=lambda p: int(p.name))[-1]
+        folder = max((self.hub.folder / "look").iterdir(), key=lambda p: int(p.name))
         return chair_for(self.replica, self.found, folder, self.hub.home, "appointed")
 
     def board(self) -> RefBoard:

@@ -15,8 +15,10 @@ from moshi_fl.evidence import Evaluator, Evaluators
 from moshi_hub.options import maintainer, replica_for
 
 
-@click.group()
-def evaluators() -> None:
+@click.group(invoke_without_command=True)
+@hub_option
+@output_options
+def evaluators(console: Console, hub: str | None) -> None:
     r"""Show or change who evaluates contributions; the list lies on main.
 
     \b
@@ -25,6 +27,8 @@ def evaluators() -> None:
       moshi-hub evaluators add ~/keys/eve.pub --owner eve --vouch
       moshi-hub evaluators revoke 1f3a
     """
+    if click.get_current_context().invoked_subcommand is None:
+        _list(console, hub)
 
 
 @evaluators.command("list")
@@ -32,6 +36,10 @@ def evaluators() -> None:
 @output_options
 def list_(console: Console, hub: str | None) -> None:
     """Show the hub's anchor, and each evaluator with its reputation."""
+    _list(console, hub)
+
+
+def _list(console: Console, hub: str | None) -> None:
     from moshi_fl.signing import fingerprint
     from moshi_fl.trusted import read_evaluators
     from moshi_hub.evaluation import known_reputations

@@ -12,17 +12,26 @@ from moshi_fl.text import Size
 from moshi_hub.options import maintainer, replica_for
 
 
-@click.group()
-def pool() -> None:
-    r"""Make, pass on or retire the sealed held-out data that contributions are measured on.
+@click.group(invoke_without_command=True)
+@hub_option
+@output_options
+def pool(console: Console, hub: str | None) -> None:
+    r"""Show, make, pass on or retire the sealed held-out data that contributions are measured on.
 
     \b
     Examples:
+      moshi-hub pool
       moshi-hub pool new --eval-data ~/held-out
       moshi-hub pool export pool.json
       moshi-hub pool import pool.json
       moshi-hub pool retire
     """
+    if click.get_current_context().invoked_subcommand is None:
+        from moshi_fl.weights import sha256_bytes
+        from moshi_hub.heldout import read_pool_file
+
+        data = read_pool_file(replica_for(hub))
+        console.result(pool=sha256_bytes(data), size=Size(len(data)))
 
 
 @pool.command()
