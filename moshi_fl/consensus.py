@@ -217,11 +217,11 @@ def ranking(
     """
     own = {owners.get(submission.key), fingerprint(submission.key)}
     ordered = sorted(seats, key=lambda seat: score(seed, "assign", submission.id, seat.id))
-    owners: set[str] = set()
+    taken: set[str] = set()
     found = []
     for seat in ordered:
-        if seat.key != submission.key and seat.owner not in own and seat.owner not in owners:
-            owners.add(seat.owner)
+        if seat.key != submission.key and seat.owner not in own | taken:
+            taken.add(seat.owner)
             found.append(seat)
     return found
 
