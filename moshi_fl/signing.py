@@ -42,6 +42,7 @@ CONTRIBUTION_NAMESPACE = "moshi-fl-contribution-v1"
 ATTESTATION_NAMESPACE = "moshi-fl-attestation-v1"
 EVALUATION_NAMESPACE = "moshi-fl-evaluation-v1"
 
+SSH_KEYGEN = "ssh-keygen"
 IDENTITY_FILE = "identity"
 PATIENCE = 60.0  # seconds for ssh-keygen when nobody is asked anything
 INTERACTIVE_PATIENCE = 600.0  # seconds for a person to type a passphrase or touch a key
@@ -276,7 +277,7 @@ def _run(
     patience = INTERACTIVE_PATIENCE if interactive else PATIENCE
     try:
         return subprocess.run(
-            ["ssh-keygen", *argv],
+            [SSH_KEYGEN, *argv],
             input=None if interactive else data,
             stdout=subprocess.PIPE,
             stderr=None if interactive else subprocess.PIPE,

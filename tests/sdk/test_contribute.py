@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +10,20 @@ import msgspec
 import numpy as np
 import pytest
 
-from moshi_fl.errors import DataError, HubError, MoshiError, Rejected, TrainingError
+from moshi_fl.errors import (
+    DataError,
+    HubError,
+    MoshiError,
+    Rejected,
+    SigningError,
+    TrainingError,
+)
+from moshi_fl.history import accepted_signature_path, check_signature
 from moshi_fl.records import Contribution, dump
+from moshi_fl.signing import Signer, fingerprint
 from moshi_fl.train import Progress
 from moshi_fl.weights import open_weights
+from moshi_sdk.cli import main
 from moshi_sdk.contribute import Options, contribute, discard, load_task, resume
 from moshi_sdk.feedback import Feedback
 from moshi_sdk.planning import make_plan, recipe_of
@@ -294,3 +305,100 @@ def test_a_hubs_schedule_and_accumulation_decide_and_the_record_has_the_whole_ba
     plain = make_plan(snapshot, task, data, [corpus], Options(steps=2, seed=1), key)
     assert b'"schedule"' not in dump(plain)
     assert recipe_of(plain).schedule == "one-cycle"
+
+
+class Hearing:
+    """A listener that remembers what was said."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[str, str]] = []
+
+    def stage(self, name: str, text: str) -> None:
+        """Remember."""
+        self.said.append((name, text))
+
+    def step(self, progress: Progress) -> None:
+        """Ignore."""
+
+    def about(self, name: str) -> list[str]:
+        return [text for stage, text in self.said if stage == name]
+
+
+def test_the_contributors_key_signs_and_its_signature_stays_on_disk(
+    hub: HubSimulator, corpus: Path
+) -> None:
+    record = send(hub, corpus)
+    assert record.key == Signer(hub.folder / "ann" / "identity").public_key
+    (run,) = runs_of(hub, hub.folder / "ann")
+    check_signature(record, run.signature.read_bytes())
+    hub.merge()
+    kept = hub.replica.repo.read(
+        hub.replica.fetch_main(), accepted_signature_path(1, record.id), limit=10**4
+    )
+    assert kept == run.signature.read_bytes()
+
+
+def test_a_key_that_signs_anew_each_time_still_sends_the_same_bytes(
+    hub: HubSimulator, corpus: Path
+) -> None:
+    """ECDSA draws a number for each signature; hardware keys count."""
+    key, home = key_file("ann", "ecdsa", 256), hub.folder / "ann"
+    send(hub, corpus, dry_run=True, key=key)
+    hub.path.rename(hub.folder / "away")
+    with pytest.raises(HubError):
+        resume(hub.url, home=home, key=key)
+    (run,) = runs_of(hub, home)
+    first = run.signature.read_bytes()
+    (hub.folder / "away").rename(hub.path)
+    resume(hub.url, home=home, key=key)
+    assert run.signature.read_bytes() == first
+    assert hub.codes() == []
+
+
+def test_what_was_begun_with_one_key_is_not_sent_with_another(
+    hub: HubSimulator, corpus: Path
+) -> None:
+    home = hub.folder / "ann"
+    send(hub, corpus, dry_run=True)
+    with pytest.raises(SigningError, match="begun with the key SHA256:") as caught:
+        resume(hub.url, home=home, key=key_file("eve"))
+    assert "--key" in caught.value.hint
+    assert resume(hub.url, home=home).sent
+
+
+def test_before_the_first_is_sent_it_is_said_that_it_stays_for_ever(
+    hub: HubSimulator, corpus: Path
+) -> None:
+    home, first, second = hub.folder / "ann", Hearing(), Hearing()
+    one = contribute(hub.url, [corpus], Options(seed=1), home=home, listener=first)
+    (said,) = first.about("public")
+    assert "permanent" in said
+    assert fingerprint(one.contribution.key) in said
+    hub.merge()
+    contribute(hub.url, [corpus], Options(seed=1), home=home, listener=second)
+    assert second.about("public") == second.about("again") == []
+
+
+def test_a_second_one_on_the_same_round_is_warned_of(hub: HubSimulator, corpus: Path) -> None:
+    home, hearing = hub.folder / "ann", Hearing()
+    contribute(hub.url, [corpus], Options(seed=1), home=home)
+    contribute(hub.url, [corpus], Options(seed=2), home=home, listener=hearing)
+    assert "one per key and round" in hearing.about("again")[0]
+    assert hub.codes() == ["one-per-round"]
+
+
+def test_the_command_shows_who_signs_before_anything_is_sent(
+    hub: HubSimulator, corpus: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    monkeypatch.setenv("MOSHI_FL_HOME", str(hub.folder / "ann"))
+    key, before = key_file("ann", "ecdsa", 256), hub.refs()
+    argv = ["contribute", "--hub", hub.url, "--data", str(corpus), "--steps", "1", "--json"]
+    assert main([*argv, "--key", str(key), "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["key"] == Signer(key).fingerprint
+    assert "permanent" in err
+    assert hub.refs() == before
+    assert main(["config", "set", "signing_key", str(key)]) == 0
+    assert main(["contribute", "--resume", "--hub", hub.url]) == 0
+    assert hub.codes() == []
+    assert not (hub.folder / "ann" / "identity").exists()
