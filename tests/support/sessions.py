@@ -8,10 +8,37 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from moshi_fl.evidence import Attestation, Evaluator, Evaluators, Losses, Verdicts, pack
-from moshi_fl.records import Contribution
+from moshi_fl.consensus import leaf, merkle_root, nonce_commitment, seed_of
+from moshi_fl.evidence import (
+    Attestation,
+    AttestationCommitment,
+    BaseLosses,
+    Closing,
+    Draw,
+    Evaluator,
+    Evaluators,
+    Losses,
+    NonceCommitment,
+    NonceReveal,
+    Opening,
+    Sealing,
+    Seat,
+    Submission,
+    Verdicts,
+    evaluator_id,
+    pack,
+)
+from moshi_fl.records import Contribution, Location, Record, digest, dump
 from moshi_fl.replica import Replica
-from moshi_fl.session import Session
+from moshi_fl.session import (
+    Session,
+    Signed,
+    decide_all,
+    draw_assignments,
+    read_session,
+    verdicts_of,
+)
+from moshi_fl.signing import ATTESTATION_NAMESPACE, EVALUATION_NAMESPACE
 from moshi_fl.weights import write_atomic
 from moshi_hub import evaluator as steps
 from moshi_hub.board import RefBoard
@@ -21,8 +48,12 @@ from moshi_hub.heldout import pool_path, store_pool
 from moshi_hub.judging import Decided
 from moshi_hub.local import local_signer
 from moshi_hub.merge import OpenRound
-from tests.support.keys import signer_of
+from tests.support.keys import signature_by, signer_of
 from tests.support.simulator import HubSimulator, write_corpus
+
+WHEN = "2026-01-01T00:00:00Z"
+HUB_STEPS = ("opening", "closing", "draw", "sealing", "verdicts")
+TRUTH = [2_000_000 + 1000 * n for n in range(6)]
 
 Lie = Callable[[Attestation], Attestation]
 
@@ -211,3 +242,121 @@ class Court:
             for name, p in module.named_parameters()
             if p.grad is not None and torch.any(p.grad != 0)
         }
+
+
+class Paper:
+    """A whole session on paper: right records with made-up losses; no hub, no model.
+
+    Args:
+        names: Evaluators; the anchor is ``hub``.
+        gains: Micro-nats that each submission brings on every sequence.
+    """
+
+    def __init__(self, *names: str, gains: tuple[int, ...] = (50_000,)) -> None:
+        self.board: dict[str, Signed] = {}
+        self.names = names
+        seats = [Seat(key=signer_of(n).public_key, owner=n, counts=True) for n in names]
+        self.opening = Opening(
+            hub="0" * 16,
+            round=1,
+            previous="1" * 64,
+            mode="appointed",
+            anchor=signer_of("hub").public_key,
+            seats=tuple(sorted(seats, key=lambda seat: seat.key)),
+            pool="2" * 64,
+            pool_sequences=12,
+            sequences=6,
+            private_sequences=2,
+            precision="float64",
+            quorum=2,
+            hours=1.0,
+            created=WHEN,
+        )
+        self.gains = {f"{n:032x}": value for n, value in enumerate(gains)}
+        self._write()
+
+    def say(self, name: str, who: str, record: Record) -> None:
+        """Put a signed record on the board."""
+        hub = who == "hub" and name.partition("/")[0] in HUB_STEPS
+        namespace = EVALUATION_NAMESPACE if hub else ATTESTATION_NAMESPACE
+        data = dump(record)
+        self.board[name] = Signed(data, signature_by(who, data, namespace))
+
+    def _write(self) -> None:
+        everybody, opening = ("hub", *self.names), digest(self.opening)
+        self.say("opening", "hub", self.opening)
+        nonces = {who: f"{n + 1:064x}" for n, who in enumerate(everybody)}
+        keys = {who: signer_of(who).public_key for who in everybody}
+        ids = {who: evaluator_id(key) for who, key in keys.items()}
+        joined = [
+            NonceCommitment(
+                opening=opening, key=keys[who], commitment=nonce_commitment(keys[who], nonces[who])
+            )
+            for who in everybody
+        ]
+        for who, record in zip(everybody, joined, strict=True):
+            self.say(f"commitment/{ids[who]}", who, record)
+        submissions = tuple(
+            Submission(id=name, record=name * 2, key=signer_of("author").public_key)
+            for name in sorted(self.gains)
+        )
+        closing = Closing(
+            opening=opening,
+            commitments=tuple(sorted(map(digest, joined))),
+            submissions=submissions,
+            root=merkle_root([leaf(entry) for entry in submissions]).hex(),
+            created=WHEN,
+        )
+        self.say("closing", "hub", closing)
+        reveals = [
+            NonceReveal(closing=digest(closing), key=keys[who], nonce=nonces[who])
+            for who in everybody
+        ]
+        for who, reveal in zip(everybody, reveals, strict=True):
+            self.say(f"nonce/{ids[who]}", who, reveal)
+        seed = seed_of(digest(closing), nonces.values())
+        session = read_session(self.board)
+        draw = Draw(
+            closing=digest(closing),
+            stage=1,
+            reveals=tuple(sorted(map(digest, reveals))),
+            seed=seed,
+            assignments=draw_assignments(session, seed, submissions, 1),
+            created=WHEN,
+        )
+        self.say("draw/1", "hub", draw)
+        self._measure(read_session(self.board), keys)
+
+    def _measure(self, session: Session, keys: dict[str, str]) -> None:
+        draw, pledges = digest(session.draws[1]), []
+        for who, key in keys.items():
+            name = evaluator_id(key)
+            if not session.assigned(1, name):
+                continue
+            found = Attestation(
+                draw=draw,
+                key=key,
+                bases=(BaseLosses(round=0, shared=pack(TRUTH[:6]), private=pack(TRUTH[:2])),),
+                results=tuple(
+                    Losses(
+                        submission=entry,
+                        base_round=0,
+                        shared=pack([loss - self.gains[entry] for loss in TRUTH[:6]]),
+                        private=pack([loss - self.gains[entry] for loss in TRUTH[:2]]),
+                    )
+                    for entry in session.assigned(1, name)
+                ),
+            )
+            pledge = AttestationCommitment(draw=draw, key=key, attestation=digest(found))
+            pledges.append(pledge)
+            self.say(f"pledge/1/{name}", who, pledge)
+            self.say(f"attestation/1/{name}", who, found)
+        commitments = tuple(sorted(map(digest, pledges)))
+        sealing = Sealing(draw=draw, commitments=commitments, created=WHEN)
+        self.say("sealing/1", "hub", sealing)
+
+    def verdicts(self) -> Verdicts:
+        """What follows."""
+        session = read_session(self.board)
+        place = Location(ref="refs/moshi/evidence/1", commit="0" * 40, files=())
+        return verdicts_of(session, decide_all(session, lambda *_: None), place)
