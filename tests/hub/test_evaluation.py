@@ -120,9 +120,7 @@ def test_what_is_disputed_waits_until_the_maintainer_decides(hub: HubSimulator) 
 
 
 @pytest.mark.slow
-def test_an_evaluation_killed_at_any_push_goes_on(
-    hub: HubSimulator, commands: Nursery, tmp_path: Path
-) -> None:
+def test_an_evaluation_killed_at_any_push_goes_on(hub: HubSimulator, commands: Nursery) -> None:
     """With nobody appointed the hub goes through all steps alone, and cannot decide."""
     court = Court(hub)
     court.helpful()
