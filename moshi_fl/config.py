@@ -85,10 +85,10 @@ class Settings:
     device: str = _setting("auto", "auto, cpu, mps, cuda or cuda:N", _device)
     precision: str = _setting("fp32", "fp32, bf16 or auto", _precision)
     threads: int = _setting(0, "CPU threads for training; 0 lets torch choose", _whole(0, 1024))
-    keep_rounds: int = _setting(2, "rounds kept in the cache per hub", _whole(1, 100_000))
     min_attestations: int = _setting(
-        0, "agreeing attestations of others than the hub that a round needs", _whole(0, 100)
+        0, "refuse rounds with fewer agreeing attestations of independent people", _whole(0, 100)
     )
+    keep_rounds: int = _setting(2, "rounds kept in the cache per hub", _whole(1, 100_000))
     _origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def origin(self, name: str) -> str:

@@ -24,6 +24,7 @@ PREFIXES = ("refs/moshi/", "refs/heads/moshi/")
 
 MANIFEST_FILE = "manifest.json"
 HUB_FILE = "hub.toml"
+EVALUATORS_FILE = "trust/evaluators.json"
 TOKENIZER_FILE = "tokenizer.json"
 DELTA_FILE = "delta.safetensors"
 MAX_MANIFEST_BYTES = 8 << 20
@@ -67,6 +68,18 @@ class Refs:
         """The accepted deltas of a round whose update is a step; kept for audit."""
         return f"{self.prefix}archive/{number}"
 
+    def evaluation(self, number: int, step: str) -> str:
+        """A signed record of the evaluation of what shall become that round."""
+        return f"{self.prefix}evaluation/{number}/{step}"
+
+    def evidence(self, number: int) -> str:
+        """All records of the evaluation that a round's verdicts follow from."""
+        return f"{self.prefix}evidence/{number}"
+
+    def pool(self, sha256: str) -> str:
+        """A held-out pool that is no longer used, and therefore no longer secret."""
+        return f"{self.prefix}pool/{sha256}"
+
     def next(self, number: int) -> str:
         """The ``latest`` of a proposed round, ready for the day it is published."""
         return f"{self.prefix}next/{number}"
@@ -105,6 +118,16 @@ def round_folder(number: int) -> str:
 def round_path(number: int) -> str:
     """Path of a round's record on main."""
     return f"{round_folder(number)}/round.json"
+
+
+def ledger_path(number: int) -> str:
+    """Path on main of a round's ledger."""
+    return f"{round_folder(number)}/ledger.json"
+
+
+def verdicts_path(number: int) -> str:
+    """Path on main of the verdicts that a round is based on; the signature ends in ``.sig``."""
+    return f"{round_folder(number)}/verdicts.json"
 
 
 def accepted_path(number: int, contribution_id: str) -> str:

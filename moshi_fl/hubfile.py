@@ -81,9 +81,15 @@ class StorageRules(_Table, frozen=True, kw_only=True):
 
 
 class EvaluationRules(_Table, frozen=True, kw_only=True):
-    """``[evaluation]``: how much held-out data a merge is measured on."""
+    """``[evaluation]``: how contributions are measured on held-out data, and by whom."""
 
-    sequences: Positive = 64
+    sequences: Annotated[int, Meta(ge=2, le=10_000)] = 256
+    private_sequences: Annotated[int, Meta(ge=0, le=1000)] = 32
+    precision: Literal["float64", "float32"] = "float64"
+    gate: bool = True
+    evaluators: Literal["local", "appointed"] = "local"
+    quorum: Annotated[int, Meta(ge=1, le=6)] = 2
+    hours: Annotated[float, Meta(gt=0, le=10_000)] = 24.0
 
 
 class VocabularyRules(_Table, frozen=True, kw_only=True):

@@ -200,6 +200,8 @@ class Round(Record, frozen=True, kw_only=True):
     median_norm: Annotated[float, Meta(ge=0)] | None = None
     growth: Growth | None = None
     evaluation: Evaluation | None = None
+    verdicts: Sha256 | None = None
+    ledger: Sha256 | None = None
     created: Annotated[str, Meta(pattern=r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ\Z")]
     software: Text
 

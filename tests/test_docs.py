@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from moshi_fl import hubfile, records, snapshot
+from moshi_fl import evidence, hubfile, records, snapshot
 from moshi_fl.aggregate import STRATEGIES
 from moshi_fl.codec.topk import TopK
 from moshi_fl.config import SETTINGS, Settings
@@ -267,6 +267,21 @@ def test_no_record_is_forgotten() -> None:
         and kind is not records.Record
     }
     assert kinds == set(RECORDS.split())
+
+
+def evidence_kinds() -> set[str]:
+    return {
+        name
+        for name, kind in vars(evidence).items()
+        if isinstance(kind, type)
+        and issubclass(kind, records.Record)
+        and kind.__module__ == evidence.__name__
+    }
+
+
+@pytest.mark.parametrize("name", sorted(evidence_kinds()))
+def test_each_field_of_an_evaluation_is_documented(name: str) -> None:
+    assert list(rows(section(PROTOCOL, name))) == list(fields_of(getattr(evidence, name)))
 
 
 def test_the_index_of_a_snapshot_is_documented() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from moshi_fl.store import HubRepo
 from moshi_hub.cleanup import clean_up, settle
 from moshi_hub.collect import judge, known_deltas, known_keys, make_rules, open_branches
 from moshi_hub.intake import Arrivals, arrivals
+from moshi_hub.judging import Decided, held, without_gain
 from moshi_hub.keys import KeyStore, Passphrase, passphrase_from_environment
 from moshi_hub.likeness import likeness
 from moshi_hub.metadata import Desk, utc_now
@@ -46,6 +47,8 @@ class Options:
     dry_run: bool = False
     strategy: str | None = None
     exclude: tuple[str, ...] = ()
+    accept: tuple[str, ...] = ()
+    """Beginnings of ids of disputed contributions that the maintainer accepts."""
     name: str = "moshi-hub"
 
 
@@ -75,6 +78,10 @@ class OpenRound:
         """Signature of each accepted contribution's record, by id."""
         accepted = (v for v in self.verdicts if v.accepted)
         return {v.contribution.id: v.signature for v in accepted if v.contribution}
+
+
+Gate = Callable[[OpenRound, Path], Decided | None]
+"""Evaluates an open round, given its working folder; None where there is nothing to do it with."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +149,7 @@ def merge(
     evaluator: Callable[[HubConfig], Evaluator | None],
     find_strategy: StrategyFinder = get_strategy,
     passphrase: Passphrase = passphrase_from_environment,
+    gate: Gate | None = None,
 ) -> Outcome:
     """Merge the open contributions into the next round.
 
@@ -151,6 +159,7 @@ def merge(
         evaluator: Gives what measures held-out loss, or None where there is no held-out data.
         find_strategy: Looks up an aggregation strategy by name.
         passphrase: Gives the passphrase of a key that has one.
+        gate: Gives the verdicts on the open contributions; None takes all that pass ``look``.
 
     Raises:
         HubError: Too few contributions; someone else published first; or the keys here do not
@@ -162,7 +171,12 @@ def merge(
             found = _finish_clean_up(replica, found)
         if options.publish and not options.dry_run:
             desk_for(replica, found.snapshot.state, found.rules.config, passphrase).require_keys()
-        found, chosen, waiting = choose(found, options.exclude, folder / "deltas")
+        decided = gate(found, folder) if gate else None
+        late: set[str] = set()
+        if decided:
+            found = replace(found, verdicts=without_gain(found.verdicts, decided.verdicts))
+            late = held(found.accepted, decided.verdicts, options.accept)
+        found, chosen, waiting = choose(found, options.exclude, folder / "deltas", late)
         proposal = propose(
             found.snapshot.state,
             found.rules,
@@ -173,6 +187,7 @@ def merge(
             find_strategy=find_strategy,
             evaluate=evaluator(found.rules.config),
         )
+        proposal = replace(proposal, decided=decided)
         if options.dry_run:
             return _outcome(found, proposal, None, waiting)
         return _push(replica, found, proposal, waiting, options, passphrase)
@@ -210,7 +225,7 @@ def _finish_clean_up(replica: Replica, found: OpenRound) -> OpenRound:
 
 
 def choose(
-    found: OpenRound, exclude: Sequence[str], deltas: Path
+    found: OpenRound, exclude: Sequence[str], deltas: Path, late: Collection[str] = ()
 ) -> tuple[OpenRound, list[Contribution], list[Contribution]]:
     """Contributions that this round takes, and accepted ones that wait for the next.
 
@@ -218,6 +233,7 @@ def choose(
         found: The open round.
         exclude: Ids, or beginnings of ids, that the maintainer leaves out.
         deltas: Folder with the judged deltas.
+        late: Ids that wait for the next round, whatever room there is.
 
     Returns:
         The open round with the verdicts on what selection left out, what is taken, what waits.
@@ -227,6 +243,8 @@ def choose(
     """
     _check_exclusions(found, exclude)
     kept = [c for c in found.intake if not any(c.id.startswith(start) for start in exclude)]
+    held_back = [entry for entry in kept if entry.id in late]
+    kept = [entry for entry in kept if entry.id not in late]
     selection = _select(found, kept, deltas)
     found = _with_findings(found, selection)
     rules = found.rules.config.aggregation
@@ -239,7 +257,9 @@ def choose(
             hint="moshi-hub verify   (shows each open contribution and why it was rejected)",
         )
     by_id = {contribution.id: contribution for contribution in kept}
-    return found, [by_id[i] for i in selection.taken], [by_id[i] for i in selection.waiting]
+    waiting = [*(by_id[i] for i in selection.waiting), *held_back]
+    taken = [by_id[i] for i in selection.taken]
+    return found, taken, sorted(waiting, key=lambda entry: entry.id)
 
 
 def _check_exclusions(found: OpenRound, exclude: Sequence[str]) -> None:

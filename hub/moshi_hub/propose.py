@@ -33,6 +33,7 @@ from moshi_fl.rules import Claim, accepted_characters, owner_of, round_weights, 
 from moshi_fl.snapshot import encode_keyframe, encode_step, grow
 from moshi_fl.tokenizer import CharVocabulary
 from moshi_fl.weights import Weights, count_parameters, sha256_bytes, weights_digest
+from moshi_hub.judging import Decided
 from moshi_hub.verify import Rules
 
 STEP_WORTH_TRYING = 0.1
@@ -62,6 +63,8 @@ class Proposal:
     deltas: Path
     update_files: tuple[Path, ...]
     keyframe_files: tuple[Path, ...] = ()
+    decided: Decided | None = None
+    """The evaluation that the contributions passed; None when they were not evaluated."""
 
     @property
     def delta_files(self) -> tuple[Path, ...]:

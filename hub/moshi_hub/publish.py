@@ -6,7 +6,6 @@ cleaned up in a second push, which may fail without harm: the next merge repeats
 
 from __future__ import annotations
 
-import json
 from calendar import timegm
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import msgspec
 
 from moshi_fl.errors import HubError, UntrustedHub
 from moshi_fl.history import (
+    EVALUATORS_FILE,
     HUB_FILE,
     MAIN,
     MANIFEST_FILE,
@@ -27,15 +27,20 @@ from moshi_fl.history import (
     Refs,
     accepted_path,
     accepted_signature_path,
+    ledger_path,
     read_latest,
     round_branch,
     round_folder,
     round_path,
+    verdicts_path,
 )
-from moshi_fl.records import File, Location, Manifest, Round, Update, dump, load
+from moshi_fl.ledger import ledger_of
+from moshi_fl.records import File, Location, Manifest, Round, Update, digest, dump, load
 from moshi_fl.signed.files import TARGETS
 from moshi_fl.store import Author, HubRepo, PushRejected, RefUpdate
+from moshi_fl.trusted import read_evaluators
 from moshi_fl.weights import sha256_file
+from moshi_hub.judging import Decided, with_anchor
 from moshi_hub.propose import Proposal
 
 NOREPLY = "noreply@moshi-fl.invalid"
@@ -85,6 +90,12 @@ def build_round(
         sign: Makes the signed metadata.
     """
     record, weights = _locate(repo, state.refs, proposal, by)
+    decided = proposal.decided
+    verdicts = decided.verdicts if decided else None
+    ledger = ledger_of(record, state.newest.ledger, proposal.contributions, verdicts)
+    record = msgspec.structs.replace(
+        record, ledger=digest(ledger), verdicts=digest(verdicts) if verdicts else None
+    )
     manifest = extend(state.manifest, record)
     hubfile = repo.read(main, HUB_FILE, limit=1 << 18)
     signed = latest_files(manifest, hubfile, proposal.tokenizer)
@@ -92,12 +103,15 @@ def build_round(
     files = {
         round_path(record.round): dump(record),
         f"{round_folder(record.round)}/report.md": report.encode(),
-        f"{round_folder(record.round)}/ledger.jsonl": ledger(record, proposal),
+        ledger_path(record.round): dump(ledger),
     }
     for contribution_id, contribution in proposal.contributions.items():
         files[accepted_path(record.round, contribution_id)] = dump(contribution)
         signature = signatures[contribution_id]
         files[accepted_signature_path(record.round, contribution_id)] = signature
+    if decided:
+        files |= _evaluation_files(repo, main, decided)
+        weights[decided.verdicts.evidence.ref] = decided.verdicts.evidence.commit
     if proposal.tokenizer != state.tokenizer:
         files[TOKENIZER_FILE] = proposal.tokenizer
     tree = repo.tree(put_all(repo, files), base=main)
@@ -106,6 +120,19 @@ def build_round(
         tree, parents=(main,), message=message, author=by, when=seconds(record.created)
     )
     return Built(record, commit, main, latest, weights)
+
+
+def _evaluation_files(repo: HubRepo, main: str, decided: Decided) -> dict[str, bytes]:
+    """What main keeps of an evaluation. Its evidence lies on a ref of its own."""
+    verdicts, path = decided.verdicts, verdicts_path(decided.verdicts.round)
+    files = {
+        path: decided.signed.record,
+        path.removesuffix(".json") + ".sig": decided.signed.signature.encode(),
+    }
+    if verdicts.mode == "local":
+        listed = with_anchor(read_evaluators(repo, main), verdicts.hub, verdicts.anchor)
+        files[EVALUATORS_FILE] = dump(listed)
+    return files
 
 
 def put_all(repo: HubRepo, files: Mapping[str, bytes]) -> dict[str, str]:
@@ -180,22 +207,6 @@ def extend(manifest: Manifest, record: Round) -> Manifest:
     keyframes = [index for index, entry in enumerate(rounds) if entry.keyframe]
     start = keyframes[-2] if len(keyframes) > 1 else 0
     return Manifest(hub=manifest.hub, rounds=tuple(rounds[start:]))
-
-
-def ledger(record: Round, proposal: Proposal) -> bytes:
-    """One line per accepted contribution, in order of id: who gave what, and what it weighed."""
-    lines = []
-    for merged in record.contributions:
-        contribution = proposal.contributions[merged.id]
-        line = {
-            "contribution": merged.id,
-            "contributor": contribution.contributor,
-            "examples": contribution.num_examples,
-            "round": record.round,
-            "weight": merged.weight,
-        }
-        lines.append(json.dumps(line, sort_keys=True, ensure_ascii=False) + "\n")
-    return "".join(lines).encode()
 
 
 def push_published(

@@ -56,6 +56,7 @@ REASONS = {
     "empty": "the delta carries nothing",
     "zero-delta": "the delta changes nothing",
     "over-norm": "the delta's norm is above the hub's limit",
+    "no-gain": "the evaluation has found that it makes the model worse",
     "replay": "this delta was already contributed",
     "one-per-round": "its key has another contribution to the same round",
     "superseded": "its owner sent another that counts: on a newer base, or with a lower id",

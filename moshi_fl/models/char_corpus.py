@@ -147,6 +147,12 @@ def make_pool(texts: Sequence[str], count: int, *, context: int, seed: int) -> b
     return records.dump(Pool(texts=tuple(pieces[i] for i in sorted(chosen.tolist()))))
 
 
+def pick_texts(data: bytes, sequences: Sequence[int]) -> bytes:
+    """A pool file of these texts of another, in this order."""
+    texts = read_pool(data)
+    return records.dump(Pool(texts=tuple(texts[i] for i in sequences)))
+
+
 def _pieces(text: str, size: int) -> Iterator[str]:
     """The text cut into pieces of at most ``size`` UTF-8 bytes, between characters."""
     data = text.encode()

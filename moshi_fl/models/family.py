@@ -149,6 +149,19 @@ class FillsIn(Protocol):
 
 
 @runtime_checkable
+class CutsPools(Protocol):
+    """A task that can measure on some sequences of a pool without measuring on all."""
+
+    def pool_size(self, pool: bytes) -> int:
+        """How many sequences a pool has."""
+        ...
+
+    def pick(self, pool: bytes, sequences: Sequence[int]) -> bytes:
+        """A pool of these sequences of another, in this order."""
+        ...
+
+
+@runtime_checkable
 class TakesTokenizer(Protocol):
     """A family whose presets can be had for another tokenizer."""
 

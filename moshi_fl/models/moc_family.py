@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moshi_fl import data
 from moshi_fl.errors import ConfigError
 from moshi_fl.generate import Sampler, pieces_of, until_stop
-from moshi_fl.models.char_corpus import make_pool, read_pool, stream
+from moshi_fl.models.char_corpus import make_pool, pick_texts, read_pool, stream
 from moshi_fl.models.common import device_of, extract_weights, settings_from
 from moshi_fl.models.family import Corpus, DataSummary, Family, Preset, Sampling, Table
 from moshi_fl.models.moc import Moc
@@ -99,6 +99,14 @@ class MocTask:
         texts = split.held_out if held_out else split.training
         size = BYTES_PER_TOKEN * self.config.max_seq_len
         return make_pool(texts, sequences, context=size, seed=seed)
+
+    def pool_size(self, pool: bytes) -> int:
+        """How many texts a pool has."""
+        return len(read_pool(pool))
+
+    def pick(self, pool: bytes, sequences: Sequence[int]) -> bytes:
+        """A pool of these texts of another, in this order."""
+        return pick_texts(pool, sequences)
 
     @torch.inference_mode()
     def evaluate(self, module: nn.Module, pool: bytes, device: torch.device) -> NDArray[np.float64]:

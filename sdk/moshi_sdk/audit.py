@@ -1,8 +1,8 @@
 """Audit: recompute published rounds from their accepted contributions, bit for bit.
 
 Trusts neither the merger nor the hub: ids are compared with record contents, signatures with the
-records' keys, deltas with records, weights with the rules, and the recomputed model with the
-published digest.
+records' keys, deltas with records, weights with the rules, verdicts and ledger with attestations,
+and the recomputed model with the published digest.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from moshi_fl.restore import (
 )
 from moshi_fl.rules import MEASURES_NORMS, Claim, owner_of, round_weights, running_norm
 from moshi_fl.snapshot import grow
+from moshi_fl.trusted import check_evaluation
 from moshi_fl.weights import Weights, weights_digest
 
 
@@ -93,6 +94,7 @@ class Auditor:
             check_signatures(self._replica.repo, self._main, record, contributions)
             check_weights(record, contributions)
             check_running_norm(record, base)
+            self._check_evaluation(record, base, contributions)
             known = at_hand or self._replica.pull(base.round).load()
             weights = self._recompute(record, known, contributions)
         except (UntrustedHub, CorruptRecord) as error:
@@ -104,6 +106,14 @@ class Auditor:
             problem = f"recomputed {found[:12]}, published {record.weights[:12]}"
             return Finding(record.round, count, False, found, problem), None
         return Finding(record.round, count, True, found), weights
+
+    def _check_evaluation(
+        self, record: Round, base: Round, contributions: dict[str, Contribution]
+    ) -> None:
+        """Verdicts and ledger must follow from the attestations that the hub keeps."""
+        repo = self._replica.repo
+        with self._replica.scratch() as scratch, self._replica.workspace() as files:
+            check_evaluation(repo, scratch, files, self._main, record, base, contributions)
 
     def _recompute(
         self, record: Round, base: Weights, contributions: dict[str, Contribution]

@@ -7,8 +7,11 @@ from pathlib import Path
 
 from moshi_fl.config import home as default_home
 from moshi_fl.errors import HubError, UntrustedHub
+from moshi_fl.history import read_contributions
 from moshi_fl.policy import NO_DEMANDS, Policy
+from moshi_fl.records import Round
 from moshi_fl.replica import Replica, Snapshot
+from moshi_fl.trusted import check_evaluation, external_attestations
 
 
 class SyncManager:
@@ -48,6 +51,7 @@ class SyncManager:
             timeout=timeout,
             root=root,
             policy=policy,
+            attestations=count_attestations,
         )
 
     def pull(self, number: int | None = None, *, offline: bool = False) -> Snapshot:
@@ -85,3 +89,25 @@ class SyncManager:
                 hint=error.hint or "try again when the hub can be reached",
             ) from error
         return dataclasses.replace(snapshot, online=False, problem=str(error))
+
+
+def count_attestations(replica: Replica, record: Round) -> int:
+    """Agreeing attestations of independent evaluators that a round rests on.
+
+    The attestations themselves are fetched, and the round's verdicts derived from them again.
+
+    Raises:
+        UntrustedHub: They contradict each other.
+        HubError: The hub no longer keeps them.
+    """
+    if record.round == 0:
+        return 0
+    state = replica.look()
+    previous = replica.chain(state, record.round - 1)[0]
+    main = replica.fetch_main()
+    contributions = read_contributions(replica.repo, main, record)
+    with replica.scratch() as scratch, replica.workspace() as files:
+        verdicts = check_evaluation(
+            replica.repo, scratch, files, main, record, previous, contributions
+        )
+    return external_attestations(record, verdicts)

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from moshi_fl.cli import hub_option, output_options
+from moshi_fl.config import ensure_home
 from moshi_fl.console import Console
 from moshi_fl.hubfile import changed_settings
 from moshi_fl.records import Round
@@ -27,10 +28,11 @@ from moshi_hub.options import maintainer, passphrase_from, passphrase_option, re
     type=click.Path(exists=True, path_type=Path),
     help="Held-out files to measure this and later merges on; they stay on this machine.",
 )
+@click.option("--accept", multiple=True, metavar="ID", help="Take this disputed contribution.")
 @click.option("--dry-run", is_flag=True, help="Compute and report; push nothing.")
 @passphrase_option
 @output_options
-def merge(
+def merge(  # noqa: PLR0913 - one parameter an option
     console: Console,
     *,
     hub: str | None,
@@ -38,6 +40,7 @@ def merge(
     strategy: str | None,
     exclude: tuple[str, ...],
     eval_data: tuple[Path, ...],
+    accept: tuple[str, ...],
     dry_run: bool,
     passphrase_env: str,
 ) -> None:
@@ -51,6 +54,7 @@ def merge(
       moshi-hub merge --hub ./hub.git --publish
       moshi-hub merge --dry-run --strategy median
     """
+    from moshi_hub.evaluation import gate_for
     from moshi_hub.heldout import evaluator_for, store_pool
     from moshi_hub.merge import Options, Outcome
     from moshi_hub.merge import merge as run
@@ -59,13 +63,14 @@ def merge(
     if eval_data:
         state = replica.look()
         store_pool(replica, state.config, state.tokenizer, eval_data)
-    options = Options(publish, dry_run, strategy, exclude, maintainer())
+    options = Options(publish, dry_run, strategy, exclude, accept, maintainer())
     outcome: Outcome = run(
         replica,
         options,
         evaluator=evaluator_for(replica),
         find_strategy=find_strategy,
         passphrase=passphrase_from(passphrase_env),
+        gate=gate_for(replica, ensure_home(), console.note),
     )
     if outcome.open_round.arrivals.problem:
         console.warn(outcome.open_round.arrivals.problem)
