@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moshi_fl.errors import DataError
+from moshi_fl.models.speech.depth_decode import DepthDecoder
 from moshi_fl.models.speech.lm import LMModel, check_codes
 from moshi_fl.models.speech.sampling import Sampling
 from moshi_fl.models.speech.streaming import State, StreamingModule
@@ -95,6 +96,7 @@ class LMGen(StreamingModule):
         self.lm_model, self.out_of_sync, self.generator = lm_model, out_of_sync, generator
         self.sampling, self.hooks = sampling or Sampling(), hooks or Hooks()
         c = lm_model.config
+        self._depth: DepthDecoder | None = None
         self.first_heard = 1 + c.dep_q  # of the streams, the user's first
         device = next(lm_model.parameters()).device
         self.register_buffer("delays", torch.tensor(c.delays, device=device), persistent=False)
@@ -110,14 +112,14 @@ class LMGen(StreamingModule):
         return Columns(batch, c.n_q + 1, c.max_delay + 2, self.delays.device)
 
     def streaming_forever(self, batch: int) -> None:
-        """Start a conversation; the depth transformer's stream is begun anew in each frame."""
+        """Start a conversation; the depth transformer, which begins anew in each frame, is set up."""
         super().streaming_forever(batch)
-        self.lm_model.depformer.streaming_forever(batch)
+        self._depth = DepthDecoder(self.lm_model, batch)
 
     def stop_streaming(self) -> None:
         """Forget the conversation."""
         super().stop_streaming()
-        self.lm_model.depformer.stop_streaming()
+        self._depth = None
 
     def state(self) -> Columns:
         """The state of the conversation."""
@@ -173,14 +175,15 @@ class LMGen(StreamingModule):
     def _speak(self, hidden: Tensor, text_logits: Tensor, replace_audio: Tensor | None) -> Tensor:
         """The text and audio tokens (B, dep_q + 1) of the column to come."""
         hooks, generator = self.hooks, self.generator
+        assert self._depth is not None
         if hooks.on_text_logits:
             hooks.on_text_logits(text_logits)
         text = self.sampling.text(text_logits[:, 0, 0].float(), generator)
         if hooks.on_text:
             hooks.on_text(text)
         if replace_audio is None:
-            audio = self.lm_model.forward_frame(
-                hidden, text, lambda _, logits: self.sampling.audio(logits.float(), generator)
+            audio = self._depth.frame(
+                hidden[:, 0], text, lambda logits: self.sampling.audio(logits.float(), generator)
             )
         else:
             audio = replace_audio[..., 0]
