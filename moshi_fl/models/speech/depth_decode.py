@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moshi_fl.models import int8
+from moshi_fl.models.speech.attention import floating
 from moshi_fl.models.speech.layers import Gating, RMSNorm, sinusoids
 from moshi_fl.models.speech.lm import LMModel
 from moshi_fl.models.speech.transformer import StreamingTransformerLayer
@@ -51,7 +52,7 @@ class DepthDecoder:
         sets = c.sets or (0,) * self.steps
         layers = [cast("StreamingTransformerLayer", layer) for layer in lm.depformer.layers]
         self.parts = [[_part(layer, weights) for layer in layers] for weights in sets]
-        like = lm.depformer_in[0].weight
+        like = floating(lm.depformer)
         # A layer's keys and values of each step: (layers, 2, B, G, steps, D).
         shape = (len(layers), 2, batch, self.kv_heads, self.steps, c.d_model // c.num_heads)
         self.kept = torch.zeros(shape, dtype=like.dtype, device=like.device)
