@@ -9,7 +9,6 @@ Parameter names are those of Kyutai's checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
@@ -68,7 +67,7 @@ class LMModel(StreamingModule):
 
     Attributes:
         transformer: Over frames; it streams with the model.
-        depformer: Over the codebooks of one frame; its streaming is its own.
+        depformer: Over the codebooks of one frame; a stream of frames passes it by.
     """
 
     def __init__(self, config: LMConfig) -> None:
@@ -188,24 +187,6 @@ class LMModel(StreamingModule):
     def depth_head(self, step: int, y: Tensor) -> Tensor:
         """Logits (..., card) of codebook ``step`` from ``y`` (..., D)."""
         return cast("Tensor", self.linears[step](self.depformer_norms[step](y)))
-
-    def forward_frame(
-        self, hidden: Tensor, text: Tensor, choose: Callable[[int, Tensor], Tensor]
-    ) -> Tensor:
-        """The audio tokens (B, dep_q) of one frame, each chosen knowing those before it.
-
-        Args:
-            hidden: Of this frame, (B, 1, C).
-            text: Its text token, (B,).
-            choose: Given the codebook's number and its logits (B, card), the token (B,).
-        """
-        self.depformer.rewind()
-        tokens, token = [], text
-        for step in range(self.config.dep_q):
-            y = self.depformer(self.depth_input(step, hidden, token[:, None]))  # (B, 1, D)
-            token = choose(step, self.depth_head(step, y[:, 0]))
-            tokens.append(token)
-        return torch.stack(tokens, dim=1)
 
     def delayed(self, codes: Tensor) -> Tensor:
         """``codes`` (B, K, T) with each stream as many frames later as its delay says."""
