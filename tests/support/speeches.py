@@ -40,7 +40,7 @@ class Reference:
 
 
 def not_in_the_repository(name: str) -> Path:
-    """The folder of a file that may not be copied here; skips the test where it is not beside it."""
+    """The folder of a file that may not be copied here; without one the test is skipped."""
     if not (SHARED / name).exists():
         pytest.skip(f"{name} may not be copied into the repository, and is not beside it")
     return SHARED

@@ -65,9 +65,7 @@ class DepthDecoder:
             self.position = (c.positional_scale * table[0]).to(like.device, like.dtype)
 
     @torch.no_grad()
-    def frame(
-        self, hidden: Tensor, text: Tensor, choose: Callable[[Tensor], Tensor]
-    ) -> Tensor:
+    def frame(self, hidden: Tensor, text: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
         """The audio tokens (B, dep_q) of a frame.
 
         Args:

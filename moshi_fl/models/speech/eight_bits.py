@@ -13,7 +13,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class EightBitLinear(nn.Module):
-    """A linear layer in eight bits; with many rows it falls back on the weights it was made from."""
+    """A linear layer in eight bits; many rows go through the weights that it was made from."""
 
     def __init__(self, plain: nn.Linear) -> None:
         super().__init__()

@@ -112,7 +112,7 @@ class LMGen(StreamingModule):
         return Columns(batch, c.n_q + 1, c.max_delay + 2, self.delays.device)
 
     def streaming_forever(self, batch: int) -> None:
-        """Start a conversation; the depth transformer, which begins anew in each frame, is set up."""
+        """Start a conversation, and lay out the depth transformer, which begins anew each frame."""
         super().streaming_forever(batch)
         self._depth = DepthDecoder(self.lm_model, batch)
 

@@ -134,7 +134,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_what_is_wrong(reference:
     given["stranger"] = torch.zeros(1)
     model = LMModel(LMConfig.from_kyutai(reference.spec["cfg"]))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(CorruptRecord, match="out_norm.alpha") as found:
+    with pytest.raises(CorruptRecord, match=r"out_norm\.alpha") as found:
         load_checkpoint(model, given)
     assert "stranger" in str(found.value)
     assert "emb.0.weight" in str(found.value)
