@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moshi_fl.models import int8
 from moshi_fl.models.speech.attention import floating
+from moshi_fl.models.speech.eight_bits import EightBitLinear
 from moshi_fl.models.speech.layers import Gating, RMSNorm, sinusoids
 from moshi_fl.models.speech.lm import LMModel
 from moshi_fl.models.speech.transformer import StreamingTransformerLayer
@@ -25,16 +25,54 @@ Rows = Callable[[Tensor], Tensor]
 """From (B, in) to (B, out)."""
 
 
+class Product:
+    """A linear layer for a few rows, (B, in) to (B, out)."""
+
+    def __init__(self, module: nn.Module) -> None:
+        plain = type(module) is nn.Linear and module.bias is None
+        self.weight = cast("Tensor", module.weight).t() if plain else None  # (in, out)
+        self.rows: Rows = module.product if isinstance(module, EightBitLinear) else module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The product."""
+        return self.rows(x) if self.weight is None else torch.mm(x, self.weight)
+
+    def into(self, place: Tensor, x: Tensor) -> None:
+        """The product, written to ``place``."""
+        if self.weight is None:
+            place.copy_(self.rows(x))
+        else:
+            torch.mm(x, self.weight, out=place)
+
+    def onto(self, base: Tensor, x: Tensor) -> Tensor:
+        """The product, added to ``base``."""
+        return base + self.rows(x) if self.weight is None else torch.addmm(base, x, self.weight)
+
+
 class Part(NamedTuple):
     """One layer with the weights of one step."""
 
     norm1: Rows
-    inputs: Rows
-    outputs: Rows
+    inputs: Product
+    outputs: Product
     scale1: Rows | None
     norm2: Rows
+    gate: Product | None  # None where there is none: then ``feed_forward`` is all of it
     feed_forward: Rows
+    down: Product | None
     scale2: Rows | None
+
+
+class Place(NamedTuple):
+    """Of one layer and step: where its queries, keys and values go, and views of what it sees.
+
+    ``qkv`` (B, rows); ``q`` (B, H, 1, D); ``k`` and ``v`` (B, G, steps so far, D).
+    """
+
+    qkv: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
 
 
 class DepthDecoder:
@@ -52,13 +90,12 @@ class DepthDecoder:
         sets = c.sets or (0,) * self.steps
         layers = [cast("StreamingTransformerLayer", layer) for layer in lm.depformer.layers]
         self.parts = [[_part(layer, weights) for layer in layers] for weights in sets]
-        like = floating(lm.depformer)
-        # A layer's keys and values of each step: (layers, 2, B, G, steps, D).
-        shape = (len(layers), 2, batch, self.kv_heads, self.steps, c.d_model // c.num_heads)
-        self.kept = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        # Views of them: what a step writes, and what it sees.
-        self.places = [[kept[..., s, :] for kept in self.kept] for s in range(self.steps)]
-        self.seen = [[kept[..., : s + 1, :] for kept in self.kept] for s in range(self.steps)]
+        like, width = floating(lm.depformer), c.d_model // c.num_heads
+        heads = self.heads + 2 * self.kv_heads
+        # Queries, keys and values of each layer and step: (layers, steps, B, heads, D).
+        shape = (len(layers), self.steps, batch, heads, width)
+        kept = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.places = [[self._place(layer, s) for layer in kept] for s in range(self.steps)]
         self.position: Tensor | None = None
         if c.positional_embedding.startswith("sin"):
             table = sinusoids(torch.arange(self.steps)[None], c.d_model, c.max_period)
@@ -78,41 +115,53 @@ class DepthDecoder:
             x = self.lm.depth_input(step, hidden, token)  # (B, D)
             if self.position is not None:
                 x = x + self.position[step]
-            for layer, part in enumerate(self.parts[step]):
-                x = self._layer(x, part, self.places[step][layer], self.seen[step][layer])
+            for part, place in zip(self.parts[step], self.places[step], strict=True):
+                x = self._layer(x, part, place)
             token = choose(self.lm.depth_head(step, x))
             tokens.append(token)
         return torch.stack(tokens, dim=1)
 
-    def _layer(self, x: Tensor, part: Part, place: Tensor, seen: Tensor) -> Tensor:
-        """``x``: (B, D), the same back; its key and value go to ``place``, a part of ``seen``."""
-        H, G = self.heads, self.kv_heads
-        qkv = part.inputs(part.norm1(x)).view(len(x), 1, H + 2 * G, -1).transpose(1, 2)
-        place.copy_(qkv[:, H:, 0].view(len(x), 2, G, -1).transpose(0, 1))
-        y = F.scaled_dot_product_attention(qkv[:, :H], seen[0], seen[1], enable_gqa=H != G)
-        y = part.outputs(y.reshape(x.shape))
-        x = x + (y if part.scale1 is None else part.scale1(y))
-        y = part.feed_forward(part.norm2(x))
-        return x + (y if part.scale2 is None else part.scale2(y))
+    def _place(self, kept: Tensor, step: int) -> Place:
+        """Of a layer's ``kept`` (steps, B, heads, D)."""
+        seen = kept[: step + 1].permute(1, 2, 0, 3)  # (B, heads, steps so far, D)
+        q, k, v = torch.split(seen, [self.heads, self.kv_heads, self.kv_heads], dim=1)
+        return Place(kept[step].flatten(1), q[:, :, -1:], k, v)
+
+    def _layer(self, x: Tensor, part: Part, place: Place) -> Tensor:
+        """``x``: (B, D), the same back."""
+        part.inputs.into(place.qkv, part.norm1(x))
+        grouped = self.heads != self.kv_heads
+        y = F.scaled_dot_product_attention(place.q, place.k, place.v, enable_gqa=grouped)
+        x = _added(x, y.reshape(x.shape), part.outputs, part.scale1)
+        y = part.norm2(x)
+        if part.down is None:
+            y = part.feed_forward(y)
+            return x + (y if part.scale2 is None else part.scale2(y))
+        assert part.gate is not None
+        u, w = part.gate(y).chunk(2, dim=-1)
+        return _added(x, F.silu(u).mul_(w), part.down, part.scale2)
+
+
+def _added(x: Tensor, y: Tensor, product: Product, scale: Rows | None) -> Tensor:
+    return product.onto(x, y) if scale is None else x + scale(product(y))
 
 
 def _part(layer: StreamingTransformerLayer, weights: int) -> Part:
-    attention = layer.self_attn
+    attention, gate = layer.self_attn, None
+    if layer.gated:
+        gate = layer.gating[weights] if isinstance(layer.gating, nn.ModuleList) else layer.gating
+        assert isinstance(gate, Gating)
     return Part(
         _norm(layer.norm1),
-        _linear(attention.in_projs[weights]),
-        _linear(attention.out_projs[weights]),
+        Product(attention.in_projs[weights]),
+        Product(attention.out_projs[weights]),
         _scale(layer.layer_scale_1),
         _norm(layer.norm2),
-        _feed_forward(layer, weights),
+        None if gate is None else Product(gate.linear_in),
+        partial(layer.feed_forward, sets=None),
+        None if gate is None else Product(gate.linear_out),
         _scale(layer.layer_scale_2),
     )
-
-
-def _linear(module: nn.Module) -> Rows:
-    if type(module) is nn.Linear:
-        return int8.linear(module.weight, module.bias, "float32")
-    return module
 
 
 def _scale(module: nn.Module) -> Rows | None:
@@ -120,21 +169,16 @@ def _scale(module: nn.Module) -> Rows | None:
 
 
 def _norm(module: nn.Module) -> Rows:
-    gain = module.alpha.view(-1) if isinstance(module, RMSNorm) else None
-    if gain is None or gain.dtype != torch.float32:
+    """RMSNorm as one fused operator: the LayerNorm of a row and its negative, whose mean is 0."""
+    if not isinstance(module, RMSNorm) or module.alpha.dtype != torch.float32:
         return module
-    return lambda x: F.rms_norm(x, gain.shape, gain, module.epsilon)
+    gain, epsilon, width = (
+        module.alpha.detach().view(-1).repeat(2),
+        module.epsilon,
+        module.alpha.numel(),
+    )
 
+    def norm(x: Tensor) -> Tensor:
+        return F.layer_norm(torch.cat([x, -x], dim=1), gain.shape, gain, None, epsilon)[:, :width]
 
-def _feed_forward(layer: StreamingTransformerLayer, weights: int) -> Rows:
-    if not layer.gated:
-        return partial(layer.feed_forward, sets=None)
-    gate = layer.gating[weights] if isinstance(layer.gating, nn.ModuleList) else layer.gating
-    assert isinstance(gate, Gating)
-    inputs, outputs = _linear(gate.linear_in), _linear(gate.linear_out)
-
-    def feed_forward(x: Tensor) -> Tensor:
-        u, w = inputs(x).chunk(2, dim=-1)
-        return outputs(F.silu(u).mul_(w))
-
-    return feed_forward
+    return norm

@@ -51,15 +51,20 @@ class TokenEmbedding(nn.Module):
         super().__init__()
         columns = rank or width
         self.weight = nn.Parameter(torch.empty(rows, columns))
-        self.norm = make_norm("layer_norm", columns) if norm else nn.Identity()
-        self.low_rank = nn.Linear(columns, width, bias=False) if rank else nn.Identity()
+        self.norm = make_norm("layer_norm", columns) if norm else None
+        self.low_rank = nn.Linear(columns, width, bias=False) if rank else None
         _truncated_normal(self.weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """``tokens``: (...); their vectors, (..., C)."""
-        vectors = self.norm(F.embedding(tokens.clamp_min(0), self.weight))
-        vectors = torch.where((tokens != ZERO_TOKEN)[..., None], vectors, 0)
-        return cast("Tensor", self.low_rank(vectors))
+        return self.vectors(tokens.clamp_min(0), (tokens != ZERO_TOKEN)[..., None])
+
+    def vectors(self, tokens: Tensor, known: Tensor) -> Tensor:
+        """Of ``tokens`` (...) where ``known`` (..., 1) holds, and zero elsewhere: (..., C)."""
+        x = F.embedding(tokens, self.weight)
+        x = x if self.norm is None else self.norm(x)
+        x = torch.where(known, x, 0)
+        return x if self.low_rank is None else cast("Tensor", self.low_rank(x))
 
 
 class LMModel(StreamingModule):
@@ -151,18 +156,24 @@ class LMModel(StreamingModule):
         self, columns: Tensor, sum_condition: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Read columns (B, n_q + 1, T); hidden states (B, T, C) and text logits (B, 1, T, V)."""
+        hidden = self.read(columns, sum_condition)
+        return hidden, self.text_linear(hidden)[:, None]
+
+    def read(self, columns: Tensor, sum_condition: Tensor | None = None) -> Tensor:
+        """Read columns (B, n_q + 1, T); hidden states (B, T, C). All that a prompt needs."""
         x = self.embedded(columns)
         if sum_condition is not None:
             x = x + sum_condition.to(x.dtype)
-        hidden = self.out_norm(self.transformer(x))
-        return hidden, self.text_linear(hidden)[:, None]
+        return cast("Tensor", self.out_norm(self.transformer(x)))
 
     def embedded(self, columns: Tensor) -> Tensor:
         """The sum of the vectors of each column's tokens, audio first: (B, T, C)."""
-        x = self.emb[0](columns[:, 1])
+        tokens = columns.clamp_min(0).unbind(1)
+        known = (columns != ZERO_TOKEN)[..., None].unbind(1)
+        x = self.emb[0].vectors(tokens[1], known[1])
         for stream, embedding in enumerate(self.emb[1:], start=2):
-            x = x + embedding(columns[:, stream])
-        return cast("Tensor", x + self.text_emb(columns[:, 0]))
+            x = x + embedding.vectors(tokens[stream], known[stream])
+        return cast("Tensor", x + self.text_emb.vectors(tokens[0], known[0]))
 
     def forward_depth(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Logits (B, dep_q, T, card) of each frame's audio, all codebooks at once.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +22,18 @@ class LoraLinear(nn.Module):
 
     def __init__(self, plain: nn.Linear, rank: int, scaling: float) -> None:
         super().__init__()
-        like = {"device": plain.weight.device, "dtype": plain.weight.dtype, "bias": False}
         self.scaling = scaling
         self.frozen_W = plain
-        self.lora_A = nn.Linear(plain.in_features, rank, **like)
-        self.lora_B = nn.Linear(rank, plain.out_features, **like)
+        self.lora_A = nn.Linear(plain.in_features, rank, bias=False).to(plain.weight)
+        self.lora_B = nn.Linear(rank, plain.out_features, bias=False).to(plain.weight)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
         self.register_load_state_dict_pre_hook(_rename_weight)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
         """``x``: (..., in), to (..., out)."""
-        y: Tensor = self.frozen_W(x)
-        return y + self.scaling * self.lora_B(self.lora_A(x))
+        update: Tensor = self.lora_B(self.lora_A(x))
+        return cast("Tensor", self.frozen_W(x)) + self.scaling * update
 
     @torch.no_grad()
     def fused(self) -> nn.Linear:
