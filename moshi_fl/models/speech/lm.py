@@ -1,0 +1,260 @@
+"""The Moshi language model: one transformer over frames, and one over the codebooks of a frame.
+
+A frame is a column of tokens, text first, then the audio codebooks of whoever is predicted, then
+those of whoever is listened to. The temporal transformer reads columns; for each, the depth
+transformer predicts text's and audio's tokens one after the other (Défossez et al. 2024). Streams
+are delayed against one another, so that within a column semantic tokens come before acoustic ones.
+Parameter names are those of Kyutai's checkpoints.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moshi_fl.errors import DataError
+from moshi_fl.models.speech.layers import make_norm
+from moshi_fl.models.speech.lm_config import LMConfig
+from moshi_fl.models.speech.mixer import with_ttt
+from moshi_fl.models.speech.streaming import StreamingModule
+from moshi_fl.models.speech.transformer import StreamingTransformer
+
+ZERO_TOKEN = -1
+"""A token that adds nothing to a column and that no loss counts."""
+
+
+class LMOutput(NamedTuple):
+    """What the model predicts; position t of each tensor is about frame t of the codes.
+
+    Attributes:
+        logits: Of audio, (B, dep_q, T, card).
+        mask: Where they are valid and the codes are there, (B, dep_q, T) bool.
+        text_logits: (B, 1, T, text_card).
+        text_mask: (B, 1, T) bool.
+    """
+
+    logits: Tensor
+    mask: Tensor
+    text_logits: Tensor
+    text_mask: Tensor
+
+
+class TokenEmbedding(nn.Module):
+    """A vector for each token, and exactly zero for the zero token."""
+
+    def __init__(
+        self, rows: int, width: int, *, rank: int | None = None, norm: bool = False
+    ) -> None:
+        super().__init__()
+        columns = rank or width
+        self.weight = nn.Parameter(torch.empty(rows, columns))
+        self.norm = make_norm("layer_norm", columns) if norm else None
+        self.low_rank = nn.Linear(columns, width, bias=False) if rank else None
+        _truncated_normal(self.weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """``tokens``: (...); their vectors, (..., C)."""
+        return self.vectors(tokens.clamp_min(0), (tokens != ZERO_TOKEN)[..., None])
+
+    def vectors(self, tokens: Tensor, known: Tensor) -> Tensor:
+        """Of ``tokens`` (...) where ``known`` (..., 1) holds, and zero elsewhere: (..., C)."""
+        x = F.embedding(tokens, self.weight)
+        x = x if self.norm is None else self.norm(x)
+        x = torch.where(known, x, 0)
+        return x if self.low_rank is None else cast("Tensor", self.low_rank(x))
+
+
+class LMModel(StreamingModule):
+    """Logits of text and audio tokens for frames of codes.
+
+    Attributes:
+        transformer: Over frames; it streams with the model.
+        depformer: Over the codebooks of one frame; a stream of frames passes it by.
+    """
+
+    def __init__(self, config: LMConfig) -> None:
+        super().__init__()
+        self.config = config
+        c, width = config, config.depformer_dim
+        audio, text, norm = c.card + 1, c.text_card + 1, c.norm_emb
+        self.emb = nn.ModuleList(TokenEmbedding(audio, c.dim, norm=norm) for _ in range(c.n_q))
+        self.text_emb = TokenEmbedding(text, c.dim, norm=norm)
+        self.transformer = with_ttt(StreamingTransformer(c.temporal), c)
+        self.out_norm = make_norm(c.norm, c.dim)
+        self.text_linear = nn.Linear(c.dim, c.text_card, bias=c.bias_proj)
+        self.extra_heads = nn.ModuleList(
+            nn.Linear(c.dim, c.extra_heads_dim, bias=False) for _ in range(c.extra_heads_num_heads)
+        )
+        inputs = max(c.weight_of_step, default=0) + 1 if c.depformer_multi_linear else 1
+        self.depformer_in = nn.ModuleList(
+            nn.Linear(c.dim, width, bias=False) for _ in range(inputs)
+        )
+        rank = c.depformer_low_rank_embeddings
+        self.depformer_emb = nn.ModuleList(
+            TokenEmbedding(audio, width, rank=rank, norm=norm) for _ in range(c.dep_q - 1)
+        )
+        self.depformer_text_emb = TokenEmbedding(text, width, rank=rank, norm=norm)
+        self.depformer = StreamingTransformer(c.depth)
+        self.depformer.detached = True
+        self.depformer_norms = nn.ModuleList(
+            nn.Identity() if c.depformer_norm is None else make_norm(c.depformer_norm, width)
+            for _ in range(c.dep_q)
+        )
+        self.linears = nn.ModuleList(
+            nn.Linear(width, c.card, bias=c.bias_proj) for _ in range(c.dep_q)
+        )
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Truncated normal but for the depth transformer, which keeps PyTorch's default."""
+        for part in (self.transformer, self.text_linear, self.linears):
+            for name, module in part.named_modules():
+                if isinstance(module, nn.Linear) and ".ttt." not in name:
+                    _truncated_normal(module.weight)
+
+    @property
+    def num_codebooks(self) -> int:
+        """Tokens of a column."""
+        return self.config.n_q + 1
+
+    @property
+    def audio_offset(self) -> int:
+        """Where audio begins in a column."""
+        return 1
+
+    def forward(self, codes: Tensor, sum_condition: Tensor | None = None) -> LMOutput:
+        """Predict each frame of ``codes`` (B, n_q + 1, T) from those before it.
+
+        Args:
+            codes: Tokens of each stream, -1 where there are none.
+            sum_condition: Added to each column, (B, 1 or T, C).
+
+        Raises:
+            DataError: Codes of another shape, none, or out of range.
+        """
+        self.check_codes(codes)
+        late = self.delayed(codes)
+        columns = torch.cat([self._initial(codes), late[:, :, :-1]], dim=2)
+        hidden, text_logits = self.forward_text(columns, sum_condition)
+        logits = self.forward_depth(hidden, late[:, : self.config.dep_q])
+        text, *audio = self.config.delays[: self.config.dep_q + 1]
+        logits, mask = _undelayed(logits, audio)
+        text_logits, text_mask = _undelayed(text_logits, [text])
+        known = codes != ZERO_TOKEN
+        return LMOutput(
+            logits,
+            mask & known[:, 1 : 1 + len(audio)],
+            text_logits,
+            text_mask & known[:, :1],
+        )
+
+    def forward_text(
+        self, columns: Tensor, sum_condition: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Read columns (B, n_q + 1, T); hidden states (B, T, C) and text logits (B, 1, T, V)."""
+        hidden = self.read(columns, sum_condition)
+        return hidden, self.text_linear(hidden)[:, None]
+
+    def read(self, columns: Tensor, sum_condition: Tensor | None = None) -> Tensor:
+        """Read columns (B, n_q + 1, T); hidden states (B, T, C). All that a prompt needs."""
+        x = self.embedded(columns)
+        if sum_condition is not None:
+            x = x + sum_condition.to(x.dtype)
+        return cast("Tensor", self.out_norm(self.transformer(x)))
+
+    def embedded(self, columns: Tensor) -> Tensor:
+        """The sum of the vectors of each column's tokens, audio first: (B, T, C)."""
+        tokens = columns.clamp_min(0).unbind(1)
+        known = (columns != ZERO_TOKEN)[..., None].unbind(1)
+        x = self.emb[0].vectors(tokens[1], known[1])
+        for stream, embedding in enumerate(self.emb[1:], start=2):
+            x = x + embedding.vectors(tokens[stream], known[stream])
+        return cast("Tensor", x + self.text_emb.vectors(tokens[0], known[0]))
+
+    def forward_depth(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Logits (B, dep_q, T, card) of each frame's audio, all codebooks at once.
+
+        Args:
+            hidden: Of the temporal transformer, (B, T, C).
+            tokens: What each codebook is told: text, then audio but the last, (B, dep_q, T).
+        """
+        B, T, _ = hidden.shape
+        steps = [self.depth_input(c, hidden, tokens[:, c]) for c in range(self.config.dep_q)]
+        x = torch.stack(steps, dim=2).flatten(0, 1)  # (B T, dep_q, D)
+        y = self.depformer(x)
+        heads = [self.depth_head(c, y[:, c]) for c in range(self.config.dep_q)]
+        return torch.stack(heads, dim=1).view(B, T, len(heads), -1).transpose(1, 2)
+
+    def depth_input(self, step: int, hidden: Tensor, token: Tensor) -> Tensor:
+        """What the depth transformer is given, (..., D): ``hidden`` (..., C), ``token`` (...)."""
+        weights = self.config.weight_of_step[step] if self.config.depformer_multi_linear else 0
+        embedding = self.depformer_emb[step - 1] if step else self.depformer_text_emb
+        return cast("Tensor", self.depformer_in[weights](hidden) + embedding(token))
+
+    def depth_head(self, step: int, y: Tensor) -> Tensor:
+        """Logits (..., card) of codebook ``step`` from ``y`` (..., D)."""
+        return cast("Tensor", self.linears[step](self.depformer_norms[step](y)))
+
+    def delayed(self, codes: Tensor) -> Tensor:
+        """``codes`` (B, K, T) with each stream as many frames later as its delay says."""
+        first = self._initial(codes)
+        rows = []
+        for stream, delay in enumerate(self.config.delays):
+            row = codes[:, stream]
+            waiting = first[:, stream].expand(-1, min(delay, row.shape[1]))
+            rows.append(torch.cat([waiting, row[:, : max(0, row.shape[1] - delay)]], dim=1))
+        return torch.stack(rows, dim=1)
+
+    def _initial(self, codes: Tensor) -> Tensor:
+        tokens = torch.tensor(self.config.initial_tokens, device=codes.device)
+        return tokens[:, None].expand(len(codes), -1, 1)
+
+    def check_codes(self, codes: Tensor) -> None:
+        """Codes must be (B, n_q + 1, T) whole numbers from -1 to what each table has rows for.
+
+        Raises:
+            DataError: They are not; says which.
+        """
+        check_codes(codes, self.config.initial_tokens)
+
+
+def check_codes(codes: Tensor, most: list[int]) -> None:
+    """Codes must be (B, streams, T) whole numbers from -1 to each stream's ``most``.
+
+    Raises:
+        DataError: They are not; says which.
+    """
+    if codes.dim() != 3 or codes.shape[1] != len(most) or not codes.numel():
+        raise DataError(
+            f"codes of shape {list(codes.shape)}; they must be (batch, {len(most)}, frames).",
+        )
+    if codes.dtype not in {torch.int64, torch.int32}:
+        raise DataError(f"codes are {codes.dtype}; they must be whole numbers (int64).")
+    highest = torch.tensor(most, device=codes.device)[:, None]
+    wrong = (codes < ZERO_TOKEN) | (codes > highest)
+    if wrong.any():
+        item, stream, frame = wrong.nonzero()[0].tolist()
+        raise DataError(
+            f"code {int(codes[item, stream, frame])} of stream {stream} at frame {frame} is out "
+            f"of range: it must be from 0 to {most[stream] - 1}, or -1 for none.",
+        )
+
+
+def _undelayed(logits: Tensor, delays: list[int]) -> tuple[Tensor, Tensor]:
+    """Logits (B, K, T, V), each stream as many frames earlier; zeros and False where none are."""
+    rows, masks = [], []
+    T = logits.shape[2]
+    for stream, delay in enumerate(delays):
+        rows.append(F.pad(logits[:, stream, delay:], (0, 0, 0, min(delay, T))))
+        masks.append(torch.arange(T, device=logits.device) < T - delay)
+    mask = torch.stack(masks).expand(len(logits), -1, -1)
+    return torch.stack(rows, dim=1), mask
+
+
+def _truncated_normal(weight: Tensor) -> None:
+    std = weight.shape[1] ** -0.5
+    nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
