@@ -22,6 +22,7 @@ from moshi_fl.weights import sha256_file
 
 MAX_CONTRIBUTION_BYTES = 16_384
 PLAIN_FILE = ("100644", "blob")
+MAX_QUOTED = 200  # characters of a stranger's text in a finding
 
 REASONS = {
     "wrong-branch": "the branch is not named contribute/<round>/<id>",
@@ -145,7 +146,7 @@ def check_branch(branch: str, rules: Rules) -> list[Finding]:
     """Judge the name of a branch alone: nothing is fetched of one that cannot be accepted."""
     place = branch_place(branch)
     if place is None:
-        return [Finding("wrong-branch", f"{branch!r} names no contribution.")]
+        return [Finding("wrong-branch", f"{branch[:MAX_QUOTED]!r} names no contribution.")]
     return _check_age(place[0], rules)
 
 
@@ -192,7 +193,9 @@ def _check_tree(entries: tuple[TreeEntry, ...], path: str, limit: int) -> list[F
     findings = []
     for entry in entries:
         if entry.path != path:
-            findings.append(Finding("extra-files", f"{entry.path!r} has no business here."))
+            findings.append(
+                Finding("extra-files", f"{entry.path[:MAX_QUOTED]!r} has no business here.")
+            )
         elif (entry.mode, entry.kind) != PLAIN_FILE:
             findings.append(Finding("wrong-mode", f"{path} has mode {entry.mode}, not 100644."))
         elif (entry.size or 0) > limit:

@@ -1,0 +1,123 @@
+"""A valid example of any record, made from its type: a new record needs no example by hand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from random import Random
+from typing import Any
+
+import msgspec
+from msgspec import inspect
+
+from moshi_fl.records import Record
+
+# Texts that some pattern of a record accepts; a new pattern may need one more.
+TEXTS = (
+    *("0" * 64, "1" * 40, "2" * 32, "3" * 16, "refs/moshi/x", "a", "a.json", "A", "text"),
+    *("2026-01-01T00:00:00Z", "SHA256:" + "A" * 43),
+)
+
+
+def records_below(kind: type[Record] = Record) -> Iterator[type[Record]]:
+    """All record types that are imported by now, in order of name."""
+    found: set[type[Record]] = set()
+    waiting = [kind]
+    while waiting:
+        for below in waiting.pop().__subclasses__():
+            found.add(below)
+            waiting.append(below)
+    yield from sorted(found, key=lambda one: (one.__module__, one.__qualname__))
+
+
+def example(kind: type[Record], random: Random, *, full: bool) -> dict[str, Any]:
+    """A valid record as a JSON tree.
+
+    Args:
+        kind: The record.
+        random: Chooses lengths and values.
+        full: Whether what may be null or empty is there.
+    """
+    tree = _make(inspect.type_info(kind), random, full)
+    msgspec.convert(tree, kind)
+    assert isinstance(tree, dict)
+    return tree
+
+
+def _make(info: inspect.Type, random: Random, full: bool) -> Any:
+    make = _MAKERS.get(type(info))
+    if make is None:
+        raise TypeError(f"tests/fuzz/examples.py cannot make an example of {info}")
+    return make(info, random, full)
+
+
+def _struct(info: Any, random: Random, full: bool) -> Any:
+    return {
+        field.encode_name: _make(field.type, random, full)
+        for field in info.fields
+        if field.default is not msgspec.UNSET or full
+    }
+
+
+def _union(info: Any, random: Random, full: bool) -> Any:
+    real = [kind for kind in info.types if not isinstance(kind, inspect.NoneType)]
+    if len(real) < len(info.types) and not full:
+        return None
+    return _make(random.choice(real), random, full)
+
+
+def _text(info: Any, random: Random, full: bool) -> str:
+    low, high = info.min_length or 0, info.max_length or 1 << 20
+    for text in random.sample(TEXTS, len(TEXTS)):
+        fits = low <= len(text) <= high
+        if fits and (info.pattern is None or re.search(info.pattern, text)):
+            return text
+    raise TypeError(f"tests/fuzz/examples.py: add a text that fits {info}")
+
+
+def _whole(info: Any, random: Random, full: bool) -> int:
+    low = info.ge if info.ge is not None else (info.gt + 1 if info.gt is not None else 0)
+    high = info.le if info.le is not None else (info.lt - 1 if info.lt is not None else low + 99)
+    return random.randint(low, min(high, low + 99))
+
+
+def _number(info: Any, random: Random, full: bool) -> float:
+    low = info.ge if info.ge is not None else (info.gt if info.gt is not None else 0.0)
+    high = info.le if info.le is not None else (info.lt if info.lt is not None else low + 2.0)
+    return low + (min(high, low + 2.0) - low) * random.choice((0.25, 0.5))
+
+
+def _list(info: Any, random: Random, full: bool) -> list[Any]:
+    least = info.min_length or 0
+    count = max(least, random.randint(1, 3)) if full else least
+    return [_make(info.item_type, random, full) for _ in range(count)]
+
+
+def _tuple(info: Any, random: Random, full: bool) -> list[Any]:
+    return [_make(item, random, full) for item in info.item_types]
+
+
+def _dict(info: Any, random: Random, full: bool) -> dict[str, Any]:
+    count = max(info.min_length or 0, 2 if full else 0)
+    pairs = (
+        (_make(info.key_type, random, full), _make(info.value_type, random, full))
+        for _ in range(count)
+    )
+    return dict(pairs)
+
+
+_MAKERS: dict[type, Any] = {
+    inspect.StructType: _struct,
+    inspect.UnionType: _union,
+    inspect.StrType: _text,
+    inspect.IntType: _whole,
+    inspect.FloatType: _number,
+    inspect.BoolType: lambda info, random, full: random.random() < 0.5,
+    inspect.LiteralType: lambda info, random, full: random.choice(list(info.values)),
+    inspect.VarTupleType: _list,
+    inspect.ListType: _list,
+    inspect.TupleType: _tuple,
+    inspect.DictType: _dict,
+    inspect.NoneType: lambda info, random, full: None,
+    inspect.AnyType: lambda info, random, full: random.choice((0, "x", None)),
+}
