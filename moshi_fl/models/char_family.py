@@ -18,7 +18,15 @@ from moshi_fl import data
 from moshi_fl.errors import ConfigError
 from moshi_fl.generate import Sampler, pieces_of, until_stop
 from moshi_fl.models.char import CharConfig, CharTransformer
-from moshi_fl.models.char_corpus import CharCorpus, make_pool, read_pool, stream, windows
+from moshi_fl.models.char_corpus import (
+    CharCorpus,
+    make_pool,
+    read_pool,
+    stream,
+    take_windows,
+    window_length,
+    windows,
+)
 from moshi_fl.models.char_decode import CharDecoder
 from moshi_fl.models.common import device_of, extract_weights, settings_from
 from moshi_fl.models.family import Corpus, DataSummary, Family, Preset, Sampling, Table
@@ -76,6 +84,17 @@ class CharTask:
             cast("CharCorpus", corpus), batch_size, fill_in_middle=share, seed=seed, start=start
         )
         return map(torch.from_numpy, rows)
+
+    def window_count(self, corpus: Corpus) -> int:
+        """Windows without a common token; what is left over at the end is in none."""
+        chars = cast("CharCorpus", corpus)
+        return len(chars.tokens) // window_length(chars)
+
+    def take(self, corpus: Corpus, numbers: NDArray[np.int64], *, seed: int) -> Tensor:
+        """These windows, (B, T + 1)."""
+        share = self.config.fill_in_middle
+        rows = take_windows(cast("CharCorpus", corpus), numbers, fill_in_middle=share, seed=seed)
+        return torch.from_numpy(rows)
 
     def loss(self, module: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
         """Mean cross-entropy of each token given those before it in its window."""

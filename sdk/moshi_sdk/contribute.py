@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from msgspec import UnsetType
 
 import moshi_fl
 from moshi_fl.codec import get_codec
@@ -21,12 +22,13 @@ from moshi_fl.errors import Rejected, TrainingError
 from moshi_fl.history import DELTA_FILE, HubState
 from moshi_fl.hubfile import HubConfig
 from moshi_fl.models.family import Corpus, DataSummary, Task
-from moshi_fl.records import Contribution, File, Location, Metrics, dump
+from moshi_fl.records import Contribution, File, Location, Metrics, Privacy, dump
 from moshi_fl.replica import Replica, Snapshot
 from moshi_fl.train import Progress, Recipe
 from moshi_fl.weights import Weights, open_weights, save_weights, sha256_bytes, write_atomic
 from moshi_sdk.feedback import Feedback
 from moshi_sdk.planning import Options, make_plan, recipe_of
+from moshi_sdk.privacy import BUDGET, Account, run_name, stated
 from moshi_sdk.runs import Run, RunPlan, Runs
 from moshi_sdk.submit import Sent, delta_commit, is_merged, submit
 from moshi_sdk.sync import SyncManager
@@ -84,6 +86,8 @@ class _Work:
     task: Task
     run: Run
     listener: Listener
+    account: Account
+    budget: float  # most epsilon, of a run with differential privacy
     corpus: Corpus | None = field(default=None, repr=False)
 
     @property
@@ -119,8 +123,8 @@ def contribute(
         DataError: Nothing usable is in the data.
         TrainingError: Training failed; the last good checkpoint stays.
     """
-    options, listener = options or Options(), listener or Silent()
-    manager = SyncManager(hub, home=home or default_home())
+    options, listener, home = options or Options(), listener or Silent(), home or default_home()
+    manager = SyncManager(hub, home=home)
     snapshot = manager.pull()
     listener.stage("sync", _whence(snapshot))
     task = load_task(snapshot.state)
@@ -128,8 +132,13 @@ def contribute(
     corpus = task.read(paths, seed=0, max_bytes=options.max_bytes)
     listener.stage("data", describe(corpus.summary))
     plan = make_plan(snapshot, task, corpus, paths, options)
-    run = Runs(manager.replica.folder / "runs").start(plan, snapshot)
-    return _finish(_Work(manager.replica, snapshot, task, run, listener, corpus), options.dry_run)
+    runs = Runs(manager.replica.folder / "runs")
+    _say_what_is_public(listener, runs, plan)
+    run = runs.start(plan, snapshot)
+    account = Account(home, snapshot.state.config.hub.id)
+    budget = options.privacy.budget if options.privacy else BUDGET
+    work = _Work(manager.replica, snapshot, task, run, listener, account, budget, corpus)
+    return _finish(work, options.dry_run)
 
 
 def resume(
@@ -138,20 +147,30 @@ def resume(
     home: Path | None = None,
     listener: Listener | None = None,
     dry_run: bool = False,
+    privacy_budget: float = BUDGET,
 ) -> Outcome:
     """Continue the last unfinished contribution to ``hub``, as it was planned.
+
+    Args:
+        hub: Path or URL of the hub.
+        home: Folder of this user's moshi-fl data.
+        listener: Hears of stages and steps.
+        dry_run: Send nothing.
+        privacy_budget: Most epsilon, for a run with differential privacy that has not begun.
 
     Raises:
         MoshiError: There is none.
     """
-    listener = listener or Silent()
-    manager = SyncManager(hub, home=home or default_home())
+    listener, home = listener or Silent(), home or default_home()
+    manager = SyncManager(hub, home=home)
     run = Runs(manager.replica.folder / "runs").resume()
     snapshot = manager.pull()
     listener.stage("sync", f"{_whence(snapshot)}; resuming from round {run.plan.base_round}")
     tokenizer = run.tokenizer.read_bytes() if run.tokenizer.exists() else None
     task = load_task(snapshot.state, tokenizer)
-    return _finish(_Work(manager.replica, snapshot, task, run, listener), dry_run)
+    account = Account(home, snapshot.state.config.hub.id)
+    work = _Work(manager.replica, snapshot, task, run, listener, account, privacy_budget)
+    return _finish(work, dry_run)
 
 
 def discard(hub: str, *, home: Path | None = None) -> RunPlan:
@@ -162,6 +181,23 @@ def discard(hub: str, *, home: Path | None = None) -> RunPlan:
     """
     manager = SyncManager(hub, home=home or default_home())
     return Runs(manager.replica.folder / "runs").discard().plan
+
+
+def _say_what_is_public(listener: Listener, runs: Runs, plan: RunPlan) -> None:
+    sent = [run for run in runs if run.is_sent]
+    if not sent:
+        promise = "" if plan.is_private else "; without --dp no privacy is claimed"
+        listener.stage(
+            "public",
+            "your first contribution to this hub. Git history is public and permanent: what is "
+            f"sent cannot be taken back{promise}",
+        )
+    if plan.is_private and not all(run.plan.is_private for run in sent):
+        listener.stage(
+            "privacy",
+            "earlier contributions from here were sent without --dp; what those told of the same "
+            "data, no accounting covers",
+        )
 
 
 def _whence(snapshot: Snapshot) -> str:
@@ -201,23 +237,48 @@ def _finish(work: _Work, dry_run: bool) -> Outcome:
 
 def _train_and_encode(work: _Work) -> Contribution:
     corpus = work.corpus or _read_again(work)
-    recipe = recipe_of(work.run.plan)
+    recipe, plan = recipe_of(work.run.plan), work.run.plan
+    privacy = _spend(work)
     if not work.run.trained.exists():
         _train(work, corpus, recipe)
     base, trained = open_weights(work.run.base), open_weights(work.run.trained)
+    delta = {name: np.subtract(trained[name], base[name]) for name in base}
+    if privacy:  # losses and characters follow from data, and no accounting covers them
+        work.listener.stage("measure", "not measured: with --dp the record has no losses")
+        return _encode(work, delta, plan.base_round, plan.base, privacy=privacy)
+    metrics = _measure(work, corpus, base, trained, recipe.device)
+    proposed = corpus.summary.proposed_characters[:1000]
+    fields = {"metrics": metrics, "proposed_characters": proposed}
+    return _encode(work, delta, plan.base_round, plan.base, **fields)
+
+
+def _spend(work: _Work) -> Privacy | None:
+    """Enter a run with differential privacy in the ledger, before it learns anything."""
+    plan = work.run.plan
+    if isinstance(plan.privacy, UnsetType):
+        return None
+    privacy = stated(plan.privacy, plan.training.steps)
+    name = run_name(work.run.ledger_name)
+    ledger = work.account.spend(name, plan.base_round, privacy, work.budget)
+    work.listener.stage(
+        "privacy",
+        f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g} for each window of this data; "
+        f"{ledger.total:g} spent in all",
+    )
+    return privacy
+
+
+def _measure(work: _Work, corpus: Corpus, base: Weights, trained: Weights, device: str) -> Metrics:
     pool = work.task.pool(corpus, HELD_OUT_SEQUENCES, seed=0, held_out=True)
     metrics = Metrics(
-        held_out_before=_loss(work.task, base, pool, recipe.device),
-        held_out_after=_loss(work.task, trained, pool, recipe.device),
+        held_out_before=_loss(work.task, base, pool, device),
+        held_out_after=_loss(work.task, trained, pool, device),
     )
     work.listener.stage(
         "measure",
         f"loss on your held-out part {metrics.held_out_before:.4f} -> {metrics.held_out_after:.4f}",
     )
-    proposed = corpus.summary.proposed_characters[:1000]
-    delta = {name: np.subtract(trained[name], base[name]) for name in base}
-    number, digest = work.run.plan.base_round, work.run.plan.base
-    return _encode(work, delta, number, digest, metrics=metrics, proposed_characters=proposed)
+    return metrics
 
 
 def _read_again(work: _Work) -> Corpus:
@@ -267,8 +328,7 @@ def _encode(work: _Work, delta: Weights, number: int, base: str, **fields: Any) 
     """Encode a delta against a round, and make the record with these further fields."""
     rules, plan = work.config.delta, work.run.plan
     codec = get_codec(rules.codec, rules.options)
-    feedback = Feedback(work.replica.folder / "feedback")
-    carry = feedback.load(feedback.base(merged_test(work.replica, work.state)))
+    carry = _carry(work)
     entries, rest = encode_delta(delta, codec, carry)
     data = delta_bytes(entries, codec)
     save_weights(work.run.carry, rest)
@@ -289,6 +349,18 @@ def _encode(work: _Work, delta: Weights, number: int, base: str, **fields: Any) 
     write_atomic(work.run.record, dump(contribution))
     work.listener.stage("encode", f"{len(data):,} bytes as {rules.codec}")
     return contribution
+
+
+def _carry(work: _Work) -> Weights | None:
+    """What earlier contributions could not say, unless it would break a promise of privacy."""
+    feedback = Feedback(work.replica.folder / "feedback")
+    base = feedback.base(merged_test(work.replica, work.state))
+    if work.run.plan.is_private and not feedback.is_private(base):
+        work.listener.stage(
+            "privacy", "what the codec could not say of earlier contributions without --dp is left"
+        )
+        return None
+    return feedback.load(base)
 
 
 def locate(work: _Work, data: bytes, number: int) -> Location:
@@ -344,6 +416,7 @@ def _rebase(work: _Work, contribution: Contribution, age: int) -> tuple[Contribu
         delta,
         newest.round,
         newest.weights,
+        privacy=contribution.privacy,
         proposed_characters=contribution.proposed_characters,
         rebased_from=contribution.round,
     )
@@ -354,4 +427,5 @@ def _remember(work: _Work, contribution: Contribution) -> None:
     feedback = Feedback(work.replica.folder / "feedback")
     before = feedback.base(merged_test(work.replica, work.state))
     if work.run.carry.exists() and before != contribution.id:
-        feedback.sent(contribution.id, contribution.round, open_weights(work.run.carry), before)
+        carry, private = open_weights(work.run.carry), work.run.plan.is_private
+        feedback.sent(contribution.id, contribution.round, carry, before, private=private)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import click
 
 from moshi_fl.cli import hub_option, output_options
+from moshi_fl.config import ensure_home
 from moshi_fl.console import Console
+from moshi_fl.errors import CorruptRecord
 from moshi_fl.history import HubState, contribution_branch
 from moshi_fl.replica import Replica, Snapshot
 from moshi_fl.store import redact
 from moshi_fl.text import Moment, Size
 from moshi_sdk.options import hub_flag, settings_for, sync_manager
+from moshi_sdk.privacy import Account
 from moshi_sdk.runs import Run, Runs
 
 SHOWN_ROUNDS = 10
@@ -36,6 +39,7 @@ def status(console: Console, hub: str | None, offline: bool) -> None:
     _show_hub(console, settings.hub, snapshot)
     console.table(_rounds(snapshot.state), name="rounds")
     resume = f"moshi-fl contribute{hub_flag(settings)} --resume"
+    _show_privacy(console, snapshot)
     runs = _runs(manager.replica)
     rows = [_contribution(run, manager.replica, snapshot) for run in runs]
     if rows:
@@ -56,6 +60,17 @@ def _show_hub(console: Console, hub: str, snapshot: Snapshot) -> None:
         round=record.round,
         online=snapshot.online,
     )
+
+
+def _show_privacy(console: Console, snapshot: Snapshot) -> None:
+    try:
+        ledger = Account(ensure_home(), snapshot.state.config.hub.id).read()
+    except CorruptRecord as error:
+        console.warn(f"{error} Until it is mended or removed, nothing can be sent with --dp.")
+        return
+    if ledger.runs:
+        row = {"epsilon": ledger.total, "delta": ledger.delta, "runs": len(ledger.runs)}
+        console.table([row | {"newest_run": ledger.runs[-1].epsilon}], name="privacy")
 
 
 def _rounds(state: HubState) -> list[dict[str, object]]:
