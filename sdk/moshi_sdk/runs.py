@@ -23,6 +23,7 @@ from moshi_fl.records import (
     Contribution,
     Count,
     Name,
+    PublicKey,
     Record,
     RoundNumber,
     Sha256,
@@ -47,6 +48,7 @@ class RunPlan(Record, frozen=True, kw_only=True):
     data: tuple[str, ...]
     fingerprint: Sha256
     contributor: Text
+    key: PublicKey
     training: Training
     weight_decay: float
     gradient_clip: float
@@ -113,6 +115,11 @@ class Run:
         """What this run is called in the ledger of privacy; another run has another name."""
         return self.folder / "ledger-name"
 
+    @property
+    def signature(self) -> Path:
+        """The record's signature: not every key would make the same one again."""
+        return self.folder / "record.sig"
+
     def contribution(self) -> Contribution | None:
         """The record, if the run got that far."""
         if not self.record.exists():
@@ -171,6 +178,10 @@ class Runs:
             if not (folder / "run.json").exists():
                 with suppress(MoshiError), _only_one(folder):
                     shutil.rmtree(folder, ignore_errors=True)
+
+    def sent(self) -> list[RunPlan]:
+        """Plans of what has left this machine, the newest first."""
+        return [run.plan for run in self if run.is_sent]
 
     def unfinished(self) -> Run | None:
         """The run that was worked on last and has not been sent."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from tests.conftest import ENVIRONMENT
 from tests.fuzz import runner
 from tests.fuzz.runner import ALLOWANCE, Failure, Plan, Tally
-from tests.fuzz.targets import TARGETS, stages, working_in
+from tests.fuzz.targets import TARGETS, working_in
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,7 +31,6 @@ def main(argv: list[str] | None = None) -> int:
         tempfile.TemporaryDirectory(prefix="moshi-fl-fuzz-", dir=memory) as folder,
         working_in(Path(folder)),
     ):
-        stages()
         if options.index is not None:
             return _again(options)
         plan = Plan(

@@ -14,15 +14,22 @@ from functools import cache, partial
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest.mock import patch
 
 import msgspec
 
 from moshi_fl.codec import get_codec
 from moshi_fl.codec.delta import Delta, delta_bytes, encode_delta, max_delta_bytes
 from moshi_fl.errors import MoshiError
-from moshi_fl.history import DELTA_FILE, contribution_branch, contribution_path
+from moshi_fl.history import (
+    DELTA_FILE,
+    contribution_branch,
+    contribution_path,
+    signature_path,
+)
 from moshi_fl.hubfile import MAX_HUBFILE_BYTES, parse_hubfile
 from moshi_fl.records import MAX_RECORD_BYTES, Contribution, File, Location, Record, dump, load
+from moshi_fl.signing import CONTRIBUTION_NAMESPACE, MAX_SIGNATURE_BYTES
 from moshi_fl.snapshot import (
     INDEX,
     MAX_FILE_BYTES,
@@ -31,12 +38,13 @@ from moshi_fl.snapshot import (
     encode_keyframe,
     encode_step,
 )
+from moshi_fl.sshsig import armour, parse_key, parse_signature
 from moshi_fl.store import TreeEntry
 from moshi_fl.tokenizer import CharVocabulary
 from moshi_fl.weights import MAX_HEADER_BYTES, Weights, parse_header, serialize, sha256_bytes
 from moshi_hub.merge import rules_of, settings_on
 from moshi_hub.verify import MAX_CONTRIBUTION_BYTES, REASONS, Rules, Submission, verify
-from tests.fuzz import mutate
+from tests.fuzz import mutate, ssh
 from tests.fuzz.examples import example, records_below
 from tests.support.simulator import HubSimulator, random_delta
 
@@ -105,12 +113,13 @@ class Stage:
         if contribution is not None:
             number, name = contribution.round, contribution.id
         path = contribution_path(number, name)
-        found = Submission(
-            contribution_branch(number, name),
-            "",
-            (TreeEntry("100644", "blob", "0" * 40, len(record), path),),
-            record,
+        signature = ssh.sign(record, CONTRIBUTION_NAMESPACE)
+        changes = (
+            TreeEntry("100644", "blob", "0" * 40, len(record), path),
+            TreeEntry("100644", "blob", "2" * 40, len(signature), signature_path(number, name)),
         )
+        branch = contribution_branch(number, name)
+        found = Submission(branch, "", changes, record, signature)
         if contribution is None or delta is None:
             return found
         file = self.scratch / "delta.safetensors"
@@ -135,11 +144,13 @@ _folder: Path | None = None
 
 @contextmanager
 def working_in(folder: Path) -> Iterator[None]:
-    """Where targets keep files; each process has a folder of its own in it."""
+    """Where targets keep files, and temporary ones lie; signatures are judged in this process."""
     global _folder  # noqa: PLW0603 - set once, before the processes are forked
     _folder = folder
     try:
-        yield
+        stages()
+        with patch("moshi_fl.signing._run", ssh.verdict), patch("tempfile.tempdir", str(folder)):
+            yield
     finally:
         stages.cache_clear()
         _snapshots.cache_clear()
@@ -178,7 +189,8 @@ def stages() -> dict[str, Stage]:
             ),
         )
         data = delta_bytes(encode_delta(weights, codec, None)[0], codec)
-        stage = Stage(rules, msgspec.structs.replace(record, hub=HUB_ID, codec=name), data, Path())
+        own = msgspec.structs.replace(record, hub=HUB_ID, codec=name, key=ssh.KEY.text)
+        stage = Stage(rules, own, data, Path())
         made[name] = replace(stage, record=stage.named(data))
     return made
 
@@ -204,12 +216,13 @@ def judged(submission: Submission, rules: Rules) -> str:
 
 @dataclass(frozen=True)
 class GateInput:
-    """A record, and whether its branch is named by it; perhaps a delta."""
+    """A record, and whether its branch is named by it; perhaps a delta, or another signature."""
 
     codec: str
     record: bytes
     renamed: bool = True
     delta: bytes | None = None
+    signature: bytes | None = None
 
 
 def make_gate_record(random: Random) -> GateInput:
@@ -221,8 +234,78 @@ def make_gate_record(random: Random) -> GateInput:
         return GateInput(codec, mutate.dense(random, MAX_CONTRIBUTION_BYTES))
     if random.random() < 0.1:
         return GateInput(codec, mutate.mutate_bytes(random, dump(stage.record)))
+    if random.random() < 0.4:  # fields that are well-formed, and some of them true
+        other = example(Contribution, random, full=random.random() < 0.7)
+        tree |= {key: other[key] for key in tree if random.random() < 0.15}
+        return GateInput(codec, mutate.canonical(tree), delta=stage.delta)
     record = mutate.spelled(random, mutate.mutate_tree(random, tree))
     return GateInput(codec, record, random.random() < 0.95, stage.delta)
+
+
+def make_gate_signature(random: Random) -> GateInput:
+    """An honest record with a mutated signature, or a mutated key."""
+    stage = stages()["topk"]
+    record = stage.record
+    if random.random() < 0.3:
+        key = mutate.mutate_bytes(random, record.key.encode()).decode("utf-8", "replace")
+        record = msgspec.structs.replace(record, key=key)
+    data = dump(record)
+    return GateInput("topk", data, delta=stage.delta, signature=_mutated_signature(random, data))
+
+
+def _mutated_signature(random: Random, data: bytes) -> bytes:
+    space = (
+        CONTRIBUTION_NAMESPACE if random.random() < 0.9 else random.choice(("", "file", "x" * 99))
+    )
+    blob = ssh.signature_blob(data, space)
+    if random.random() < 0.7:  # what is inside, armoured as it should be
+        return armour(mutate.mutate_bytes(random, blob)).encode()
+    return mutate.mutate_bytes(random, armour(blob).encode())
+
+
+def make_signature(random: Random) -> tuple[str, str]:
+    """A mutated signature, and a mutated key of some kind."""
+    kinds = [wire_key(kind) for kind in ("ed25519", "ecdsa", "rsa", "sk")]
+    key = armoured_key(random, random.choice(kinds))
+    return _mutated_signature(random, b"x").decode("utf-8", "replace"), key
+
+
+def wire_key(kind: str) -> bytes:
+    """The bytes of a key that looks right."""
+    number = b"\0" + bytes([255]) * 256
+    parts = {
+        "ed25519": (b"ssh-ed25519", bytes(32)),
+        "ecdsa": (b"ecdsa-sha2-nistp256", b"nistp256", b"\4" + bytes(64)),
+        "rsa": (b"ssh-rsa", b"\1\0\1", number),
+        "sk": (b"sk-ssh-ed25519@openssh.com", bytes(32), b"ssh:"),
+    }[kind]
+    return b"".join(map(ssh.string, parts))
+
+
+def armoured_key(random: Random, blob: bytes) -> str:
+    """A mutated key as text, mostly in base64 that fits."""
+    import base64
+
+    if random.random() < 0.8:
+        blob = mutate.mutate_bytes(random, blob)
+    kind = blob[4 : 4 + blob[3]] if len(blob) > 4 else b"x"
+    text = kind + b" " + base64.b64encode(blob)
+    text = mutate.mutate_bytes(random, text) if random.random() < 0.2 else text
+    return text.decode("utf-8", "replace")
+
+
+def run_signature(made: tuple[str, str]) -> str:
+    """Both are taken apart; a sentence in a ``ValueError`` is their way to refuse."""
+    words = []
+    for read, text in ((parse_signature, made[0]), (parse_key, made[1])):
+        try:
+            read(text)
+            words.append("ok")
+        except ValueError as error:
+            if type(error) is not ValueError or len(str(error)) > LONGEST_MESSAGE:
+                raise Defect(repr(error)[:300]) from error
+            words.append(" ".join(re.sub(r"'.*?'|[0-9]+", "", str(error)).split())[:20])
+    return "/".join(words)
 
 
 def make_gate_delta(random: Random) -> GateInput:
@@ -242,7 +325,10 @@ def run_gate(made: GateInput) -> str:
             contribution = load(made.record, Contribution, name="record")
         except MoshiError:
             contribution = None
-    return judged(stage.submission(made.record, contribution, made.delta), stage.rules)
+    submission = stage.submission(made.record, contribution, made.delta)
+    if made.signature is not None:
+        submission = replace(submission, signature=made.signature)
+    return judged(submission, stage.rules)
 
 
 @dataclass(frozen=True)
@@ -268,6 +354,7 @@ def make_listing(random: Random) -> Listing:
     text = lambda: odd() if random.random() < 0.05 else ""  # noqa: E731
     commit = random.choice((record.delta.commit, record.delta.commit, None, odd()))
     changes = _entries(random, path, len(dump(record)))
+    changes += _entries(random, signature_path(record.round, record.id), 300)
     return Listing(
         branch, text(), text(), changes, _entries(random, DELTA_FILE, record.delta.bytes), commit
     )
@@ -480,10 +567,12 @@ def make_tokenizer(random: Random) -> bytes:
 
 TARGETS: dict[str, Target] = {
     "gate-record": Target(make_gate_record, run_gate, MAX_CONTRIBUTION_BYTES, 30),
+    "gate-signature": Target(make_gate_signature, run_gate, MAX_CONTRIBUTION_BYTES, 5),
     "gate-delta": Target(make_gate_delta, run_gate, MAX_CONTRIBUTION_BYTES, 25),
     "gate-listing": Target(make_listing, run_listing, MAX_CONTRIBUTION_BYTES, 5),
     "delta": Target(make_delta, run_delta, 1 << 17, 10),
     "record": Target(make_record, run_record, MAX_RECORD_BYTES, 20),
+    "signature": Target(make_signature, run_signature, MAX_SIGNATURE_BYTES, 4),
     "hubfile": Target(
         make_hubfile, lambda made: said(partial(parse_hubfile, made)), MAX_HUBFILE_BYTES, 2
     ),

@@ -16,7 +16,7 @@ from tests.fuzz import runner
 from tests.fuzz.__main__ import main
 from tests.fuzz.examples import example, records_below
 from tests.fuzz.runner import Plan, run, save
-from tests.fuzz.targets import TARGETS, Target, stages, working_in
+from tests.fuzz.targets import TARGETS, Target, working_in
 
 SECONDS = 8.0
 
@@ -28,7 +28,6 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_some_seconds_of_hostile_input_show_no_defect(folder: Path) -> None:
-    stages()
     tallies, failures = run(Plan(inputs=6000, seed=1, jobs=2, seconds=SECONDS))
     assert not failures, failures[0]
     assert all(tally.inputs for tally in tallies.values())

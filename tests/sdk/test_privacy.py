@@ -99,7 +99,7 @@ def test_without_dp_nothing_is_claimed_and_the_first_time_says_so(
 ) -> None:
     hears = Hears()
     assert send(hub, corpus, privacy=None, listener=hears).privacy is None
-    assert "Git history is public and permanent" in hears.said("public")
+    assert "public and, in Git, permanent" in hears.said("public")
     assert "without --dp no privacy is claimed" in hears.said("public")
     assert ledger(hub).runs == ()
     later = Hears()
@@ -143,7 +143,7 @@ def test_what_was_left_by_an_open_contribution_stays_out_of_a_private_one(
     hears = Hears()
     send(hub, corpus, listener=hears, dry_run=True)
     assert "what the codec could not say of earlier contributions" in hears.said("privacy")
-    assert "earlier contributions from here were sent without --dp" in hears.said("privacy")
+    assert "earlier ones were sent without --dp" in hears.said("privacy")
     run = next(iter(Runs(Replica(hub.url, hub.folder / "ann").folder / "runs")))
     assert is_all_its_own(run)
 

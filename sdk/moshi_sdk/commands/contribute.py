@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -13,8 +14,9 @@ from moshi_fl.config import ensure_home
 from moshi_fl.console import Console
 from moshi_fl.errors import ConfigError
 from moshi_fl.progress import Progress
+from moshi_fl.signing import fingerprint
 from moshi_fl.text import Size
-from moshi_sdk.options import hub_flag, pick_device, settings_for, use_threads
+from moshi_sdk.options import hub_flag, pick_device, settings_for, signing_key, use_threads
 
 LABELS = {
     "sync": "Model",
@@ -22,7 +24,8 @@ LABELS = {
     "measure": "Result",
     "encode": "Delta",
     "privacy": "Privacy",
-    "public": "Public",
+    "public": "Note",
+    "again": "Note",
 }
 DP = {"dp_clip": "max_gradient_norm", "dp_noise": "noise_multiplier", "dp_delta": "delta"}
 
@@ -48,6 +51,12 @@ DP = {"dp_clip": "max_gradient_norm", "dp_noise": "noise_multiplier", "dp_delta"
 )
 @click.option("--seed", type=click.IntRange(0), help="Seed of batches and dropout.")
 @click.option("--contributor", help="Your name in the record; public.")
+@click.option(
+    "--key",
+    "signing_key",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Sign with this SSH key; the .pub of one that ssh-agent holds will do.",
+)
 @click.option("--max-bytes", type=click.IntRange(1), help="Take at most so much data.")
 @click.option("--dp", is_flag=True, help="Train with differential privacy.")
 @click.option(
@@ -72,8 +81,9 @@ def contribute(console: Console, resume: bool, discard: bool, dry_run: bool, **f
     r"""Train the hub's model on your data and send the weight delta.
 
     The source tree is read with respect for .gitignore; binaries, vendored and oversized files and
-    whatever looks like a secret stay out. Only the delta and a small public record leave this
-    machine. Interrupted work continues with --resume; doing the same twice sends it once.
+    whatever looks like a secret stay out. Only the delta and a small public record with its
+    signature leave this machine. Interrupted work continues with --resume; doing the same twice
+    sends it once.
 
     \b
     Examples:
@@ -88,8 +98,8 @@ def contribute(console: Console, resume: bool, discard: bool, dry_run: bool, **f
     if len(amounts) > 1:
         raise click.UsageError(f"--{amounts[0]} and --{amounts[1]} exclude each other.")
     privacy = _privacy(flags, resume=resume)
-    own = {name: flags[name] for name in ("hub", "data", "device", "precision", "contributor")}
-    settings = settings_for(**own)
+    own = ("hub", "data", "device", "precision", "contributor", "signing_key")
+    settings = settings_for(**{name: flags[name] for name in own})
     use_threads(settings.threads)
     console.resume_command = f"moshi-fl contribute{hub_flag(settings)} --resume"
     from moshi_sdk import contribute as work
@@ -105,6 +115,8 @@ def contribute(console: Console, resume: bool, discard: bool, dry_run: bool, **f
                 home=ensure_home(),
                 listener=listener,
                 dry_run=dry_run,
+                key=signing_key(settings),
+                interactive=sys.stdin.isatty(),
                 **({"privacy_budget": flags["dp_budget"]} if flags["dp_budget"] else {}),
             )
         else:
@@ -142,6 +154,8 @@ def _options(flags: dict[str, Any], settings: Any, dry_run: bool) -> Any:
         precision=precision,
         contributor=settings.contributor,
         dry_run=dry_run,
+        key=signing_key(settings),
+        interactive=sys.stdin.isatty(),
     )
 
 
@@ -183,6 +197,7 @@ def _report(console: Console, outcome: Any, hub: str) -> None:
         "contribution": record.id,
         "round": record.round,
         "contributor": record.contributor,
+        "key": fingerprint(record.key),
         "examples": record.num_examples,
         "loss_before": record.metrics.held_out_before,
         "loss_after": record.metrics.held_out_after,
@@ -199,5 +214,5 @@ def _report(console: Console, outcome: Any, hub: str) -> None:
     what = "The hub already had it" if sent.again else "Sent"
     facts |= {"record": Size(sent.record_bytes), "branch": sent.branch, "sent": True}
     console.done(what, **facts)
-    console.note("That record and that delta are all that left this machine; Git keeps them.")
+    console.note("That record, signed, and that delta are all that left; Git keeps them.")
     console.hint(f"moshi-fl status{hub}   (shows when a maintainer has merged it into a round)")
