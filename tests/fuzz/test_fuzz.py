@@ -18,7 +18,7 @@ from tests.fuzz.examples import example, records_below
 from tests.fuzz.runner import Plan, run, save
 from tests.fuzz.targets import TARGETS, Target, working_in
 
-SECONDS = 8.0
+SECONDS = 30.0  # on a machine with nothing else to do it takes five
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_some_seconds_of_hostile_input_show_no_defect(folder: Path) -> None:
-    tallies, failures = run(Plan(inputs=6000, seed=1, jobs=2, seconds=SECONDS))
+    tallies, failures = run(Plan(inputs=4000, seed=1, jobs=2, seconds=SECONDS))
     assert not failures, failures[0]
     assert all(tally.inputs for tally in tallies.values())
     gate = {word for name in tallies if name.startswith("gate") for word in tallies[name].words}
@@ -74,7 +74,7 @@ def test_a_defect_is_noticed(
     def read(made: int) -> str:
         return defect() if made == 3 else "ok"
 
-    monkeypatch.setattr(runner, "SILENCE_SECONDS", 3.0)
+    monkeypatch.setattr(runner, "SILENCE_SECONDS", 3.0 if said == "the process died" else 60.0)
     monkeypatch.setattr(runner, "WARM_UP", 0)
     for name in list(TARGETS):
         monkeypatch.delitem(TARGETS, name)
