@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from random import Random
 from re import _parser  # what a pattern is made of
 from typing import Any
@@ -35,10 +36,15 @@ def example(kind: type[Record], random: Random, *, full: bool) -> dict[str, Any]
         random: Chooses lengths and values.
         full: Whether what may be null or empty is there.
     """
-    tree = _make(inspect.type_info(kind), random, full)
+    tree = _make(_type_of(kind), random, full)
     msgspec.convert(tree, kind)
     assert isinstance(tree, dict)
     return tree
+
+
+@cache
+def _type_of(kind: type[Record]) -> inspect.Type:
+    return inspect.type_info(kind)
 
 
 def _make(info: inspect.Type, random: Random, full: bool) -> Any:
@@ -75,7 +81,12 @@ def _text(info: Any, random: Random, full: bool) -> str:
 
 def matching(pattern: str, random: Random) -> str:
     """A short text that matches a simple pattern: literals, sets, choices, groups, repetition."""
-    return "".join(_piece(random, *node) for node in _parser.parse(pattern))
+    return "".join(_piece(random, *node) for node in _parsed(pattern))
+
+
+@cache
+def _parsed(pattern: str) -> Any:
+    return _parser.parse(pattern)
 
 
 def _piece(random: Random, kind: Any, what: Any) -> str:  # noqa: PLR0911 - one for each kind

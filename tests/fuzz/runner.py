@@ -194,14 +194,17 @@ class Plan:
 
 
 def run(plan: Plan) -> tuple[dict[str, Tally], list[Failure]]:
-    """All inputs, or as many as the time allows."""
+    """All inputs, or as many as the time allows; an interrupt ends it with what there is."""
     tallies: dict[str, Tally] = {name: Tally() for name in plan.only or TARGETS}
     failures: list[Failure] = []
     chunks = list(plan.chunks())
     fork = multiprocessing.get_context("fork")
     progress = fork.RawArray("q", [-1] * len(chunks))
     deadline = time.monotonic() + plan.seconds
-    with fork.Pool(plan.jobs, _prepare, (progress,)) as pool:
+    with (
+        fork.Pool(plan.jobs, _prepare, (progress,)) as pool,
+        contextlib.suppress(KeyboardInterrupt),
+    ):
         waiting: list[tuple[Any, Any]] = []
         for chunk in chunks:
             if time.monotonic() > deadline or len(failures) >= plan.most_failures:
