@@ -7,12 +7,13 @@ JOBS ?= 2
 TEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+FUZZ_ARGS ?=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint bench clean venv
+.PHONY: demo test lint bench fuzz clean venv
 
 demo: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh $(DEMO_ARGS)
@@ -28,6 +29,11 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+# A million mutated inputs through everything that reads a stranger's bytes; some minutes.
+# FUZZ_ARGS="--inputs 5000 --seconds 20" is a short run; --help lists the rest.
+fuzz: $(READY)
+	$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
 
 venv: $(READY)
 

@@ -82,6 +82,23 @@ class Metrics(Record, frozen=True, kw_only=True):
     held_out_after: float | None = None
 
 
+class Privacy(Record, frozen=True, kw_only=True):
+    """Differential privacy of a contribution, as its contributor states it; never trusted.
+
+    ``epsilon`` is of this contribution alone, at ``delta``; ``unit`` is what it protects.
+    """
+
+    mechanism: Name
+    noise_multiplier: Annotated[float, Meta(gt=0)]
+    max_gradient_norm: Annotated[float, Meta(gt=0)]
+    sample_rate: Annotated[float, Meta(gt=0, le=1)]
+    steps: Count
+    delta: Annotated[float, Meta(gt=0, lt=1)]
+    epsilon: Annotated[float, Meta(ge=0)]
+    accountant: Name
+    unit: Name
+
+
 class Contribution(Record, frozen=True, kw_only=True):
     """One contributor's update: a small text; the delta lies beside it on its own ref."""
 
@@ -98,6 +115,7 @@ class Contribution(Record, frozen=True, kw_only=True):
     num_examples: Annotated[int, Meta(ge=1, le=(1 << 53) - 1)]
     training: Training
     metrics: Metrics = Metrics()
+    privacy: Privacy | None = None
     proposed_characters: Annotated[str, Meta(max_length=1000)] = ""
     rebased_from: RoundNumber | None = None
     software: Text

@@ -93,6 +93,11 @@ def _scaled(number: int, base: int, units: tuple[str, ...] | str) -> str:
     return f"{_three_digits(value)} {units[power]}"
 
 
+def round_up(value: float) -> float:
+    """The value with four decimals, and not less."""
+    return math.ceil(value * 1e4) / 1e4
+
+
 def _three_digits(value: float) -> str:
     """At least three significant digits, never an exponent; whole numbers stay whole."""
     if value == int(value):

@@ -248,7 +248,7 @@ def test_reason_codes_are_documented_as_the_code_explains_them() -> None:
 
 
 RECORDS = (
-    "File Location Contribution Training Metrics Merged Strategy Weighting Update Growth "
+    "File Location Contribution Training Metrics Privacy Merged Strategy Weighting Update Growth "
     "Evaluation Round Manifest Intake"
 )
 

@@ -29,6 +29,7 @@ from moshi_fl.weights import sha256_file
 
 MAX_CONTRIBUTION_BYTES = 16_384
 PLAIN_FILE = ("100644", "blob")
+MAX_QUOTED = 200  # characters of a stranger's text in a finding
 
 REASONS = {
     "wrong-branch": "the branch is not named contribute/<round>/<id>",
@@ -173,7 +174,7 @@ def check_branch(branch: str, rules: Rules) -> list[Finding]:
     """Judge the name of a branch alone: nothing is fetched of one that cannot be accepted."""
     place = branch_place(branch)
     if place is None:
-        return [Finding("wrong-branch", f"{branch!r} names no contribution.")]
+        return [Finding("wrong-branch", f"{branch[:MAX_QUOTED]!r} names no contribution.")]
     return _check_age(place[0], rules)
 
 
@@ -228,7 +229,7 @@ def _check_tree(
     for entry in entries:
         path, (limit, _) = entry.path, files.get(entry.path, (0, ""))
         if path not in files:
-            findings.append(Finding("extra-files", f"{path!r} has no business here."))
+            findings.append(Finding("extra-files", f"{path[:MAX_QUOTED]!r} has no business here."))
         elif (entry.mode, entry.kind) != PLAIN_FILE:
             findings.append(Finding("wrong-mode", f"{path} has mode {entry.mode}, not 100644."))
         elif (entry.size or 0) > limit:

@@ -24,6 +24,8 @@ from moshi_fl.models.char_corpus import (
     pick_texts,
     read_pool,
     stream,
+    take_windows,
+    window_length,
     windows,
 )
 from moshi_fl.models.char_decode import CharDecoder
@@ -83,6 +85,17 @@ class CharTask:
             cast("CharCorpus", corpus), batch_size, fill_in_middle=share, seed=seed, start=start
         )
         return map(torch.from_numpy, rows)
+
+    def window_count(self, corpus: Corpus) -> int:
+        """Windows without a common token; what is left over at the end is in none."""
+        chars = cast("CharCorpus", corpus)
+        return len(chars.tokens) // window_length(chars)
+
+    def take(self, corpus: Corpus, numbers: NDArray[np.int64], *, seed: int) -> Tensor:
+        """These windows, (B, T + 1)."""
+        share = self.config.fill_in_middle
+        rows = take_windows(cast("CharCorpus", corpus), numbers, fill_in_middle=share, seed=seed)
+        return torch.from_numpy(rows)
 
     def loss(self, module: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
         """Mean cross-entropy of each token given those before it in its window."""

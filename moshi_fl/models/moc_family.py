@@ -23,7 +23,13 @@ from moshi_fl.models.family import Corpus, DataSummary, Family, Preset, Sampling
 from moshi_fl.models.moc import Moc
 from moshi_fl.models.moc_config import MocConfig
 from moshi_fl.models.moc_decode import MocDecoder
-from moshi_fl.models.token_corpus import TokenArray, TokenCorpus, token_windows
+from moshi_fl.models.token_corpus import (
+    TokenArray,
+    TokenCorpus,
+    take_windows,
+    token_windows,
+    window_count,
+)
 from moshi_fl.subwords import SPECIALS, Subwords
 from moshi_fl.weights import Weights
 
@@ -85,6 +91,14 @@ class MocTask:
         """Windows of ``max_seq_len + 1`` tokens, (B, T + 1); all of them once an epoch."""
         rows = token_windows(cast("TokenCorpus", corpus), batch_size, seed=seed, start=start)
         return map(torch.from_numpy, rows)
+
+    def window_count(self, corpus: Corpus) -> int:
+        """Windows without a common token; what is left over at the end is in none."""
+        return window_count(cast("TokenCorpus", corpus))
+
+    def take(self, corpus: Corpus, numbers: NDArray[np.int64], *, seed: int) -> Tensor:
+        """These windows, (B, T + 1); nothing in them is random."""
+        return torch.from_numpy(take_windows(cast("TokenCorpus", corpus), numbers))
 
     def loss(self, module: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
         """Cross-entropy of each token given those before it, and the router's terms."""

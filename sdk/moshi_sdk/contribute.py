@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from msgspec import UnsetType
 
 import moshi_fl
 from moshi_fl.codec import get_codec
@@ -22,7 +23,7 @@ from moshi_fl.history import DELTA_FILE, HubState
 from moshi_fl.hubfile import HubConfig
 from moshi_fl.models.family import Corpus, DataSummary, Task
 from moshi_fl.policy import NO_DEMANDS, Policy
-from moshi_fl.records import Contribution, File, Location, Metrics, dump
+from moshi_fl.records import Contribution, File, Location, Metrics, Privacy, dump
 from moshi_fl.replica import Replica, Snapshot
 from moshi_fl.signing import Signer, own_signer
 from moshi_fl.train import Progress, Recipe
@@ -30,6 +31,7 @@ from moshi_fl.weights import Weights, open_weights, save_weights, sha256_bytes, 
 from moshi_sdk.feedback import Feedback
 from moshi_sdk.identity import before_sending, check_key, signature_of
 from moshi_sdk.planning import Options, make_plan, recipe_of
+from moshi_sdk.privacy import BUDGET, Account, run_name, stated
 from moshi_sdk.runs import Run, RunPlan, Runs
 from moshi_sdk.submit import Sent, delta_commit, is_merged, submit
 from moshi_sdk.sync import SyncManager
@@ -88,6 +90,8 @@ class _Work:
     run: Run
     listener: Listener
     signer: Signer
+    account: Account
+    budget: float  # most epsilon, of a run with differential privacy
     corpus: Corpus | None = field(default=None, repr=False)
 
     @property
@@ -138,7 +142,9 @@ def contribute(
     for name, text in before_sending(runs.sent(), plan, signer):
         listener.stage(name, text)
     run = runs.start(plan, snapshot)
-    work = _Work(manager.replica, snapshot, task, run, listener, signer, corpus)
+    account = Account(home, snapshot.state.config.hub.id)
+    budget = options.privacy.budget if options.privacy else BUDGET
+    work = _Work(manager.replica, snapshot, task, run, listener, signer, account, budget, corpus)
     return _finish(work, options.dry_run)
 
 
@@ -152,8 +158,18 @@ def resume(
     interactive: bool = False,
     root: str = "",
     policy: Policy = NO_DEMANDS,
+    privacy_budget: float = BUDGET,
 ) -> Outcome:
     """Continue the last unfinished contribution to ``hub``, as it was planned.
+
+    Args:
+        hub: Path or URL of the hub.
+        home: Folder of this user's moshi-fl data.
+        listener: Hears of stages and steps.
+        dry_run: Send nothing.
+        key: The contributor's own SSH key, if it was begun with one.
+        interactive: Whether ssh-keygen may ask on the terminal.
+        privacy_budget: Most epsilon, for a run with differential privacy that has not begun.
 
     Raises:
         MoshiError: There is none.
@@ -171,7 +187,10 @@ def resume(
     listener.stage("sync", f"{_whence(snapshot)}; resuming from round {run.plan.base_round}")
     tokenizer = run.tokenizer.read_bytes() if run.tokenizer.exists() else None
     task = load_task(snapshot.state, tokenizer)
-    return _finish(_Work(manager.replica, snapshot, task, run, listener, signer), dry_run)
+    account = Account(home, snapshot.state.config.hub.id)
+    shared = (manager.replica, snapshot, task, run, listener, signer)
+    work = _Work(*shared, account, privacy_budget)
+    return _finish(work, dry_run)
 
 
 def discard(hub: str, *, home: Path | None = None) -> RunPlan:
@@ -223,23 +242,48 @@ def _finish(work: _Work, dry_run: bool) -> Outcome:
 
 def _train_and_encode(work: _Work) -> Contribution:
     corpus = work.corpus or _read_again(work)
-    recipe = recipe_of(work.run.plan)
+    recipe, plan = recipe_of(work.run.plan), work.run.plan
+    privacy = _spend(work)
     if not work.run.trained.exists():
         _train(work, corpus, recipe)
     base, trained = open_weights(work.run.base), open_weights(work.run.trained)
+    delta = {name: np.subtract(trained[name], base[name]) for name in base}
+    if privacy:  # losses and characters follow from data, and no accounting covers them
+        work.listener.stage("measure", "not measured: with --dp the record has no losses")
+        return _encode(work, delta, plan.base_round, plan.base, privacy=privacy)
+    metrics = _measure(work, corpus, base, trained, recipe.device)
+    proposed = corpus.summary.proposed_characters[:1000]
+    fields = {"metrics": metrics, "proposed_characters": proposed}
+    return _encode(work, delta, plan.base_round, plan.base, **fields)
+
+
+def _spend(work: _Work) -> Privacy | None:
+    """Enter a run with differential privacy in the ledger, before it learns anything."""
+    plan = work.run.plan
+    if isinstance(plan.privacy, UnsetType):
+        return None
+    privacy = stated(plan.privacy, plan.training.steps)
+    name = run_name(work.run.ledger_name)
+    ledger = work.account.spend(name, plan.base_round, privacy, work.budget)
+    work.listener.stage(
+        "privacy",
+        f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g} for each window of this data; "
+        f"{ledger.total:g} spent in all",
+    )
+    return privacy
+
+
+def _measure(work: _Work, corpus: Corpus, base: Weights, trained: Weights, device: str) -> Metrics:
     pool = work.task.pool(corpus, HELD_OUT_SEQUENCES, seed=0, held_out=True)
     metrics = Metrics(
-        held_out_before=_loss(work.task, base, pool, recipe.device),
-        held_out_after=_loss(work.task, trained, pool, recipe.device),
+        held_out_before=_loss(work.task, base, pool, device),
+        held_out_after=_loss(work.task, trained, pool, device),
     )
     work.listener.stage(
         "measure",
         f"loss on your held-out part {metrics.held_out_before:.4f} -> {metrics.held_out_after:.4f}",
     )
-    proposed = corpus.summary.proposed_characters[:1000]
-    delta = {name: np.subtract(trained[name], base[name]) for name in base}
-    number, digest = work.run.plan.base_round, work.run.plan.base
-    return _encode(work, delta, number, digest, metrics=metrics, proposed_characters=proposed)
+    return metrics
 
 
 def _read_again(work: _Work) -> Corpus:
@@ -289,8 +333,7 @@ def _encode(work: _Work, delta: Weights, number: int, base: str, **fields: Any) 
     """Encode a delta against a round, and make the record with these further fields."""
     rules, plan = work.config.delta, work.run.plan
     codec = get_codec(rules.codec, rules.options)
-    feedback = Feedback(work.replica.folder / "feedback")
-    carry = feedback.load(feedback.base(merged_test(work.replica, work.state)))
+    carry = _carry(work)
     entries, rest = encode_delta(delta, codec, carry)
     data = delta_bytes(entries, codec)
     save_weights(work.run.carry, rest)
@@ -312,6 +355,18 @@ def _encode(work: _Work, delta: Weights, number: int, base: str, **fields: Any) 
     write_atomic(work.run.record, dump(contribution))
     work.listener.stage("encode", f"{len(data):,} bytes as {rules.codec}")
     return contribution
+
+
+def _carry(work: _Work) -> Weights | None:
+    """What earlier contributions could not say, unless it would break a promise of privacy."""
+    feedback = Feedback(work.replica.folder / "feedback")
+    base = feedback.base(merged_test(work.replica, work.state))
+    if work.run.plan.is_private and not feedback.is_private(base):
+        work.listener.stage(
+            "privacy", "what the codec could not say of earlier contributions without --dp is left"
+        )
+        return None
+    return feedback.load(base)
 
 
 def locate(work: _Work, data: bytes, number: int) -> Location:
@@ -374,6 +429,7 @@ def _rebase(work: _Work, contribution: Contribution, age: int) -> tuple[Contribu
         delta,
         newest.round,
         newest.weights,
+        privacy=contribution.privacy,
         proposed_characters=contribution.proposed_characters,
         rebased_from=contribution.round,
     )
@@ -384,4 +440,5 @@ def _remember(work: _Work, contribution: Contribution) -> None:
     feedback = Feedback(work.replica.folder / "feedback")
     before = feedback.base(merged_test(work.replica, work.state))
     if work.run.carry.exists() and before != contribution.id:
-        feedback.sent(contribution.id, contribution.round, open_weights(work.run.carry), before)
+        carry, private = open_weights(work.run.carry), work.run.plan.is_private
+        feedback.sent(contribution.id, contribution.round, carry, before, private=private)

@@ -22,13 +22,17 @@ def before_sending(sent: Sequence[RunPlan], plan: RunPlan, signer: Signer) -> li
         signer: Who will sign it.
 
     Returns:
-        Names of stages (``public``, ``again``) and texts.
+        Names of stages (``public``, ``privacy``, ``again``) and texts.
     """
     said = []
     if not sent:
         who = f"{signer.fingerprint} ({signer.key_path})"
-        text = f"what you send is public and, in Git, permanent; it is signed by {who}"
+        promise = "" if plan.is_private else "; without --dp no privacy is claimed"
+        text = f"what you send is public and, in Git, permanent; it is signed by {who}{promise}"
         said.append(("public", text))
+    if plan.is_private and not all(other.is_private for other in sent):
+        text = "earlier ones were sent without --dp: what they told, no accounting covers"
+        said.append(("privacy", text))
     place, others = (plan.base_round, plan.key), [other for other in sent if other != plan]
     if any((other.base_round, other.key) == place for other in others):
         text = f"you have sent another one on round {place[0]}; a hub takes one per key and round"

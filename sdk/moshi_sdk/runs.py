@@ -35,6 +35,7 @@ from moshi_fl.records import (
 from moshi_fl.replica import Snapshot
 from moshi_fl.store.locking import LOCK_FILE, FolderLock
 from moshi_fl.weights import sha256_bytes, write_atomic
+from moshi_sdk.privacy import PrivacyPlan
 
 
 class RunPlan(Record, frozen=True, kw_only=True):
@@ -59,6 +60,12 @@ class RunPlan(Record, frozen=True, kw_only=True):
     accumulation: Annotated[int, Meta(ge=1)] | UnsetType = UNSET
     schedule: Name | UnsetType = UNSET
     beta2: float | UnsetType = UNSET
+    privacy: PrivacyPlan | UnsetType = UNSET
+
+    @property
+    def is_private(self) -> bool:
+        """Whether it trains with differential privacy."""
+        return not isinstance(self.privacy, UnsetType)
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,11 @@ class Run:
     def record(self) -> Path:
         """The contribution's record, once the delta is encoded."""
         return self.folder / "record.json"
+
+    @property
+    def ledger_name(self) -> Path:
+        """What this run is called in the ledger of privacy; another run has another name."""
+        return self.folder / "ledger-name"
 
     @property
     def signature(self) -> Path:

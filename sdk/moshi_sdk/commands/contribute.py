@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -27,9 +28,15 @@ from moshi_sdk.options import (
 )
 
 LABELS = {
-    "sync": "Model", "data": "Data", "measure": "Result", "encode": "Delta",
-    "public": "Note", "again": "Note",
-}  # fmt: skip
+    "sync": "Model",
+    "data": "Data",
+    "measure": "Result",
+    "encode": "Delta",
+    "privacy": "Privacy",
+    "public": "Note",
+    "again": "Note",
+}
+DP = {"dp_clip": "max_gradient_norm", "dp_noise": "noise_multiplier", "dp_delta": "delta"}
 
 
 @click.command()
@@ -60,6 +67,21 @@ LABELS = {
     help="Sign with this SSH key; the .pub of one that ssh-agent holds will do.",
 )
 @click.option("--max-bytes", type=click.IntRange(1), help="Take at most so much data.")
+@click.option("--dp", is_flag=True, help="Train with differential privacy.")
+@click.option(
+    "--dp-clip", type=click.FloatRange(0, min_open=True), help="Largest gradient of a window (1)."
+)
+@click.option("--dp-noise", type=click.FloatRange(0.3), help="Noise, in units of --dp-clip (1).")
+@click.option(
+    "--dp-delta",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Chance with which the promise may fail (1e-5).",
+)
+@click.option(
+    "--dp-budget",
+    type=click.FloatRange(0, min_open=True),
+    help="Most epsilon for all contributions to this hub (8).",
+)
 @click.option("--dry-run", is_flag=True, help="Train and show what would be sent; send nothing.")
 @click.option("--resume", is_flag=True, help="Continue the last unfinished contribution.")
 @click.option("--discard", is_flag=True, help="Drop the last unfinished contribution.")
@@ -86,6 +108,7 @@ def contribute(console: Console, resume: bool, discard: bool, dry_run: bool, **f
     amounts = [name for name in ("steps", "minutes", "epochs") if flags[name] is not None]
     if len(amounts) > 1:
         raise click.UsageError(f"--{amounts[0]} and --{amounts[1]} exclude each other.")
+    privacy = _privacy(flags, resume=resume)
     names = ("hub", "data", "device", "precision", "contributor", "signing_key", "min_attestations")
     own = {name: flags[name] for name in names}
     settings = settings_for(**own)
@@ -108,15 +131,30 @@ def contribute(console: Console, resume: bool, discard: bool, dry_run: bool, **f
                 interactive=sys.stdin.isatty(),
                 root=flags["root"],
                 policy=Policy(min_attestations=settings.min_attestations),
+                **({"privacy_budget": flags["dp_budget"]} if flags["dp_budget"] else {}),
             )
         else:
-            options = _options(flags, settings, dry_run)
+            options = replace(_options(flags, settings, dry_run), privacy=privacy)
             if not settings.data:
                 raise ConfigError("no data is given.", hint="--data PATH (a file or a folder)")
             outcome = work.contribute(
                 settings.hub, settings.data, options, home=ensure_home(), listener=listener
             )
     _report(console, outcome, hub_flag(settings))
+
+
+def _privacy(flags: dict[str, Any], *, resume: bool) -> Any:
+    """What the flags of differential privacy ask for; None without ``--dp``."""
+    given = [name for name in (*DP, "dp_budget") if flags[name] is not None]
+    if not flags["dp"]:
+        alone = [name for name in given if not (resume and name == "dp_budget")]
+        if alone:
+            raise click.UsageError(f"--{alone[0].replace('_', '-')} needs --dp.")
+        return None
+    from moshi_sdk.privacy import PrivacyOptions
+
+    names = DP | {"dp_budget": "budget"}
+    return PrivacyOptions(**{names[name]: flags[name] for name in given})
 
 
 def _options(flags: dict[str, Any], settings: Any, dry_run: bool) -> Any:
@@ -187,6 +225,7 @@ def _report(console: Console, outcome: Any, hub: str) -> None:
         "examples": record.num_examples,
         "loss_before": record.metrics.held_out_before,
         "loss_after": record.metrics.held_out_after,
+        "epsilon": record.privacy.epsilon if record.privacy else None,
         "delta": Size(record.delta.bytes),
     }
     if outcome.note:

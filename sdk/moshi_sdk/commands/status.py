@@ -7,6 +7,7 @@ import click
 from moshi_fl.cli import hub_option, output_options
 from moshi_fl.config import Settings, ensure_home
 from moshi_fl.console import Console
+from moshi_fl.errors import CorruptRecord
 from moshi_fl.history import HubState, contribution_branch
 from moshi_fl.replica import Replica, Snapshot
 from moshi_fl.signing import own_signer
@@ -14,6 +15,7 @@ from moshi_fl.store import redact
 from moshi_fl.text import Moment, Size
 from moshi_fl.trusted import read_ledger
 from moshi_sdk.options import FIRST_CONTACT, hub_flag, settings_for, signing_key, sync_manager
+from moshi_sdk.privacy import Account
 from moshi_sdk.runs import Run, Runs
 
 SHOWN_ROUNDS = 10
@@ -41,6 +43,7 @@ def status(console: Console, hub: str | None, offline: bool) -> None:
     _show_hub(console, settings.hub, snapshot)
     console.table(_rounds(snapshot.state), name="rounds")
     resume = f"moshi-fl contribute{hub_flag(settings)} --resume"
+    _show_privacy(console, snapshot)
     runs = _runs(manager.replica)
     rows = [_contribution(run, manager.replica, snapshot) for run in runs]
     if rows:
@@ -63,6 +66,17 @@ def _show_hub(console: Console, hub: str, snapshot: Snapshot) -> None:
         online=snapshot.online,
         root=snapshot.root,
     )
+
+
+def _show_privacy(console: Console, snapshot: Snapshot) -> None:
+    try:
+        ledger = Account(ensure_home(), snapshot.state.config.hub.id).read()
+    except CorruptRecord as error:
+        console.warn(f"{error} Until it is mended or removed, nothing can be sent with --dp.")
+        return
+    if ledger.runs:
+        row = {"epsilon": ledger.total, "delta": ledger.delta, "runs": len(ledger.runs)}
+        console.table([row | {"newest_run": ledger.runs[-1].epsilon}], name="privacy")
 
 
 def _rounds(state: HubState) -> list[dict[str, object]]:
