@@ -50,6 +50,14 @@ class CorruptRecord(MoshiError):
     """Bytes that are not what they claim to be."""
 
 
+class BadSignature(CorruptRecord):
+    """A signature that is not by the key, over the bytes, and for the purpose that it should be."""
+
+
+class SigningError(MoshiError):
+    """Signing, or checking a signature, could not be done on this machine."""
+
+
 class ConfigError(MoshiError):
     """A setting that cannot be used; names the key and, for files, the line."""
 

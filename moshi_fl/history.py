@@ -6,12 +6,13 @@ Reads and checks records; moves no weights (``moshi_fl.restore`` does) and keeps
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from moshi_fl.errors import HubError, UntrustedHub
+from moshi_fl.errors import BadSignature, CorruptRecord, HubError, UntrustedHub
 from moshi_fl.hubfile import MAX_HUBFILE_BYTES, HubConfig, parse_hubfile
-from moshi_fl.records import Contribution, Manifest, Round, digest, load
+from moshi_fl.records import Contribution, Manifest, Round, digest, dump, load
+from moshi_fl.signing import CONTRIBUTION_NAMESPACE, MAX_SIGNATURE_BYTES, verify_signature
 from moshi_fl.store import HubRepo, RefMissing
 from moshi_fl.weights import sha256_bytes
 
@@ -53,6 +54,11 @@ class Refs:
         """One contribution's delta, made on that round; named by its own content."""
         return f"{self.prefix}delta/{number}/{sha256[:32]}"
 
+    @property
+    def intake(self) -> str:
+        """In which order the open contributions were first seen."""
+        return f"{self.prefix}intake"
+
     def archive(self, number: int) -> str:
         """The accepted deltas of a round whose update is a step; kept for audit."""
         return f"{self.prefix}archive/{number}"
@@ -70,6 +76,11 @@ def contribution_branch(number: int, contribution_id: str) -> str:
 def contribution_path(number: int, contribution_id: str) -> str:
     """Path of the record in the tree of its branch."""
     return f"contributions/{number:04d}/{contribution_id}.json"
+
+
+def signature_path(number: int, contribution_id: str) -> str:
+    """Path of the record's signature, beside it."""
+    return f"contributions/{number:04d}/{contribution_id}.sig"
 
 
 def round_branch(number: int) -> str:
@@ -90,6 +101,11 @@ def round_path(number: int) -> str:
 def accepted_path(number: int, contribution_id: str) -> str:
     """Path on main of a contribution's record that a round accepted."""
     return f"{round_folder(number)}/contributions/{contribution_id}.json"
+
+
+def accepted_signature_path(number: int, contribution_id: str) -> str:
+    """Path on main of that record's signature."""
+    return f"{round_folder(number)}/contributions/{contribution_id}.sig"
 
 
 @dataclass(frozen=True)
@@ -214,3 +230,37 @@ def read_contributions(repo: HubRepo, main: str, record: Round) -> dict[str, Con
             raise UntrustedHub(f"{path} holds contribution {contribution.id}.")
         contributions[wanted] = contribution
     return contributions
+
+
+def check_signature(contribution: Contribution, signature: bytes) -> None:
+    """Insist that a contribution is signed by the key that it names.
+
+    Raises:
+        BadSignature: It is not.
+        SigningError: ssh-keygen could not be asked.
+    """
+    armoured = signature.decode("ascii", "replace")
+    verify_signature(dump(contribution), armoured, contribution.key, CONTRIBUTION_NAMESPACE)
+
+
+def check_signatures(
+    repo: HubRepo, main: str, record: Round, contributions: Mapping[str, Contribution]
+) -> None:
+    """Insist that each accepted contribution of a round is signed by the key that it names.
+
+    Raises:
+        UntrustedHub: One is not, or main does not have its signature; names it.
+        SigningError: ssh-keygen could not be asked.
+    """
+    ids = [merged.id for merged in record.contributions]
+    paths = [accepted_signature_path(record.round, contribution_id) for contribution_id in ids]
+    try:
+        found = repo.read_many(main, paths, limit=MAX_SIGNATURE_BYTES)
+    except CorruptRecord as error:
+        raise UntrustedHub(f"a signature of round {record.round} is missing: {error}") from error
+    for contribution_id, signature in zip(ids, found, strict=True):
+        try:
+            check_signature(contributions[contribution_id], signature)
+        except BadSignature as error:
+            short = contribution_id[:12]
+            raise UntrustedHub(f"contribution {short} is not signed by its key: {error}") from error

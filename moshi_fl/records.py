@@ -27,6 +27,14 @@ HubId = Annotated[str, Meta(pattern=r"\A[0-9a-f]{16}\Z")]
 ContributionId = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 Name = Annotated[str, Meta(pattern=r"\A[a-z][a-z0-9_-]*\Z", max_length=40)]
 Text = Annotated[str, Meta(max_length=200)]
+PublicKey = Annotated[
+    str,
+    Meta(
+        pattern=r"\A(ssh-ed25519|ssh-rsa|ecdsa-sha2-nistp(256|384|521)|sk-ssh-ed25519@openssh\.com"
+        r"|sk-ecdsa-sha2-nistp256@openssh\.com) [A-Za-z0-9+/]+={0,2}\Z",
+        max_length=1500,
+    ),
+]
 Count = Annotated[int, Meta(ge=0, le=(1 << 53) - 1)]
 RoundNumber = Annotated[int, Meta(ge=0, le=999_999_999)]
 Scalar = bool | int | float | str
@@ -85,6 +93,7 @@ class Contribution(Record, frozen=True, kw_only=True):
     family: Name
     codec: Name
     contributor: Text
+    key: PublicKey
     delta: Location
     num_examples: Annotated[int, Meta(ge=1, le=(1 << 53) - 1)]
     training: Training
@@ -195,6 +204,15 @@ class Manifest(Record, frozen=True, kw_only=True):
     def newest(self) -> Round:
         """The round that is the current global model."""
         return self.rounds[-1]
+
+
+class Intake(Record, frozen=True, kw_only=True):
+    """Open contributions in the order in which whoever merges first saw them."""
+
+    format: Literal[1] = 1
+    kind: Literal["intake"] = "intake"
+    hub: HubId
+    seen: Annotated[tuple[ContributionId, ...], Meta(max_length=20_000)]
 
 
 R = TypeVar("R", bound=Record)

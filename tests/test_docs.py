@@ -240,7 +240,7 @@ def test_reason_codes_are_documented_as_the_code_explains_them() -> None:
 
 RECORDS = (
     "File Location Contribution Training Metrics Merged Strategy Weighting Update Growth "
-    "Evaluation Round Manifest"
+    "Evaluation Round Manifest Intake"
 )
 
 

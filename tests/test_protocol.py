@@ -46,6 +46,7 @@ def contribution(**changes: object) -> Contribution:
         family="char",
         codec="topk",
         contributor='Zoë "\\\n\x01/😀',
+        key="ssh-ed25519 " + "A" * 68,
         delta=Location(
             ref="refs/moshi/delta/3/x",
             commit="b" * 40,

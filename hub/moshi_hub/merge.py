@@ -14,9 +14,11 @@ from moshi_fl.records import Contribution, Round, Scalar, Strategy
 from moshi_fl.replica import Replica, Snapshot
 from moshi_fl.restore import StrategyFinder
 from moshi_fl.rules import shapes_of
+from moshi_fl.signing import check_ssh_keygen
 from moshi_fl.store import HubRepo
 from moshi_hub.cleanup import clean_up, settle
-from moshi_hub.collect import judge, known_deltas, make_rules, open_branches
+from moshi_hub.collect import judge, known_deltas, known_keys, make_rules, open_branches
+from moshi_hub.intake import Arrivals, arrivals
 from moshi_hub.propose import Evaluator, Proposal, propose
 from moshi_hub.publish import (
     Built,
@@ -50,12 +52,19 @@ class OpenRound:
     rules: Rules
     verdicts: tuple[Verdict, ...]
     branches: Mapping[str, str]
+    arrivals: Arrivals
 
     @property
     def accepted(self) -> list[Contribution]:
         """Contributions that passed the gate, in order of id."""
         found = [v.contribution for v in self.verdicts if v.accepted and v.contribution]
         return sorted(found, key=lambda contribution: contribution.id)
+
+    @property
+    def signatures(self) -> dict[str, bytes]:
+        """Signature of each accepted contribution's record, by id."""
+        accepted = (v for v in self.verdicts if v.accepted)
+        return {v.contribution.id: v.signature for v in accepted if v.contribution}
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,10 @@ def look(replica: Replica, folder: Path) -> OpenRound:
     Args:
         replica: The hub's copy on this machine.
         folder: Working folder; the deltas are left in ``folder/deltas``.
+
+    Raises:
+        HubError: The hub cannot be reached, or is not to be trusted.
+        SigningError: There are signatures to check, and no ssh-keygen that can.
     """
     replica.repo.prepare()
     refs = replica.repo.remote_refs()
@@ -85,11 +98,15 @@ def look(replica: Replica, folder: Path) -> OpenRound:
     main = replica.fetch_main()
     config = settings_on(replica.repo, main)
     rules = rules_of(replica, snapshot, main, config)
+    branches, names = open_branches(refs), snapshot.state.refs
+    if branches:
+        check_ssh_keygen()  # else it would look as if nobody had signed
+    came = arrivals(replica, config.hub.id, names, refs, branches)
     deltas = folder / "deltas"
     deltas.mkdir(parents=True)
     with replica.scratch() as scratch:
-        verdicts = tuple(judge(replica.repo, scratch, main, refs, rules, deltas))
-    return OpenRound(snapshot, main, rules, verdicts, open_branches(refs))
+        verdicts = tuple(judge(replica.repo, scratch, main, refs, rules, deltas, came.order))
+    return OpenRound(snapshot, main, rules, verdicts, branches, came)
 
 
 def settings_on(repo: HubRepo, main: str) -> HubConfig:
@@ -103,8 +120,9 @@ def rules_of(replica: Replica, snapshot: Snapshot, main: str, config: HubConfig)
     first = max(0, snapshot.round - config.delta.max_staleness)
     rounds = replica.chain(snapshot.state, first)
     seen = known_deltas(replica, main, snapshot.record)
+    taken = known_keys(replica, main, rounds[1:])
     shapes = shapes_of(snapshot.load())
-    return make_rules(config, snapshot.state.refs, rounds, shapes, seen)
+    return make_rules(config, snapshot.state.refs, rounds, shapes, seen, taken)
 
 
 def merge(
@@ -212,7 +230,8 @@ def _push(
 ) -> Outcome:
     repo, state = replica.repo, found.snapshot.state
     report = round_report(proposal, found.verdicts, waiting)
-    built = build_round(repo, state, found.main, proposal, report, author(options.name))
+    by = author(options.name)
+    built = build_round(repo, state, found.main, proposal, report, by, found.signatures)
     present = repo.remote_refs(f"{state.refs.prefix}*", round_branch(built.record.round))
     if not options.publish:
         push_proposed(repo, state, built, present)

@@ -25,6 +25,7 @@ from moshi_fl.history import (
     HubState,
     Refs,
     accepted_path,
+    accepted_signature_path,
     round_branch,
     round_folder,
     round_path,
@@ -55,7 +56,13 @@ def author(name: str) -> Author:
 
 
 def build_round(
-    repo: HubRepo, state: HubState, main: str, proposal: Proposal, report: str, by: Author
+    repo: HubRepo,
+    state: HubState,
+    main: str,
+    proposal: Proposal,
+    report: str,
+    by: Author,
+    signatures: Mapping[str, bytes],
 ) -> Built:
     """Write a proposal into the local store as commits.
 
@@ -66,6 +73,7 @@ def build_round(
         proposal: The round.
         report: What a maintainer reads, in Markdown; ``report.md`` beside the record.
         by: Who makes the commits.
+        signatures: Signature of each contribution's record, by id.
     """
     record, weights = _locate(repo, state.refs, proposal, by)
     manifest = extend(state.manifest, record)
@@ -78,6 +86,8 @@ def build_round(
     }
     for contribution_id, contribution in proposal.contributions.items():
         files[accepted_path(record.round, contribution_id)] = dump(contribution)
+        signature = signatures[contribution_id]
+        files[accepted_signature_path(record.round, contribution_id)] = signature
     if proposal.tokenizer != state.tokenizer:
         files[TOKENIZER_FILE] = proposal.tokenizer
     tree = repo.tree(put_all(repo, files), base=main)

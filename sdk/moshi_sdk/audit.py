@@ -1,7 +1,8 @@
 """Audit: recompute published rounds from their accepted contributions, bit for bit.
 
-Trusts neither the merger nor the hub: ids are compared with record contents, deltas with records,
-weights with the rules, and the recomputed model with the published digest.
+Trusts neither the merger nor the hub: ids are compared with record contents, signatures with the
+records' keys, deltas with records, weights with the rules, and the recomputed model with the
+published digest.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from moshi_fl.errors import CorruptRecord, HubError, UntrustedHub
-from moshi_fl.history import read_contributions
+from moshi_fl.history import check_signatures, read_contributions
 from moshi_fl.records import Contribution, Location, Round
 from moshi_fl.replica import Replica
 from moshi_fl.restore import StrategyFinder, aggregate, delta_name, fetch_locations
@@ -61,6 +62,7 @@ class Auditor:
 
         Raises:
             HubError: The hub cannot be reached, or does not have these rounds.
+            SigningError: There is no ssh-keygen that can check signatures.
         """
         state = self._replica.look()
         if not 1 <= first <= last <= state.newest.round:
@@ -82,6 +84,7 @@ class Auditor:
         count = len(record.contributions)
         try:
             contributions = read_contributions(self._replica.repo, self._main, record)
+            check_signatures(self._replica.repo, self._main, record, contributions)
             check_weights(record, contributions)
             known = at_hand or self._replica.pull(base).load()
             weights = self._recompute(record, known, contributions)

@@ -1,12 +1,13 @@
 """Contribute: train the global weights on local data, and send what was learned to the hub.
 
 Stages, each of which leaves its result on disk and is skipped when that is already there: plan,
-train (in a Flower ``ClientApp``), measure, encode, send.
+train (in a Flower ``ClientApp``), measure, encode, sign, send.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,12 +18,13 @@ import moshi_fl
 from moshi_fl.codec import get_codec
 from moshi_fl.codec.delta import delta_bytes, encode_delta
 from moshi_fl.config import home as default_home
-from moshi_fl.errors import Rejected, TrainingError
-from moshi_fl.history import DELTA_FILE, HubState
+from moshi_fl.errors import BadSignature, Rejected, SigningError, TrainingError
+from moshi_fl.history import DELTA_FILE, HubState, check_signature
 from moshi_fl.hubfile import HubConfig
 from moshi_fl.models.family import Corpus, DataSummary, Task
 from moshi_fl.records import Contribution, File, Location, Metrics, dump
 from moshi_fl.replica import Replica, Snapshot
+from moshi_fl.signing import CONTRIBUTION_NAMESPACE, Signer, fingerprint, own_signer
 from moshi_fl.train import Progress, Recipe
 from moshi_fl.weights import Weights, open_weights, save_weights, sha256_bytes, write_atomic
 from moshi_sdk.feedback import Feedback
@@ -84,6 +86,7 @@ class _Work:
     task: Task
     run: Run
     listener: Listener
+    signer: Signer
     corpus: Corpus | None = field(default=None, repr=False)
 
     @property
@@ -118,18 +121,23 @@ def contribute(
         HubError: The hub cannot be reached or refuses.
         DataError: Nothing usable is in the data.
         TrainingError: Training failed; the last good checkpoint stays.
+        SigningError: The key cannot be used; nothing was sent.
     """
-    options, listener = options or Options(), listener or Silent()
-    manager = SyncManager(hub, home=home or default_home())
+    options, listener, home = options or Options(), listener or Silent(), home or default_home()
+    manager = SyncManager(hub, home=home)
+    signer = own_signer(home, options.key, interactive=options.interactive)
     snapshot = manager.pull()
     listener.stage("sync", _whence(snapshot))
     task = load_task(snapshot.state)
     paths = tuple(Path(path).expanduser().resolve() for path in data)
     corpus = task.read(paths, seed=0, max_bytes=options.max_bytes)
     listener.stage("data", describe(corpus.summary))
-    plan = make_plan(snapshot, task, corpus, paths, options)
-    run = Runs(manager.replica.folder / "runs").start(plan, snapshot)
-    return _finish(_Work(manager.replica, snapshot, task, run, listener, corpus), options.dry_run)
+    plan = make_plan(snapshot, task, corpus, paths, options, signer.public_key)
+    runs = Runs(manager.replica.folder / "runs")
+    _announce(runs, signer, plan, listener)
+    run = runs.start(plan, snapshot)
+    work = _Work(manager.replica, snapshot, task, run, listener, signer, corpus)
+    return _finish(work, options.dry_run)
 
 
 def resume(
@@ -138,20 +146,27 @@ def resume(
     home: Path | None = None,
     listener: Listener | None = None,
     dry_run: bool = False,
+    key: Path | None = None,
+    interactive: bool = False,
 ) -> Outcome:
     """Continue the last unfinished contribution to ``hub``, as it was planned.
 
     Raises:
         MoshiError: There is none.
+        SigningError: The key cannot be used, or it is not the one that it was begun with.
     """
-    listener = listener or Silent()
-    manager = SyncManager(hub, home=home or default_home())
-    run = Runs(manager.replica.folder / "runs").resume()
+    listener, home = listener or Silent(), home or default_home()
+    manager = SyncManager(hub, home=home)
+    runs = Runs(manager.replica.folder / "runs")
+    run = runs.resume()
+    signer = own_signer(home, key, interactive=interactive)
+    _check_key(run.plan, signer)
+    _announce(runs, signer, run.plan, listener)
     snapshot = manager.pull()
     listener.stage("sync", f"{_whence(snapshot)}; resuming from round {run.plan.base_round}")
     tokenizer = run.tokenizer.read_bytes() if run.tokenizer.exists() else None
     task = load_task(snapshot.state, tokenizer)
-    return _finish(_Work(manager.replica, snapshot, task, run, listener), dry_run)
+    return _finish(_Work(manager.replica, snapshot, task, run, listener, signer), dry_run)
 
 
 def discard(hub: str, *, home: Path | None = None) -> RunPlan:
@@ -162,6 +177,29 @@ def discard(hub: str, *, home: Path | None = None) -> RunPlan:
     """
     manager = SyncManager(hub, home=home or default_home())
     return Runs(manager.replica.folder / "runs").discard().plan
+
+
+def _announce(runs: Runs, signer: Signer, plan: RunPlan, listener: Listener) -> None:
+    """Say before anything is sent what cannot be undone, and what the hub will not take."""
+    sent = runs.sent()
+    if not sent:
+        who = f"{signer.fingerprint} ({signer.key_path})"
+        text = f"what you send is public and, in Git, permanent; it is signed by {who}"
+        listener.stage("public", text)
+    others = [other for other in sent if other != plan]
+    if any((other.base_round, other.key) == (plan.base_round, plan.key) for other in others):
+        number = plan.base_round
+        text = f"you have sent another one on round {number}; a hub takes one per key and round"
+        listener.stage("again", text)
+
+
+def _check_key(plan: RunPlan, signer: Signer) -> None:
+    if signer.public_key != plan.key:
+        raise SigningError(
+            f"this contribution was begun with the key {fingerprint(plan.key)}, "
+            f"and {signer.key_path} is {signer.fingerprint}.",
+            hint="--key FILE   (the key it was begun with), or --discard it",
+        )
 
 
 def _whence(snapshot: Snapshot) -> str:
@@ -193,10 +231,24 @@ def _finish(work: _Work, dry_run: bool) -> Outcome:
         if dry_run:
             return Outcome(contribution, None, summary)
         contribution, note = _fit_to_present(work, contribution)
-        sent = submit(work.replica, work.state, contribution, work.run.delta)
+        signature = _signature(work, contribution)
+        sent = submit(work.replica, work.state, contribution, signature, work.run.delta)
         _remember(work, contribution)
         work.run.mark_sent()
     return Outcome(contribution, sent, summary, note)
+
+
+def _signature(work: _Work, contribution: Contribution) -> str:
+    """The signature on disk, if it is one over this record; else a new one."""
+    path = work.run.signature
+    if path.exists():
+        kept = path.read_bytes()
+        with suppress(BadSignature):
+            check_signature(contribution, kept)
+            return kept.decode()
+    armoured = work.signer.sign(dump(contribution), CONTRIBUTION_NAMESPACE)
+    write_atomic(path, armoured.encode())
+    return armoured
 
 
 def _train_and_encode(work: _Work) -> Contribution:
@@ -280,6 +332,7 @@ def _encode(work: _Work, delta: Weights, number: int, base: str, **fields: Any) 
         family=plan.family,
         codec=rules.codec,
         contributor=plan.contributor,
+        key=plan.key,
         delta=locate(work, data, number),
         num_examples=plan.training.steps * plan.training.batch_size,
         training=plan.training,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
 from moshi_fl.config import Settings, ensure_home, load_settings
 from moshi_fl.errors import ConfigError
@@ -28,6 +29,11 @@ def settings_for(**flags: object) -> Settings:
 def sync_manager(settings: Settings) -> SyncManager:
     """The hub's copy on this machine."""
     return SyncManager(settings.hub, home=ensure_home(), keep_rounds=settings.keep_rounds)
+
+
+def signing_key(settings: Settings) -> Path | None:
+    """The user's own SSH key; None when moshi-fl shall use the one it made for them."""
+    return Path(settings.signing_key).expanduser() if settings.signing_key else None
 
 
 def pick_device(name: str) -> str:

@@ -35,12 +35,24 @@ class Options:
     contributor: str = "anonymous"
     max_bytes: int | None = None
     dry_run: bool = False
+    key: Path | None = None
+    """The contributor's own SSH key; None uses the one that moshi-fl made for them."""
+    interactive: bool = False
+    """Whether ssh-keygen may ask on the terminal for what the key needs."""
 
 
 def make_plan(
-    snapshot: Snapshot, task: Task, corpus: Corpus, paths: Sequence[Path], options: Options
+    snapshot: Snapshot,
+    task: Task,
+    corpus: Corpus,
+    paths: Sequence[Path],
+    options: Options,
+    key: str,
 ) -> RunPlan:
-    """Settle everything that decides the result, so that a resumed run is the same run."""
+    """Settle everything that decides the result, so that a resumed run is the same run.
+
+    ``key`` is the public key that will sign.
+    """
     rules = snapshot.state.config.training
     recipe = Recipe(
         steps=1,
@@ -69,6 +81,7 @@ def make_plan(
         data=tuple(map(str, paths)),
         fingerprint=corpus.fingerprint,
         contributor=options.contributor,
+        key=key,
         training=training,
         weight_decay=recipe.weight_decay,
         gradient_clip=recipe.gradient_clip,

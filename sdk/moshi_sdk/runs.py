@@ -23,6 +23,7 @@ from moshi_fl.records import (
     Contribution,
     Count,
     Name,
+    PublicKey,
     Record,
     RoundNumber,
     Sha256,
@@ -46,6 +47,7 @@ class RunPlan(Record, frozen=True, kw_only=True):
     data: tuple[str, ...]
     fingerprint: Sha256
     contributor: Text
+    key: PublicKey
     training: Training
     weight_decay: float
     gradient_clip: float
@@ -100,6 +102,11 @@ class Run:
     def record(self) -> Path:
         """The contribution's record, once the delta is encoded."""
         return self.folder / "record.json"
+
+    @property
+    def signature(self) -> Path:
+        """The record's signature: not every key would make the same one again."""
+        return self.folder / "record.sig"
 
     def contribution(self) -> Contribution | None:
         """The record, if the run got that far."""
@@ -159,6 +166,10 @@ class Runs:
             if not (folder / "run.json").exists():
                 with suppress(MoshiError), _only_one(folder):
                     shutil.rmtree(folder, ignore_errors=True)
+
+    def sent(self) -> list[RunPlan]:
+        """Plans of what has left this machine, the newest first."""
+        return [run.plan for run in self if run.is_sent]
 
     def unfinished(self) -> Run | None:
         """The run that was worked on last and has not been sent."""

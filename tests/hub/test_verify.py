@@ -11,10 +11,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from moshi_fl.history import MAIN, contribution_branch, contribution_path
+from moshi_fl.history import MAIN, contribution_branch, contribution_path, signature_path
 from moshi_fl.records import File, dump
+from moshi_fl.signing import CONTRIBUTION_NAMESPACE
 from moshi_fl.store import ANY, Author, RefUpdate
 from moshi_hub.verify import REASONS
+from tests.support.keys import signature_by
 from tests.support.simulator import HubSimulator, random_delta
 
 
@@ -163,12 +165,27 @@ def test_a_delta_on_another_ref_is_refused(hub: HubSimulator) -> None:
     assert repo.remote_refs("refs/moshi/keyframe/0")
 
 
+def signed(record, key: str | None = None) -> dict[str, bytes]:
+    """A record and its signature, as they lie on a branch; by its contributor by default."""
+    data, place = dump(record), (record.round, record.id)
+    signature = signature_by(key or record.contributor, data, CONTRIBUTION_NAMESPACE)
+    return {contribution_path(*place): data, signature_path(*place): signature.encode()}
+
+
 def push_record(
-    hub: HubSimulator, record, *, extra: dict[str, bytes] | None = None, data: bytes | None = None
+    hub: HubSimulator,
+    record,
+    *,
+    extra: dict[str, bytes] | None = None,
+    data: bytes | None = None,
+    signature: bytes | None = None,
 ) -> str:
-    """Push a record's branch by hand, with more files, or with other bytes in its place."""
+    """Push a record's branch by hand, with more files, or with other bytes in their place."""
     repo, main = hub.replica.repo, hub.replica.fetch_main()
-    files = {contribution_path(record.round, record.id): data or dump(record)} | (extra or {})
+    files = signed(record) | (extra or {})
+    for path, content in ((contribution_path, data), (signature_path, signature)):
+        if content is not None:
+            files[path(record.round, record.id)] = content
     tree = repo.tree({path: repo.put(content) for path, content in files.items()}, base=main)
     author = Author("eve", "eve@example.org")
     commit = repo.commit(tree, parents=(main,), message="x\n", author=author, when=0)

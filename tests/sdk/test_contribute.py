@@ -18,6 +18,7 @@ from moshi_sdk.feedback import Feedback
 from moshi_sdk.planning import make_plan, recipe_of
 from moshi_sdk.runs import Runs
 from moshi_sdk.sync import SyncManager
+from tests.support.keys import key_file, signer_of
 from tests.support.simulator import HubSimulator, write_corpus
 
 
@@ -111,12 +112,13 @@ def test_a_dry_run_sends_nothing_and_can_be_sent_later(hub: HubSimulator, corpus
 def test_an_interrupted_contribution_ends_with_the_same_id(
     hub: HubSimulator, corpus: Path, after: int
 ) -> None:
-    whole = send(hub, corpus, "whole", steps=6, contributor="ann", dry_run=True)
-    options = Options(seed=1, steps=6, contributor="ann")
+    key = key_file("ann")
+    whole = send(hub, corpus, "whole", steps=6, contributor="ann", dry_run=True, key=key)
+    options = Options(seed=1, steps=6, contributor="ann", key=key)
     home = hub.folder / "ann"
     with pytest.raises(Stop):
         contribute(hub.url, [corpus], options, home=home, listener=Stopper(after))
-    resumed = resume(hub.url, home=home)
+    resumed = resume(hub.url, home=home, key=key)
     assert resumed.contribution.id == whole.id
 
 
@@ -283,11 +285,12 @@ def test_a_hubs_schedule_and_accumulation_decide_and_the_record_has_the_whole_ba
     asking = replace(snapshot, state=replace(snapshot.state, config=config))
     task = load_task(asking.state)
     data = task.read([corpus], seed=0)
-    plan = make_plan(asking, task, data, [corpus], Options(steps=2, seed=1))
+    key = signer_of("ann").public_key
+    plan = make_plan(asking, task, data, [corpus], Options(steps=2, seed=1), key)
     assert (plan.training.batch_size, plan.schedule, plan.accumulation) == (6, "cosine", 2)
     assert plan.training.precision in {"fp32", "bf16"}
     recipe = recipe_of(plan)
     assert (recipe.batch_size, recipe.accumulation, recipe.schedule) == (3, 2, "cosine")
-    plain = make_plan(snapshot, task, data, [corpus], Options(steps=2, seed=1))
+    plain = make_plan(snapshot, task, data, [corpus], Options(steps=2, seed=1), key)
     assert b'"schedule"' not in dump(plain)
     assert recipe_of(plain).schedule == "one-cycle"

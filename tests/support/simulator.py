@@ -12,11 +12,18 @@ import numpy as np
 
 from moshi_fl.codec import get_codec
 from moshi_fl.codec.delta import delta_bytes, encode_delta
-from moshi_fl.history import DELTA_FILE, MAIN, contribution_branch, contribution_path
+from moshi_fl.history import (
+    DELTA_FILE,
+    MAIN,
+    contribution_branch,
+    contribution_path,
+    signature_path,
+)
 from moshi_fl.models import get_preset
 from moshi_fl.models.family import Preset
 from moshi_fl.records import Contribution, File, Location, Training, dump
 from moshi_fl.replica import Replica, Snapshot
+from moshi_fl.signing import CONTRIBUTION_NAMESPACE
 from moshi_fl.store import ANY, Author, RefUpdate
 from moshi_fl.strategies import find_strategy
 from moshi_fl.weights import Weights, sha256_bytes
@@ -25,6 +32,7 @@ from moshi_hub.merge import OpenRound, Options, Outcome, look, merge
 from moshi_hub.verify import Verdict
 from moshi_sdk.submit import DELTA_AUTHOR
 from moshi_sdk.sync import SyncManager
+from tests.support.keys import signature_by, signer_of
 
 MODEL = {"n_layer": 1, "n_head": 2, "d_model": 16, "d_ff": 32, "context": 32}
 TEXT = "def area(width, height):\n    return width * height\n\n\nprint(area(3, 4))\n"
@@ -91,6 +99,7 @@ class HubSimulator:
         on: Snapshot | None = None,
         mutate: Callable[[bytes], bytes] = lambda data: data,
         tree: Callable[[Replica, str], dict[str, str]] | None = None,
+        key: str | None = None,
         **fields: Any,
     ) -> Contribution:
         """Submit a made-up delta; every part of it can be falsified.
@@ -102,6 +111,7 @@ class HubSimulator:
             on: The round it is based on; the newest by default.
             mutate: Changes the delta file's bytes.
             tree: Gives other files for the branch than the record, path to blob.
+            key: Whose key signs; that of ``name`` by default. Equal names are one identity.
             fields: Fields of the record to overwrite.
         """
         replica = self.person(name)
@@ -118,6 +128,7 @@ class HubSimulator:
             family="char",
             codec=rules.codec,
             contributor=name,
+            key=signer_of(key or name).public_key,
             delta=place,
             num_examples=12,
             training=Training(
@@ -126,8 +137,18 @@ class HubSimulator:
             software="test",
         )
         record = msgspec.structs.replace(record, **fields)
-        self._push(replica, record, commit, tree)
+        self._push(replica, record, commit, tree or self._signed(record, key or name))
         return record
+
+    def _signed(self, record: Contribution, key: str) -> Callable[[Replica, str], dict[str, str]]:
+        place, data = (record.round, record.id), dump(record)
+        signature = signature_by(key, data, CONTRIBUTION_NAMESPACE).encode()
+
+        def tree(replica: Replica, path: str) -> dict[str, str]:
+            put = replica.repo.put
+            return {path: put(data), signature_path(*place): put(signature)}
+
+        return tree
 
     def _place(self, replica: Replica, base: Snapshot, data: bytes) -> tuple[Location, str]:
         repo, sha256 = replica.repo, sha256_bytes(data)
@@ -142,11 +163,11 @@ class HubSimulator:
         replica: Replica,
         record: Contribution,
         commit: str,
-        tree: Callable[[Replica, str], dict[str, str]] | None,
+        tree: Callable[[Replica, str], dict[str, str]],
     ) -> None:
         repo, main = replica.repo, replica.fetch_main()
         path = contribution_path(record.round, record.id)
-        files = {path: repo.put(dump(record))} if tree is None else tree(replica, path)
+        files = tree(replica, path)
         author = Author(record.contributor, "noreply@moshi-fl.invalid")
         new = repo.commit(
             repo.tree(files, base=main), parents=(main,), message="x\n", author=author, when=0

@@ -18,6 +18,7 @@ from moshi_fl.console import Console
 from moshi_fl.errors import MoshiError
 from moshi_fl.history import MAIN, HubState, fetch_latest, read_state
 from moshi_fl.records import Location
+from moshi_fl.signing import check_ssh_keygen
 from moshi_fl.store import HUB_SETTINGS, HubRepo, hub_settings, is_local, local_path
 from moshi_fl.text import Duration, Moment, Size
 
@@ -35,6 +36,7 @@ def doctor(console: Console, hub: str) -> None:
 
 
 def _checks(repo: HubRepo, hub: str) -> Iterator[Check]:
+    yield attempt("ssh-keygen", _ssh_keygen)
     start = time.monotonic()
     try:
         refs = repo.remote_refs()
@@ -57,6 +59,11 @@ def _checks(repo: HubRepo, hub: str) -> Iterator[Check]:
     yield _weights(state, refs)
     waiting = sum(ref.startswith("refs/heads/contribute/") for ref in refs)
     yield Check("contributions", "ok", f"{waiting} on the hub")
+
+
+def _ssh_keygen() -> Check:
+    check_ssh_keygen()
+    return Check("ssh-keygen", "ok", "tells right signatures from wrong ones")
 
 
 def _settings(folder: Path) -> Check:

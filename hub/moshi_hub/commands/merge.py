@@ -59,6 +59,8 @@ def merge(
     outcome: Outcome = run(
         replica, options, evaluator=evaluator_for(replica), find_strategy=find_strategy
     )
+    if outcome.open_round.arrivals.problem:
+        console.warn(outcome.open_round.arrivals.problem)
     _contributions(console, outcome)
     record = outcome.built.record if outcome.built else outcome.proposal.record
     done = {True: "Published", False: "Proposed"}[publish] if not dry_run else "Computed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,10 +13,14 @@ from moshi_fl.config import ensure_home
 from moshi_fl.console import Console
 from moshi_fl.errors import ConfigError
 from moshi_fl.progress import Progress
+from moshi_fl.signing import fingerprint
 from moshi_fl.text import Size
-from moshi_sdk.options import hub_flag, pick_device, settings_for, use_threads
+from moshi_sdk.options import hub_flag, pick_device, settings_for, signing_key, use_threads
 
-LABELS = {"sync": "Model", "data": "Data", "measure": "Result", "encode": "Delta"}
+LABELS = {
+    "sync": "Model", "data": "Data", "measure": "Result", "encode": "Delta",
+    "public": "Note", "again": "Note",
+}  # fmt: skip
 
 
 @click.command()
@@ -39,6 +44,12 @@ LABELS = {"sync": "Model", "data": "Data", "measure": "Result", "encode": "Delta
 )
 @click.option("--seed", type=click.IntRange(0), help="Seed of batches and dropout.")
 @click.option("--contributor", help="Your name in the record; public.")
+@click.option(
+    "--key",
+    "signing_key",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Sign with this SSH key; the .pub of one that ssh-agent holds will do.",
+)
 @click.option("--max-bytes", type=click.IntRange(1), help="Take at most so much data.")
 @click.option("--dry-run", is_flag=True, help="Train and show what would be sent; send nothing.")
 @click.option("--resume", is_flag=True, help="Continue the last unfinished contribution.")
@@ -48,8 +59,9 @@ def contribute(console: Console, resume: bool, discard: bool, dry_run: bool, **f
     r"""Train the hub's model on your data and send the weight delta.
 
     The source tree is read with respect for .gitignore; binaries, vendored and oversized files and
-    whatever looks like a secret stay out. Only the delta and a small public record leave this
-    machine. Interrupted work continues with --resume; doing the same twice sends it once.
+    whatever looks like a secret stay out. Only the delta and a small public record with its
+    signature leave this machine. Interrupted work continues with --resume; doing the same twice
+    sends it once.
 
     \b
     Examples:
@@ -63,8 +75,8 @@ def contribute(console: Console, resume: bool, discard: bool, dry_run: bool, **f
     amounts = [name for name in ("steps", "minutes", "epochs") if flags[name] is not None]
     if len(amounts) > 1:
         raise click.UsageError(f"--{amounts[0]} and --{amounts[1]} exclude each other.")
-    own = {name: flags[name] for name in ("hub", "data", "device", "precision", "contributor")}
-    settings = settings_for(**own)
+    own = ("hub", "data", "device", "precision", "contributor", "signing_key")
+    settings = settings_for(**{name: flags[name] for name in own})
     use_threads(settings.threads)
     console.resume_command = f"moshi-fl contribute{hub_flag(settings)} --resume"
     from moshi_sdk import contribute as work
@@ -76,7 +88,12 @@ def contribute(console: Console, resume: bool, discard: bool, dry_run: bool, **f
     with _Listener(console) as listener:
         if resume:
             outcome = work.resume(
-                settings.hub, home=ensure_home(), listener=listener, dry_run=dry_run
+                settings.hub,
+                home=ensure_home(),
+                listener=listener,
+                dry_run=dry_run,
+                key=signing_key(settings),
+                interactive=sys.stdin.isatty(),
             )
         else:
             options = _options(flags, settings, dry_run)
@@ -99,6 +116,8 @@ def _options(flags: dict[str, Any], settings: Any, dry_run: bool) -> Any:
         precision=precision,
         contributor=settings.contributor,
         dry_run=dry_run,
+        key=signing_key(settings),
+        interactive=sys.stdin.isatty(),
     )
 
 
@@ -140,6 +159,7 @@ def _report(console: Console, outcome: Any, hub: str) -> None:
         "contribution": record.id,
         "round": record.round,
         "contributor": record.contributor,
+        "key": fingerprint(record.key),
         "examples": record.num_examples,
         "loss_before": record.metrics.held_out_before,
         "loss_after": record.metrics.held_out_after,
@@ -155,5 +175,5 @@ def _report(console: Console, outcome: Any, hub: str) -> None:
     what = "The hub already had it" if sent.again else "Sent"
     facts |= {"record": Size(sent.record_bytes), "branch": sent.branch, "sent": True}
     console.done(what, **facts)
-    console.note("That record and that delta are all that left this machine; Git keeps them.")
+    console.note("That record, signed, and that delta are all that left; Git keeps them.")
     console.hint(f"moshi-fl status{hub}   (shows when a maintainer has merged it into a round)")
