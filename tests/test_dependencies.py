@@ -47,7 +47,7 @@ def test_every_import_is_declared_and_every_declared_library_is_imported():
     assert used - set(optional) == set(declared(PROJECT["project"]["dependencies"]))
 
 
-@pytest.mark.parametrize("group", ["runtime", "test", "lint"])
+@pytest.mark.parametrize("group", ["runtime", "test", "oracle", "lint"])
 def test_every_declared_library_is_pinned_to_a_version_in_its_range(group):
     groups = PROJECT["dependency-groups"] | {"runtime": PROJECT["project"]["dependencies"]}
     pins = pinned()

@@ -199,6 +199,17 @@ class Delta:
             self.release()
         return math.sqrt(total)
 
+    def largest(self) -> float:
+        """The largest magnitude of all values."""
+        found = 0.0
+        for name, shape in self.shapes.items():
+            for start in range(0, math.prod(shape), BLOCK):
+                block = np.zeros(min(BLOCK, math.prod(shape) - start))
+                self.add(name, start, block, 1.0)
+                found = max(found, float(block.max()), -float(block.min()))
+            self.release()
+        return found
+
     @property
     def is_zero(self) -> bool:
         """Whether it would change nothing."""
