@@ -10,12 +10,16 @@ from typing import Protocol
 import numpy as np
 
 from benchmarks.attacks.gate import Gate
-from benchmarks.attacks.verdicts import rejected
 from benchmarks.attacks.world import World
-from moshi_fl.aggregate import STRATEGIES, Step, Update, apply_step, get_strategy
+from moshi_fl.aggregate import Step, Update, apply_step, get_strategy
+from moshi_fl.aggregate.centers import median
+from moshi_fl.aggregate.gram import gram
+from moshi_fl.aggregate.robust import next_running_norm
 from moshi_fl.codec.delta import Delta
 from moshi_fl.records import Scalar
+from moshi_fl.consensus import gain, quantise
 from moshi_fl.weights import Weights
+from moshi_hub.selection import Candidate, without_copies
 
 TOLERATED = 3
 """What strategies are told to tolerate of ten: floor((n - 1) / 3), as the default does."""
@@ -28,7 +32,6 @@ ALONE: dict[str, Mapping[str, Scalar]] = {
     "centered-clipping": {},
     "krum": {"f": TOLERATED},
     "multi-krum": {"f": TOLERATED},
-    "robust": {"f": TOLERATED},
 }
 """Strategies by the name in ``hub.toml``, with the options that suit ten contributors."""
 
@@ -39,7 +42,6 @@ class Sent:
 
     client: int
     data: bytes
-    base: int | None = None
 
 
 @dataclass
@@ -75,32 +77,55 @@ class Default:
     def __init__(self, world: World, folder: Path, *, verdicts: bool = True) -> None:
         self._world, self._verdicts = world, verdicts
         self._gate = Gate(world, folder)
+        self._running_norm = 0.0
 
     def decide(self, number: int, weights: Weights, sent: Sequence[Sent]) -> Decision:
         """Refuse, then aggregate what is left."""
         self._gate.open(number - 1, weights)
-        refused: dict[int, str] = {}
-        for entry in sent:
-            verdict = self._gate.judge(entry.client, entry.data, entry.base)
-            if not verdict.accepted:
-                refused[entry.client] = verdict.findings[0].code
-        kept = [entry for entry in sent if entry.client not in refused]
+        refused = self._by_gate(sent)
+        refused |= self._as_copies([entry for entry in sent if entry.client not in refused])
         if self._verdicts:
-            for entry in kept:
-                if rejected(self.gains(weights, entry)):
-                    refused[entry.client] = "rejected"
-            kept = [entry for entry in kept if entry.client not in refused]
-        if not kept:
-            return Decision((), refused)
-        strategy = get_strategy("robust", {})
-        return Decision(strategy.aggregate(updates(self._world, kept), self._world.shapes), refused)
+            refused |= self._by_verdict(weights, [e for e in sent if e.client not in refused])
+        return Decision(self._step([e for e in sent if e.client not in refused]), refused)
 
-    def gains(self, weights: Weights, entry: Sent) -> np.ndarray:
-        """How much lower the loss of each of the hub's sequences is with the delta."""
+    def _by_gate(self, sent: Sequence[Sent]) -> dict[int, str]:
+        judged = {entry.client: self._gate.judge(entry.client, entry.data) for entry in sent}
+        return {who: v.findings[0].code for who, v in judged.items() if not v.accepted}
+
+    def _as_copies(self, sent: Sequence[Sent]) -> dict[int, str]:
+        found = updates(self._world, sent)
+        products = gram(found)
+        candidates = [Candidate(update.id, update.id, 0) for update in found]
+        _, dropped = without_copies(
+            candidates, lambda one, other: products.cosine(_place(found, one), _place(found, other))
+        )
+        return {int(contribution, 16): finding.code for contribution, finding in dropped.items()}
+
+    def _by_verdict(self, weights: Weights, sent: Sequence[Sent]) -> dict[int, str]:
+        before = np.array(quantise(self._world.losses(weights, self._world.verdict_pool)))
+        return {
+            entry.client: "no-gain"
+            for entry in sent
+            if gain(before, self._losses_with(weights, entry)).outcome == "reject"
+        }
+
+    def _losses_with(self, weights: Weights, entry: Sent) -> np.ndarray:
         world = self._world
         delta = world.decoded(entry.data)
         after = apply_step(weights, ((n, d.astype(np.float64)) for n, d in delta.items()))
-        return world.losses(weights, world.verdict_pool) - world.losses(after, world.verdict_pool)
+        return np.array(quantise(world.losses(after, world.verdict_pool)))
+
+    def _step(self, sent: Sequence[Sent]) -> Step:
+        if not sent:
+            return ()
+        found, running = updates(self._world, sent), self._running_norm
+        self._running_norm = next_running_norm(median(gram(found).norms), running)
+        strategy = get_strategy("robust", {"running_norm": running})
+        return strategy.aggregate(found, self._world.shapes)
+
+
+def _place(found: Sequence[Update], contribution: str) -> int:
+    return [update.id for update in found].index(contribution)
 
 
 def updates(world: World, sent: Iterable[Sent]) -> list[Update]:
@@ -113,8 +138,3 @@ def updates(world: World, sent: Iterable[Sent]) -> list[Update]:
         )
         for entry in sent
     ]
-
-
-def known() -> list[str]:
-    """The strategies of ``ALONE`` that there are."""
-    return [name for name in ALONE if name in STRATEGIES]

@@ -24,9 +24,10 @@ from moshi_fl.errors import MoshiError
 class Run:
     """What came of a federation."""
 
-    losses: list[float] = field(default_factory=list)
-    """Held-out loss before the first round and after each; NaN when the weights are no numbers."""
-    backdoor: float = 0.0
+    loss: float = float("nan")
+    """Held-out loss at the end; NaN when no round could be made."""
+    backdoor: float | None = None
+    """Share of the payload that the model writes, where the attack has one."""
     honest_sent: int = 0
     honest_refused: int = 0
     hostile_sent: int = 0
@@ -36,11 +37,6 @@ class Run:
     honest_reasons: dict[str, int] = field(default_factory=dict)
     broke: str = ""
     """The error that ended it, if one did."""
-
-    @property
-    def final(self) -> float:
-        """The loss at the end."""
-        return self.losses[-1]
 
     @property
     def acceptance(self) -> float:
@@ -66,7 +62,7 @@ class Federation:
         self._carries: dict[int, dict[str, np.ndarray]] = {}
         self._memory: dict[Any, Any] = {}
         self.weights = world.start
-        self.run = Run([world.loss(world.start)])
+        self.run = Run()
 
     def play(self) -> Run:
         """All rounds."""
@@ -75,10 +71,10 @@ class Federation:
                 self._round(number)
             except MoshiError as error:
                 self.run.broke = str(error)
-                self.run.losses.append(float("nan"))
                 return self.run
-            self.run.losses.append(self.world.loss(self.weights))
-        self.run.backdoor = success(self.world, self.weights)
+        self.run.loss = self.world.loss(self.weights)
+        if self._threat and self._threat.has_payload:
+            self.run.backdoor = success(self.world, self.weights)
         return self.run
 
     def _round(self, number: int) -> None:

@@ -11,8 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.attacks.world import World
-from moshi_fl.history import DELTA_FILE, Refs, contribution_branch, contribution_path
+from moshi_fl.history import (
+    DELTA_FILE,
+    Refs,
+    contribution_branch,
+    contribution_path,
+    signature_path,
+)
 from moshi_fl.records import Contribution, File, Location, Training, dump
+from moshi_fl.signing import CONTRIBUTION_NAMESPACE, Signer, own_signer
 from moshi_fl.store.trees import TreeEntry
 from moshi_fl.weights import Weights, sha256_bytes, weights_digest
 from moshi_hub.verify import Base, Rules, Submission, Verdict, verify
@@ -27,6 +34,7 @@ class Gate:
         self._world, self._folder = world, folder
         self._bases: dict[int, Base] = {}
         self._seen: dict[str, str] = {}
+        self._taken: dict[tuple[str, int], str] = {}
 
     def open(self, number: int, weights: Weights) -> None:
         """The hub is at this round now."""
@@ -47,19 +55,21 @@ class Gate:
         """
         path = self._folder / f"{client}.safetensors"
         path.write_bytes(data)
-        record = self._record(client, data, self.newest if base is None else base)
-        verdict = verify(submission(record, path), self._rules())
+        signer = own_signer(self._folder / f"home-{client}")
+        record = self._record(client, data, self.newest if base is None else base, signer)
+        verdict = verify(submission(record, signer, path), self._rules())
         if verdict.accepted:
             self._seen[sha256_bytes(data)] = record.id
+            self._taken[record.key, record.round] = record.id
         return verdict
 
     def _rules(self) -> Rules:
         config = self._world.config
         oldest = self.newest - config.delta.max_staleness
         bases: Mapping[int, Base] = {n: b for n, b in self._bases.items() if n >= oldest}
-        return Rules(config, REFS, self.newest, bases, dict(self._seen))
+        return Rules(config, REFS, self.newest, bases, dict(self._seen), dict(self._taken))
 
-    def _record(self, client: int, data: bytes, base: int) -> Contribution:
+    def _record(self, client: int, data: bytes, base: int, signer: Signer) -> Contribution:
         config, geometry = self._world.config, self._world.geometry
         sha256 = sha256_bytes(data)
         place = Location(
@@ -74,6 +84,7 @@ class Gate:
             family=config.family,
             codec=config.delta.codec,
             contributor=f"contributor {client}",
+            key=signer.public_key,
             delta=place,
             num_examples=geometry.steps * geometry.batch_size,
             training=Training(
@@ -87,16 +98,22 @@ class Gate:
         )
 
 
-def submission(record: Contribution, delta: Path) -> Submission:
-    """A branch that holds this record, and a delta commit that holds this file."""
-    data, size = dump(record), delta.stat().st_size
-    path = contribution_path(record.round, record.id)
+def submission(record: Contribution, signer: Signer, delta: Path) -> Submission:
+    """A branch that holds this record, signed, and a delta commit that holds this file."""
+    place, data = (record.round, record.id), dump(record)
+    signature = signer.sign(data, CONTRIBUTION_NAMESPACE).encode()
+    branch = {contribution_path(*place): data, signature_path(*place): signature}
     return Submission(
-        branch=contribution_branch(record.round, record.id),
+        branch=contribution_branch(*place),
         history="",
-        changes=(TreeEntry("100644", "blob", "0" * 40, len(data), path),),
+        changes=tuple(_entry(path, len(content)) for path, content in branch.items()),
         record=data,
+        signature=signature,
         delta_commit=record.delta.commit,
-        delta_entries=(TreeEntry("100644", "blob", "0" * 40, size, DELTA_FILE),),
+        delta_entries=(_entry(DELTA_FILE, delta.stat().st_size),),
         delta=delta,
     )
+
+
+def _entry(path: str, size: int) -> TreeEntry:
+    return TreeEntry("100644", "blob", "0" * 40, size, path)

@@ -59,9 +59,9 @@ KEPT = 1500  # trained deltas that are remembered; about 140 kB each
 class Geometry:
     """How long a federation runs, and on how many sequences it is judged."""
 
-    rounds: int = 5
-    steps: int = 25
-    batch_size: int = 8
+    rounds: int = 3
+    steps: int = 15
+    batch_size: int = 16
     learning_rate: float = 1e-3
     first_steps: int = 150
     verdict_sequences: int = 256
@@ -69,7 +69,7 @@ class Geometry:
 
 
 FULL = Geometry()
-QUICK = Geometry(rounds=3, verdict_sequences=128, held_out_sequences=256)
+SHORT = Geometry(rounds=2, verdict_sequences=128, held_out_sequences=256)
 
 
 def preset() -> Preset:
