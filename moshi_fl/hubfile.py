@@ -66,6 +66,8 @@ class AggregationRules(_Table, frozen=True, kw_only=True):
     server_learning_rate: PositiveFloat = 1.0
     min_contributions: Positive = 1
     max_contributions: Positive = 1000
+    weighting: Literal["equal", "examples"] = "equal"
+    min_owners: Annotated[int, Meta(ge=1, le=1_000_000)] = 3
     max_examples: Positive = 100_000
     staleness_discount: Fraction = 0.5
 

@@ -111,10 +111,12 @@ class Contribution(Record, frozen=True, kw_only=True):
 class Merged(Record, frozen=True, kw_only=True):
     """A contribution's place in a round: who, on which base, with which integer weight.
 
+    ``owner``: who stands behind it; an owner counts once, and never for more than a fair share.
     ``missing_rows``: rows of the vocabulary tensors that were appended after its base.
     """
 
     id: ContributionId
+    owner: Text
     base_round: RoundNumber
     weight: Annotated[int, Meta(ge=1, le=(1 << 53) - 1)]
     missing_rows: Count = 0
@@ -129,8 +131,14 @@ class Strategy(Record, frozen=True, kw_only=True):
 
 
 class Weighting(Record, frozen=True, kw_only=True):
-    """How a round turned examples and age into weights, so that an auditor can do it again."""
+    """How a round turned claims into weights, so that an auditor can do it again.
 
+    ``rule``: ``equal`` weighs contributions of one age alike, ``examples`` by what they claim.
+    ``min_owners``: no owner has more than one share of so many, or of all where there are fewer.
+    """
+
+    rule: Literal["equal", "examples"] = "equal"
+    min_owners: Annotated[int, Meta(ge=1, le=1_000_000)] = 3
     max_examples: Annotated[int, Meta(ge=1)] = 100_000
     staleness_discount: Annotated[float, Meta(ge=0, le=1)] = 0.5
 
@@ -169,7 +177,10 @@ class Evaluation(Record, frozen=True, kw_only=True):
 
 
 class Round(Record, frozen=True, kw_only=True):
-    """One published state of the global model, chained to the one before by ``previous``."""
+    """One published state of the global model, chained to the one before by ``previous``.
+
+    ``median_norm``: of the deltas, in a round of a strategy that goes by the norms of earlier ones.
+    """
 
     format: Literal[1] = 1
     kind: Literal["round"] = "round"
@@ -186,6 +197,7 @@ class Round(Record, frozen=True, kw_only=True):
     strategy: Strategy | None = None
     weighting: Weighting = Weighting()
     contributions: tuple[Merged, ...] = ()
+    median_norm: Annotated[float, Meta(ge=0)] | None = None
     growth: Growth | None = None
     evaluation: Evaluation | None = None
     created: Annotated[str, Meta(pattern=r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ\Z")]

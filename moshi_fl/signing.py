@@ -9,8 +9,6 @@ by ``moshi_fl.sshsig`` before.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import os
 import subprocess
 import tempfile
@@ -186,10 +184,9 @@ def fingerprint(public_key: str) -> str:
         BadSignature: It is no public key.
     """
     try:
-        blob = parse_key(public_key).blob
+        return parse_key(public_key).fingerprint
     except ValueError as error:
         raise BadSignature(f"the key cannot be used: {error}.") from error
-    return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
 
 
 def keys_match(login_keys_text: str, public_key: str) -> bool:

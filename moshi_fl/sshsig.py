@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import re
 import struct
 from dataclasses import dataclass
@@ -53,6 +54,11 @@ class Key:
     def text(self) -> str:
         """Type and base64, without a comment: how records spell it."""
         return f"{self.kind} {base64.b64encode(self.blob).decode()}"
+
+    @property
+    def fingerprint(self) -> str:
+        """How people name it, as ``ssh-keygen -l`` prints it: ``SHA256:`` and 43 characters."""
+        return "SHA256:" + base64.b64encode(hashlib.sha256(self.blob).digest()).decode().rstrip("=")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from moshi_fl import hubfile, records, snapshot
+from moshi_fl.aggregate import STRATEGIES
 from moshi_fl.codec.topk import TopK
 from moshi_fl.config import SETTINGS, Settings
 from moshi_fl.console import Console
@@ -223,6 +224,14 @@ def test_settings_are_documented() -> None:
     for name, cells in table.items():
         assert cells[0] == f"`MOSHI_FL_{name.upper()}`"
     assert table["keep_rounds"][1] == f"`{Settings().keep_rounds}`"
+
+
+def test_strategies_and_their_options_are_documented() -> None:
+    documented = rows(section(HUB_GUIDE, "Strategies"))
+    assert set(documented) == set(STRATEGIES)
+    for name, (_, options) in STRATEGIES.items():
+        assert set(re.findall(r"`(\w+)`", documented[name][0])) == options - {"running_norm"}
+        assert f"**{name}**" in section(PROTOCOL, "Aggregation")
 
 
 def test_settings_of_a_hubs_repository_are_those_of_the_code() -> None:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Callable, Iterable
+from fractions import Fraction
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from moshi_fl.aggregate import Update, apply_step, get_strategy
+from moshi_fl.aggregate import STRATEGIES, Update, apply_step, get_strategy
 from moshi_fl.codec import get_codec
 from moshi_fl.codec.delta import Delta, delta_bytes, encode_delta
 from moshi_fl.records import Contribution, File, Location, Metrics, Training, Weighting, dump
-from moshi_fl.rules import contribution_weight
+from moshi_fl.rules import Claim, contribution_weight, round_weights
 from moshi_fl.snapshot import encode_keyframe, encode_step, grow
 from moshi_fl.weights import Weights
 
@@ -191,6 +195,123 @@ def trimmed(numbers: list[float], drop: int) -> float:
     return total / len(kept)
 
 
+Rows = list[list[float]]
+
+
+def exact_products(rows: Rows) -> Rows:
+    """Inner products of the rounded values, in Python's own integers."""
+    scales, rounded = [], []
+    for row in rows:
+        largest = max(map(abs, row))
+        k = 0 if largest == 0 else 35
+        while largest and not 2.0**35 <= largest * 2.0**k < 2.0**36:
+            k += 1 if largest * 2.0**k < 2.0**35 else -1
+        scales.append(k)
+        rounded.append([round(value * 2.0**k) for value in row])
+    return [
+        [
+            float(Fraction(sum(a * b for a, b in zip(p, q, strict=True))) / Fraction(2) ** (k + m))
+            for q, m in zip(rounded, scales, strict=True)
+        ]
+        for p, k in zip(rounded, scales, strict=True)
+    ]
+
+
+def squared_distances(g: Rows, c: list[float]) -> Rows:
+    n = range(len(g))
+    a = [[c[i] * c[j] * g[i][j] for j in n] for i in n]
+    return [[max(0.0, (a[i][i] + a[j][j]) - 2.0 * a[i][j]) for j in n] for i in n]
+
+
+def total(numbers: Iterable[float]) -> float:
+    found = 0.0
+    for number in numbers:
+        found = found + number
+    return found
+
+
+def dot(s: list[float], values: Iterable[float]) -> float:
+    return total(share * value for share, value in zip(s, values, strict=True))
+
+
+def middle(numbers: list[float]) -> float:
+    ordered, half = sorted(numbers), len(numbers) // 2
+    return ordered[half] if len(numbers) % 2 else (ordered[half - 1] + ordered[half]) / 2.0
+
+
+def best_scores(rows: Rows, f: int, keep: int) -> list[int]:
+    """Indices of the chosen, in order of id."""
+    n = len(rows)
+    distances = squared_distances(exact_products(rows), [1.0] * n)
+    scores = []
+    for i in range(n):
+        others = sorted(distances[i][j] for j in range(n) if j != i)
+        scores.append((total(others[: n - f - 1]), i))
+    return sorted(i for _, i in sorted(scores)[:keep])
+
+
+def krum(rows: Rows) -> list[float]:
+    return rows[best_scores(rows, (len(rows) - 1) // 3, 1)[0]]
+
+
+def multi_krum(rows: Rows, f: int, keep: int) -> list[float]:
+    chosen = best_scores(rows, f, keep)
+    return [total(column) / keep for column in zip(*(rows[i] for i in chosen), strict=True)]
+
+
+def geometric_median(rows: Rows, iterations: int) -> list[float]:
+    g = exact_products(rows)
+    distances, r = (
+        squared_distances(g, [1.0] * len(rows)),
+        [math.sqrt(g[i][i]) for i in range(len(g))],
+    )
+    s: list[float] = []
+    for iteration in range(iterations):
+        if iteration:
+            u = [dot(s, row) for row in distances]
+            h = dot(s, u)
+            r = [math.sqrt(max(0.0, own - h / 2.0)) for own in u]
+        b = [1.0 / max(1e-6, radius) for radius in r]
+        s = [one / total(b) for one in b]
+    return [dot(s, column) for column in zip(*rows, strict=True)]
+
+
+def centered_clipping(rows: Rows, iterations: int) -> list[float]:
+    g, n = exact_products(rows), len(rows)
+    radius, s = middle([math.sqrt(g[i][i]) for i in range(n)]), [0.0] * n
+    for _ in range(iterations):
+        u = [dot(s, row) for row in g]
+        h = dot(s, u)
+        r = [math.sqrt(max(0.0, (g[i][i] - 2.0 * u[i]) + h)) for i in range(n)]
+        factors = [1.0 if one <= radius else radius / one for one in r]
+        stay = 1.0 - total(factors) / n
+        s = [share * stay + factor / n for share, factor in zip(s, factors, strict=True)]
+    return [dot(s, column) for column in zip(*rows, strict=True)]
+
+
+def robust(rows: Rows, running_norm: float) -> list[float]:
+    g, n = exact_products(rows), len(rows)
+    norms, f = [math.sqrt(g[i][i]) for i in range(n)], (n - 1) // 3
+    limit = middle(norms)
+    if running_norm:
+        limit = min(limit, 2.0 * running_norm)
+    c = [1.0 if norm <= limit else limit / norm for norm in norms]
+    x = [[factor * value for value in row] for factor, row in zip(c, rows, strict=True)]
+    if f == 0:
+        return [total(column) / n for column in zip(*x, strict=True)]
+    distances, mixtures = squared_distances(g, c), []
+    for i in range(n):
+        far = sorted((j for j in range(n) if j != i), key=lambda j: (-distances[i][j], -j))[:f]
+        mixture = []
+        for column in zip(*x, strict=True):
+            value = total(column)
+            for j in sorted(far):
+                value = value - column[j]
+            mixture.append(value / (n - f))
+        mixtures.append(mixture)
+    return [trimmed(list(column), f) for column in zip(*mixtures, strict=True)]
+
+
 def new_weights(base: Weights, steps: dict[str, list[float]], rate: float) -> Weights:
     return {
         name: np.array(
@@ -202,27 +323,114 @@ def new_weights(base: Weights, steps: dict[str, list[float]], rate: float) -> We
     }
 
 
+BY_THE_BOOK: dict[str, tuple[dict[str, object], Callable[[Rows, list[int]], list[float]]]] = {
+    "fedavg": ({}, lambda rows, w: [mean(list(column), w) for column in zip(*rows, strict=True)]),
+    "median": ({}, lambda rows, _: [trimmed(list(c), 2) for c in zip(*rows, strict=True)]),
+    "trimmed-mean": (
+        {"trim": 0.25},
+        lambda rows, _: [trimmed(list(c), int(0.25 * 5)) for c in zip(*rows, strict=True)],
+    ),
+    "krum": ({}, lambda rows, _: krum(rows)),
+    "multi-krum": ({"f": 2, "keep": 2}, lambda rows, _: multi_krum(rows, 2, 2)),
+    "geometric-median": ({"iterations": 7}, lambda rows, _: geometric_median(rows, 7)),
+    "centered-clipping": ({}, lambda rows, _: centered_clipping(rows, 3)),
+    "robust": ({"running_norm": 0.17}, lambda rows, _: robust(rows, 0.17)),
+}
+
+
+def by_tensor(flat: list[float]) -> dict[str, list[float]]:
+    """The canonical sequence of all values, cut into tensors."""
+    tensors, at = {}, 0
+    for name in sorted(SHAPES):
+        size = int(np.prod(SHAPES[name]))
+        tensors[name] = flat[at : at + size]
+        at += size
+    return tensors
+
+
 @pytest.mark.parametrize("codec", ["f32", "f16", "int8", "topk"])
-@pytest.mark.parametrize("strategy", ["fedavg", "median", "trimmed-mean"])
+@pytest.mark.parametrize("strategy", BY_THE_BOOK)
 def test_a_round_is_aggregated_by_the_book(codec: str, strategy: str) -> None:
     base, found = random_weights(1), updates(codec, 5)
     in_order = sorted(found, key=lambda update: update.id)
-    options = {"trim": 0.25} if strategy == "trimmed-mean" else {}
-    drop = {"median": (5 - 1) // 2, "trimmed-mean": int(0.25 * 5)}.get(strategy, 0)
-    weights = [update.weight for update in in_order]
-    steps = {}
-    for name in base:
-        columns = zip(*(values_of(update, name) for update in in_order), strict=True)
-        steps[name] = [
-            mean(list(column), weights) if strategy == "fedavg" else trimmed(list(column), drop)
-            for column in columns
-        ]
+    rows = [
+        [value for name in sorted(SHAPES) for value in values_of(update, name)]
+        for update in in_order
+    ]
+    options, by_the_book = BY_THE_BOOK[strategy]
+    step = by_tensor(by_the_book(rows, [update.weight for update in in_order]))
     ours = apply_step(base, get_strategy(strategy, options).aggregate(found, SHAPES), 0.7)
-    assert same_bits(ours, new_weights(base, steps, 0.7))
+    assert same_bits(ours, new_weights(base, step, 0.7))
 
 
-def test_contributions_weigh_by_the_book() -> None:
-    rule = Weighting(max_examples=1000, staleness_discount=0.5)
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+def test_a_robust_round_of_any_size_is_aggregated_by_the_book(count: int) -> None:
+    base, found = random_weights(1), updates("f32", count)
+    rows = [
+        [value for name in sorted(SHAPES) for value in values_of(update, name)]
+        for update in sorted(found, key=lambda update: update.id)
+    ]
+    ours = apply_step(base, get_strategy("robust", {}).aggregate(found, SHAPES), 1.0)
+    assert same_bits(ours, new_weights(base, by_tensor(robust(rows, 0.0)), 1.0))
+
+
+def test_every_strategy_is_in_the_book() -> None:
+    assert set(BY_THE_BOOK) == set(STRATEGIES)
+
+
+def shared_weights(claims: list[tuple[str, int, int]], rule: Weighting) -> list[int]:
+    """Weights of (owner, examples, age), from the text."""
+    weights = []
+    for _, examples, age in claims:
+        w = 1000000.0 if rule.rule == "equal" else float(min(examples, rule.max_examples))
+        for _ in range(age):
+            w = w * rule.staleness_discount
+        weights.append(max(1, math.floor(w)))
+    owners = {owner for owner, _, _ in claims}
+    together = {
+        one: sum(w for (owner, _, _), w in zip(claims, weights, strict=True) if owner == one)
+        for one in owners
+    }
+    m, k = min(rule.min_owners, len(owners)), 0
+    t = sorted(together.values(), reverse=True)
+    rest = sum(t)
+    while t[k] > rest // (m - k):
+        rest = rest - t[k]
+        k = k + 1
+    c = rest // (m - k)
+    return [
+        w if together[owner] <= c else max(1, w * c // together[owner])
+        for (owner, _, _), w in zip(claims, weights, strict=True)
+    ]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    claims=st.lists(
+        st.tuples(st.sampled_from("abcdef"), st.integers(1, 10**12), st.integers(0, 3)), min_size=1
+    ),
+    rule=st.builds(
+        Weighting,
+        rule=st.sampled_from(["equal", "examples"]),
+        min_owners=st.integers(1, 6),
+        max_examples=st.integers(1, 10**9),
+        staleness_discount=st.floats(0, 1),
+    ),
+)
+def test_contributions_weigh_by_the_book(
+    claims: list[tuple[str, int, int]], rule: Weighting
+) -> None:
+    assert round_weights(rule, [Claim(*claim) for claim in claims]) == shared_weights(claims, rule)
+
+
+def test_the_worked_example_of_weights_is_right() -> None:
+    rule = Weighting(rule="examples", min_owners=3)
+    claims = [Claim(owner, n, 0) for owner, n in zip("abcd", (1000, 600, 400, 50), strict=True)]
+    assert round_weights(rule, claims) == [450, 450, 400, 50]
+
+
+def test_a_single_contribution_weighs_by_the_book() -> None:
+    rule = Weighting(rule="examples", max_examples=1000, staleness_discount=0.5)
     assert contribution_weight(rule, 5000, 0) == 1000
     assert contribution_weight(rule, 333, 1) == 166
     assert contribution_weight(rule, 1, 2) == 1

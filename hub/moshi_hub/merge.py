@@ -7,18 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moshi_fl.aggregate import get_strategy
-from moshi_fl.errors import HubError, MoshiError
+from moshi_fl.errors import ConfigError, HubError, MoshiError
 from moshi_fl.history import HUB_FILE, round_branch
 from moshi_fl.hubfile import MAX_HUBFILE_BYTES, HubConfig, parse_hubfile
-from moshi_fl.records import Contribution, Round, Scalar, Strategy
+from moshi_fl.records import Contribution, Round, Strategy
 from moshi_fl.replica import Replica, Snapshot
 from moshi_fl.restore import StrategyFinder
-from moshi_fl.rules import shapes_of
+from moshi_fl.rules import owner_of, shapes_of, strategy_options
 from moshi_fl.signing import check_ssh_keygen
 from moshi_fl.store import HubRepo
 from moshi_hub.cleanup import clean_up, settle
 from moshi_hub.collect import judge, known_deltas, known_keys, make_rules, open_branches
 from moshi_hub.intake import Arrivals, arrivals
+from moshi_hub.likeness import likeness
 from moshi_hub.propose import Evaluator, Proposal, propose
 from moshi_hub.publish import (
     Built,
@@ -29,6 +30,7 @@ from moshi_hub.publish import (
     push_published,
 )
 from moshi_hub.report import round_report
+from moshi_hub.selection import Candidate, Selection, select
 from moshi_hub.verify import Rules, Verdict
 
 
@@ -57,8 +59,12 @@ class OpenRound:
     @property
     def accepted(self) -> list[Contribution]:
         """Contributions that passed the gate, in order of id."""
-        found = [v.contribution for v in self.verdicts if v.accepted and v.contribution]
-        return sorted(found, key=lambda contribution: contribution.id)
+        return sorted(self.intake, key=lambda contribution: contribution.id)
+
+    @property
+    def intake(self) -> list[Contribution]:
+        """Contributions that passed the gate, in the order in which they were judged."""
+        return [v.contribution for v in self.verdicts if v.accepted and v.contribution]
 
     @property
     def signatures(self) -> dict[str, bytes]:
@@ -147,14 +153,14 @@ def merge(
         found = look(replica, folder)
         if options.publish:
             found = _finish_clean_up(replica, found)
-        chosen, waiting = choose(found, options.exclude)
+        found, chosen, waiting = choose(found, options.exclude, folder / "deltas")
         proposal = propose(
             found.snapshot.state,
             found.rules,
             found.snapshot.load(),
             chosen,
             folder,
-            strategy=strategy_of(found.rules.config, options.strategy),
+            strategy=strategy_of(found, options.strategy),
             find_strategy=find_strategy,
             evaluate=evaluator(found.rules.config),
         )
@@ -179,18 +185,39 @@ def _finish_clean_up(replica: Replica, found: OpenRound) -> OpenRound:
 
 
 def choose(
-    found: OpenRound, exclude: Sequence[str]
-) -> tuple[list[Contribution], list[Contribution]]:
+    found: OpenRound, exclude: Sequence[str], deltas: Path
+) -> tuple[OpenRound, list[Contribution], list[Contribution]]:
     """Contributions that this round takes, and accepted ones that wait for the next.
 
     Args:
         found: The open round.
         exclude: Ids, or beginnings of ids, that the maintainer leaves out.
+        deltas: Folder with the judged deltas.
+
+    Returns:
+        The open round with the verdicts on what selection left out, what is taken, what waits.
 
     Raises:
         HubError: Nothing open begins with an excluded id, or fewer are left than the hub demands.
     """
+    _check_exclusions(found, exclude)
+    kept = [c for c in found.intake if not any(c.id.startswith(start) for start in exclude)]
+    selection = _select(found, kept, deltas)
+    found = _with_findings(found, selection)
     rules = found.rules.config.aggregation
+    count = len(selection.taken) + len(selection.waiting)
+    if count < rules.min_contributions:
+        rejected = len(found.verdicts) - len(found.accepted)
+        raise HubError(
+            f"{count} contribution(s) to merge, this hub wants at least "
+            f"{rules.min_contributions}; {rejected} rejected.",
+            hint="moshi-hub verify   (shows each open contribution and why it was rejected)",
+        )
+    by_id = {contribution.id: contribution for contribution in kept}
+    return found, [by_id[i] for i in selection.taken], [by_id[i] for i in selection.waiting]
+
+
+def _check_exclusions(found: OpenRound, exclude: Sequence[str]) -> None:
     for start in exclude:
         if not any(
             verdict.branch.rsplit("/", 1)[-1].startswith(start) for verdict in found.verdicts
@@ -199,24 +226,41 @@ def choose(
                 f"nothing is left out by --exclude {start}: no open contribution begins so.",
                 hint="moshi-hub verify   (lists all)",
             )
-    kept = [c for c in found.accepted if not any(c.id.startswith(start) for start in exclude)]
-    if len(kept) < rules.min_contributions:
-        rejected = len(found.verdicts) - len(found.accepted)
-        raise HubError(
-            f"{len(kept)} contribution(s) to merge, this hub wants at least "
-            f"{rules.min_contributions}; {rejected} rejected.",
-            hint="moshi-hub verify   (shows each open contribution and why it was rejected)",
+
+
+def _select(found: OpenRound, kept: Sequence[Contribution], deltas: Path) -> Selection:
+    candidates = [Candidate(entry.id, owner_of(entry), entry.round) for entry in kept]
+    limit = found.rules.config.aggregation.max_contributions
+    return select(candidates, lambda some: likeness(found.rules, some, deltas), limit)
+
+
+def _with_findings(found: OpenRound, selection: Selection) -> OpenRound:
+    """The open round, with what selection says of those that never count."""
+    verdicts = (
+        replace(verdict, findings=(selection.dropped[verdict.contribution.id],))
+        if verdict.contribution and verdict.contribution.id in selection.dropped
+        else verdict
+        for verdict in found.verdicts
+    )
+    return replace(found, verdicts=tuple(verdicts))
+
+
+def strategy_of(found: OpenRound, override: str | None) -> Strategy:
+    """How to aggregate: as ``hub.toml`` says, unless the maintainer says otherwise this once.
+
+    Raises:
+        ConfigError: ``hub.toml`` sets what only the rounds before can tell.
+    """
+    rules, newest = found.rules.config.aggregation, found.snapshot.record
+    if "running_norm" in rules.options:
+        raise ConfigError(
+            "hub.toml: aggregation.options: running_norm follows from the rounds before.",
+            hint="remove it; moshi-hub merge records it by itself.",
         )
-    return kept[: rules.max_contributions], kept[rules.max_contributions :]
-
-
-def strategy_of(config: HubConfig, override: str | None) -> Strategy:
-    """How to aggregate: as ``hub.toml`` says, unless the maintainer says otherwise this once."""
-    rules = config.aggregation
-    options: dict[str, Scalar] = {} if override else rules.options
+    name = override or rules.strategy
     return Strategy(
-        name=override or rules.strategy,
-        options=options,
+        name=name,
+        options=strategy_options(name, {} if override else rules.options, newest),
         server_learning_rate=rules.server_learning_rate,
     )
 
@@ -278,5 +322,6 @@ def publish_round(replica: Replica, number: int | None = None) -> tuple[Round, s
         publish_proposed(replica.repo, found.snapshot.state, found.main, wanted)
         record = replica.pull().record
         taken = {merged.id for merged in record.contributions}
-        waiting = {entry.id for entry in found.accepted if entry.id not in taken}
+        dropped = _select(found, found.intake, folder / "deltas").dropped
+        waiting = {entry.id for entry in found.accepted} - taken - set(dropped)
         return record, _clean_up(replica, found, waiting)

@@ -58,6 +58,8 @@ REASONS = {
     "over-norm": "the delta's norm is above the hub's limit",
     "replay": "this delta was already contributed",
     "one-per-round": "its key has another contribution to the same round",
+    "superseded": "its owner sent another that counts: on a newer base, or with a lower id",
+    "copy": "its delta points the same way as one that came before it",
 }
 
 

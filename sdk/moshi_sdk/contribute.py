@@ -378,9 +378,16 @@ def _fit_to_present(work: _Work, contribution: Contribution) -> tuple[Contributi
     if is_merged(work.replica, work.state, contribution):
         return contribution, ""
     if age <= limit:
-        share = work.config.aggregation.staleness_discount**age
-        return contribution, f"the hub moved {age} round(s) on; it counts {share:.0%} for that"
+        return contribution, f"the hub moved {age} round(s) on{_discount(work.config, age)}"
     return _rebase(work, contribution, age)
+
+
+def _discount(config: HubConfig, age: int) -> str:
+    """What its age costs a contribution, where the strategy goes by weights at all."""
+    rules = config.aggregation
+    if rules.strategy not in {"fedavg", "flower:FedAvg"}:
+        return ""
+    return f"; it counts {rules.staleness_discount**age:.0%} for that"
 
 
 def _rebase(work: _Work, contribution: Contribution, age: int) -> tuple[Contribution, str]:

@@ -66,7 +66,12 @@ def history(update: int, rounds: int) -> Iterator[Manifest]:
             keyframe=place("keyframe", number, KEYFRAME) if whole else None,
             update=Update(kind="deltas", location=place("update", number, update), codec="topk"),
             contributions=(
-                Merged(id=sha256_bytes(b"%d" % number)[:32], base_round=number - 1, weight=100),
+                Merged(
+                    id=sha256_bytes(b"%d" % number)[:32],
+                    owner="ann",
+                    base_round=number - 1,
+                    weight=100,
+                ),
             ),
             created=first.created,
             software="test",

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from moshi_fl.errors import HubError
-from moshi_fl.records import Merged
 from moshi_fl.snapshot import encode_step
 from moshi_fl.strategies import find_strategy
 from moshi_fl.weights import weights_digest
@@ -122,7 +121,7 @@ def test_a_favoured_contributor_is_found(
         hub.merge()
     (finding,) = audit(hub)
     assert finding.identical is False
-    assert "by the rule 12" in finding.problem
+    assert "by the rule 1000000" in finding.problem
 
 
 def test_a_contribution_that_nobody_made_is_found(
@@ -134,8 +133,8 @@ def test_a_contribution_that_nobody_made_is_found(
     def falsify(proposal: Proposal) -> Proposal:
         first, second = proposal.record.contributions
         swapped = (
-            Merged(id=first.id, base_round=0, weight=second.weight),
-            Merged(id=second.id, base_round=0, weight=first.weight),
+            msgspec.structs.replace(first, weight=second.weight),
+            msgspec.structs.replace(second, weight=first.weight),
         )
         a, b = proposal.delta_files
         content = a.read_bytes()

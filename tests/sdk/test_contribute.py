@@ -148,13 +148,15 @@ def test_a_contribution_survives_an_unreachable_hub(hub: HubSimulator, corpus: P
 def test_the_hub_moved_on_a_little_and_the_delta_counts_less(
     hub: HubSimulator, corpus: Path
 ) -> None:
+    hub.edit_settings('strategy = "robust"', 'strategy = "fedavg"')
+    hub.rounds(1)
     dry = send(hub, corpus, dry_run=True)
     hub.rounds(1)
     outcome = resume(hub.url, home=hub.folder / "ann")
     assert outcome.contribution.id == dry.id
     assert "counts 50%" in outcome.note
     record = hub.merge().proposal.record
-    assert [merged.weight for merged in record.contributions] == [6]
+    assert [merged.weight for merged in record.contributions] == [500_000]
 
 
 def test_the_hub_moved_on_a_lot_and_the_delta_is_rebased(hub: HubSimulator, corpus: Path) -> None:

@@ -175,6 +175,41 @@ class HubSimulator:
         branch = contribution_branch(record.round, record.id)
         repo.push([RefUpdate(branch, new, ANY), RefUpdate(record.delta.ref, commit, ANY)])
 
+    def push_record(
+        self,
+        record: Contribution,
+        *,
+        key: str | None = None,
+        data: bytes | None = None,
+        signature: bytes | None = None,
+        extra: Mapping[str, bytes] | None = None,
+    ) -> str:
+        """Push a record's branch by hand; the delta's ref stays as it is.
+
+        Args:
+            record: What to push; its branch is named after it.
+            key: Who signs; its contributor by default.
+            data: Other bytes in the record's place.
+            signature: Other bytes in the signature's place; empty leaves the file out.
+            extra: More files, path to content.
+        """
+        replica = self.person("stranger")
+        replica.repo.prepare()
+        repo, main = replica.repo, replica.fetch_main()
+        place, said = (record.round, record.id), dump(record)
+        if signature is None:
+            by = key or record.contributor
+            signature = signature_by(by, said, CONTRIBUTION_NAMESPACE).encode()
+        files = {contribution_path(*place): said if data is None else data, **(extra or {})}
+        if signature:
+            files[signature_path(*place)] = signature
+        tree = repo.tree({path: repo.put(content) for path, content in files.items()}, base=main)
+        author = Author("eve", "eve@example.org")
+        commit = repo.commit(tree, parents=(main,), message="x\n", author=author, when=0)
+        branch = contribution_branch(*place)
+        repo.push([RefUpdate(branch, commit, ANY)])
+        return branch
+
     def look(self) -> OpenRound:
         """Judge what is open."""
         folder = self.folder / "look"

@@ -115,6 +115,8 @@ def _contributions(console: Console, outcome: object) -> None:
     for verdict in outcome.open_round.verdicts:
         if not verdict.accepted:
             name = verdict.contribution.id[:12] if verdict.contribution else verdict.branch
-            rows.append({"contribution": name, "verdict": verdict.findings[0].code})
+            finding = verdict.findings[0]
+            rows.append({"contribution": name, "verdict": finding.code})
+            console.note(f"{name}: {finding.code}: {finding.message}")
     shown = ["contribution", "contributor", "base", "examples", "share", "own_loss", "size"]
     console.table(rows, [*shown, "verdict"], name="table")
