@@ -16,8 +16,8 @@ from moshi_fl.aggregate.centers import median
 from moshi_fl.aggregate.gram import gram
 from moshi_fl.aggregate.robust import next_running_norm
 from moshi_fl.codec.delta import Delta
-from moshi_fl.records import Scalar
 from moshi_fl.consensus import gain, quantise
+from moshi_fl.records import Scalar
 from moshi_fl.weights import Weights
 from moshi_hub.selection import Candidate, without_copies
 

@@ -64,26 +64,26 @@ def _with_header(header: object) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def header_bomb(honest: Honest) -> bytes:
+def header_bomb(_honest: Honest) -> bytes:
     """A few bytes that claim a header of an exbibyte."""
     return struct.pack("<Q", 1 << 60) + b"{" + b" " * 100
 
 
-def tensor_bomb(honest: Honest) -> bytes:
+def tensor_bomb(_honest: Honest) -> bytes:
     """A hundred bytes that claim a tensor of a pebibyte."""
     size = 1 << 50
     return _with_header({TENSOR: {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}})
 
 
-def overlap(honest: Honest) -> bytes:
+def overlap(_honest: Honest) -> bytes:
     """Many tensors that all unfold from the same few bytes."""
     same = {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]}
-    return _with_header({f"t{number}": same for number in range(50)}) + bytes(8)
+    return _with_header({f"t{number}": same for number in range(20)}) + bytes(8)
 
 
-def nesting(honest: Honest) -> bytes:
+def nesting(_honest: Honest) -> bytes:
     """A header that is nothing but brackets."""
-    text = b'{"a":' + b"[" * 3000
+    text = b'{"a":' + b"[" * 2000
     return struct.pack("<Q", len(text)) + text
 
 

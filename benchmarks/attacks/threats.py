@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from benchmarks.attacks.world import World
 from moshi_fl.codec.delta import delta_bytes
-from moshi_fl.models.char_corpus import CharCorpus
 from moshi_fl.models.char_family import CharTask
 from moshi_fl.models.family import Corpus
 from moshi_fl.weights import Weights
@@ -83,7 +82,9 @@ def gauss(scene: Scene, client: int, size: float) -> Vector:
     """Normally distributed noise of this norm, an attacker's own in each round."""
     random = np.random.default_rng([scene.number, client])
     shapes = scene.world.shapes
-    noise = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    noise = {
+        name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()
+    }
     return times(noise, size / norm(noise))
 
 
@@ -180,7 +181,7 @@ def success(world: World, weights: Weights, count: int = 100) -> float:
     return float((written == wanted).float().mean())
 
 
-def nothing(scene: Scene, client: int) -> bytes:
+def nothing(scene: Scene, _client: int) -> bytes:
     """A delta of zeros, as a file: an entry that says zero for every weight."""
     world = scene.world
     zeros = {name: world.codec.encode(np.zeros(s, np.float32)) for name, s in world.shapes.items()}
@@ -214,7 +215,9 @@ THREATS = (
     Threat("Gaussian noise", "Blanchard et al. 2017", noise),
     Threat("label flip", "Tolpegin et al. 2020", label_flip, 0.03),
     Threat("backdoor", "Gu et al. 2017, BadNets", backdoor(boost=False), 0.03, has_payload=True),
-    Threat("backdoor x n/f", "Bagdasaryan et al. 2020", backdoor(boost=True), 0.03, has_payload=True),
+    Threat(
+        "backdoor x n/f", "Bagdasaryan et al. 2020", backdoor(boost=True), 0.03, has_payload=True
+    ),
     Threat("free-rider, zero", "Lin et al. 2019", nothing),
     Threat("free-rider, replay", "Fraboni et al. 2021", replay),
     Threat("Sybil copies", "Fung et al. 2020, FoolsGold", sybil),

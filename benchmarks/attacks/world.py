@@ -24,11 +24,11 @@ from moshi_fl.codec import get_codec
 from moshi_fl.codec.delta import Delta, delta_bytes, encode_delta
 from moshi_fl.hubfile import HubConfig, parse_hubfile
 from moshi_fl.models import get_preset
+from moshi_fl.models.char import CharConfig
 from moshi_fl.models.char_corpus import CharCorpus, stream
 from moshi_fl.models.char_family import CharTask
 from moshi_fl.models.common import extract_weights, load_weights
 from moshi_fl.models.family import Preset
-from moshi_fl.models.char import CharConfig
 from moshi_fl.rules import shapes_of
 from moshi_fl.tokenizer import CharVocabulary
 from moshi_fl.train import Recipe, train
