@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.attacks import proofs
 from benchmarks.attacks.table import (
     Cell,
     machine_readable,
@@ -43,7 +44,7 @@ def show(world: World, cells: list[Cell]) -> None:
     print("\n| file | must be refused as | is refused as |\n|---|---|---|")
     for broken, found in refusals(world):
         print(f"| {broken.name} | {broken.code} | {found} |")
-    print()
+    print(f"\n{proofs.markdown()}\n")
 
 
 def tell(text: str) -> None:

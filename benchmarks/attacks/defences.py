@@ -10,13 +10,13 @@ from typing import Protocol
 import numpy as np
 
 from benchmarks.attacks.gate import Gate
-from benchmarks.attacks.world import World
+from benchmarks.attacks.verdicts import is_rejected
+from benchmarks.attacks.world import Losses, World
 from moshi_fl.aggregate import Step, Update, apply_step, get_strategy
 from moshi_fl.aggregate.centers import median
 from moshi_fl.aggregate.gram import gram
 from moshi_fl.aggregate.robust import next_running_norm
 from moshi_fl.codec.delta import Delta
-from moshi_fl.consensus import gain, quantise
 from moshi_fl.records import Scalar
 from moshi_fl.weights import Weights
 from moshi_hub.selection import Candidate, without_copies
@@ -102,18 +102,18 @@ class Default:
         return {int(contribution, 16): finding.code for contribution, finding in dropped.items()}
 
     def _by_verdict(self, weights: Weights, sent: Sequence[Sent]) -> dict[int, str]:
-        before = np.array(quantise(self._world.losses(weights, self._world.verdict_pool)))
+        before = self._world.losses(weights, self._world.verdict_pool)
         return {
             entry.client: "no-gain"
             for entry in sent
-            if gain(before, self._losses_with(weights, entry)).outcome == "reject"
+            if is_rejected(before, self._losses_with(weights, entry))
         }
 
-    def _losses_with(self, weights: Weights, entry: Sent) -> np.ndarray:
+    def _losses_with(self, weights: Weights, entry: Sent) -> Losses:
         world = self._world
         delta = world.decoded(entry.data)
         after = apply_step(weights, ((n, d.astype(np.float64)) for n, d in delta.items()))
-        return np.array(quantise(world.losses(after, world.verdict_pool)))
+        return world.losses(after, world.verdict_pool)
 
     def _step(self, sent: Sequence[Sent]) -> Step:
         if not sent:
