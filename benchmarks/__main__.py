@@ -1,4 +1,4 @@
-"""``python -m benchmarks [--only NAME] [--quick]``: runs every ``bench_*`` module, prints one table.
+"""``python -m benchmarks [--only NAME] [--quick]``: every ``bench_*`` module, one table.
 
 ``--quick`` is for those that have a short version: they take less in, by the same rules.
 """
