@@ -12,6 +12,7 @@ COMMANDS = {
     "verify": ("moshi_hub.commands.verify:verify", "Check contributions against the hub's rules."),
     "merge": ("moshi_hub.commands.merge:merge", "Aggregate accepted contributions into a round."),
     "publish": ("moshi_hub.commands.publish:publish", "Make a prepared round the current one."),
+    "report": ("moshi_hub.commands.report:report", "Write a static site about the hub's rounds."),
     "doctor": ("moshi_hub.commands.doctor:doctor", "Check a hub's repository and its settings."),
 }
 
