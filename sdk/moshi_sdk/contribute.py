@@ -148,7 +148,7 @@ def contribute(
     return _finish(work, options.dry_run)
 
 
-def resume(
+def resume(  # noqa: PLR0913 - one parameter an option
     hub: str,
     *,
     home: Path | None = None,
@@ -169,6 +169,8 @@ def resume(
         dry_run: Send nothing.
         key: The contributor's own SSH key, if it was begun with one.
         interactive: Whether ssh-keygen may ask on the terminal.
+        root: Fingerprint that the hub's root of trust must have; empty trusts the one it has.
+        policy: What else is demanded of the hub's newest round.
         privacy_budget: Most epsilon, for a run with differential privacy that has not begun.
 
     Raises:
