@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from moshi_fl.evidence import Credit, Evaluators, Verdicts
 from moshi_fl.history import HubState, read_contributions
 from moshi_fl.records import Contribution, Merged, Round
 from moshi_fl.replica import Replica
+from moshi_fl.rules import owner_of
+from moshi_fl.trusted import read_evaluators, read_ledger, read_verdicts
+from moshi_hub.trust import Reputation, reputations, status
+
+MICRO = 1e6  # micro-nats in a nat
 
 
 @dataclass(frozen=True)
@@ -18,14 +24,27 @@ class Part:
     merged: Merged
     contribution: Contribution
     share: float  # of the round's weight
-    outcome: str = ""
-    gain: float | None = None  # nats per token that it was measured to bring, alone
-    margin: float | None = None  # its standard error
+    entry: Credit | None = None  # its line in the ledger
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether evaluators have measured it."""
+        return self.entry is not None and self.entry.outcome != "unmeasured"
+
+    @property
+    def gain(self) -> float | None:
+        """Nats per token that it was measured to bring, alone."""
+        return self.entry.gain / MICRO if self.entry and self.is_measured else None
+
+    @property
+    def margin(self) -> float | None:
+        """Standard error of the gain."""
+        return self.entry.standard_error / MICRO if self.entry and self.is_measured else None
 
     @property
     def credit(self) -> float:
         """The gain that counts for its contributor."""
-        return max(self.gain or 0.0, 0.0) if self.outcome == "credit" else 0.0
+        return self.entry.credit / MICRO if self.entry else 0.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +76,15 @@ class Person:
 
 
 @dataclass(frozen=True)
+class Juror:
+    """An evaluator, and what the rounds say about it."""
+
+    owner: str
+    reputation: float  # lower bound
+    standing: str
+
+
+@dataclass(frozen=True)
 class History:
     """All rounds of a hub, oldest first."""
 
@@ -65,8 +93,7 @@ class History:
     model: str
     url: str
     entries: tuple[Entry, ...]
-    evaluators: tuple[tuple[str, float, str], ...] = field(default=())
-    """Owner, lower bound of the reputation, and standing of each evaluator."""
+    evaluators: tuple[Juror, ...] = ()
 
     @property
     def newest(self) -> Round:
@@ -78,7 +105,7 @@ class History:
         found: dict[str, list[Part]] = defaultdict(list)
         for entry in self.entries:
             for part in entry.parts:
-                found[identity_of(part.contribution)].append(part)
+                found[owner_of(part.contribution)].append(part)
         people = [
             Person(
                 name=parts[-1].contribution.contributor,
@@ -89,11 +116,6 @@ class History:
             for identity, parts in found.items()
         ]
         return sorted(people, key=lambda p: (-p.credit, -p.contributions, p.name))
-
-
-def identity_of(contribution: Contribution) -> str:
-    """Who a contribution counts for."""
-    return contribution.contributor
 
 
 def gather(replica: Replica, url: str = "") -> History:
@@ -108,13 +130,15 @@ def gather(replica: Replica, url: str = "") -> History:
     """
     state = replica.look()
     main = replica.fetch_main()
-    entries = [_entry(replica, main, record) for record in replica.chain(state, 0)]
+    rounds = replica.chain(state, 0)
+    listed = read_evaluators(replica.repo, main)
     return History(
         name=state.config.hub.name,
         hub=state.config.hub.id,
         model=_model_of(state),
         url=url.rstrip("/"),
-        entries=tuple(entries),
+        entries=tuple(_entry(replica, main, record) for record in rounds),
+        evaluators=_jurors(listed, read_verdicts(replica.repo, main, rounds)) if listed else (),
     )
 
 
@@ -124,9 +148,21 @@ def _model_of(state: HubState) -> str:
 
 def _entry(replica: Replica, main: str, record: Round) -> Entry:
     contributions = read_contributions(replica.repo, main, record)
-    return Entry(record, _parts(record.contributions, contributions))
+    ledger = read_ledger(replica.repo, main, record)
+    lines = {entry.contribution: entry for entry in ledger.entries} if ledger else {}
+    total = sum(merged.weight for merged in record.contributions)
+    parts = (
+        Part(merged, contributions[merged.id], merged.weight / total, lines.get(merged.id))
+        for merged in record.contributions
+    )
+    return Entry(record, tuple(parts))
 
 
-def _parts(merged: Sequence[Merged], contributions: dict[str, Contribution]) -> tuple[Part, ...]:
-    total = sum(entry.weight for entry in merged)
-    return tuple(Part(entry, contributions[entry.id], entry.weight / total) for entry in merged)
+def _jurors(listed: Evaluators, rounds: Sequence[Verdicts | None]) -> tuple[Juror, ...]:
+    known = reputations(rounds)
+    found = []
+    for entry in listed.evaluators:
+        reputation = known.get(entry.key, Reputation())
+        standing = status(entry, reputation)
+        found.append(Juror(entry.owner, reputation.lower_bound, standing))
+    return tuple(sorted(found, key=lambda juror: (-juror.reputation, juror.owner)))
