@@ -88,6 +88,7 @@ class Settings:
     min_attestations: int = _setting(
         0, "refuse rounds with fewer agreeing attestations of independent people", _whole(0, 100)
     )
+    github_api: str = _setting("", "API of a GitHub Enterprise server that hosts hubs", _text)
     keep_rounds: int = _setting(2, "rounds kept in the cache per hub", _whole(1, 100_000))
     _origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 

@@ -7,6 +7,7 @@ both a person (``168 KB``) and a program (``168000`` in ``--json``).
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -186,3 +187,9 @@ def shorten(text: str, columns: int) -> str:
             break
         kept.append(character)
     return "".join(kept) + "…"
+
+
+def markdown(text: str, limit: int = 80) -> str:
+    """Text from a stranger as harmless inline Markdown, without line breaks, cut to ``limit``."""
+    flat = "".join(character if character.isprintable() else " " for character in text)[:limit]
+    return re.sub(r"([\\`*_{}\[\]()<>#+!|~&@:])", r"\\\1", flat)

@@ -5,22 +5,16 @@ Everything a contributor chose is escaped: it may hold anything.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from moshi_fl.evidence import Verdicts
 from moshi_fl.records import Contribution, Round
 from moshi_fl.signing import fingerprint
+from moshi_fl.text import markdown
 from moshi_hub.propose import Proposal
 from moshi_hub.verify import Verdict
 
 MAX_ROWS = 200
-
-
-def escape(text: str, limit: int = 80) -> str:
-    """Text from a stranger as harmless inline Markdown, without line breaks, cut to ``limit``."""
-    flat = "".join(character if character.isprintable() else " " for character in text)[:limit]
-    return re.sub(r"([\\`*_{}\[\]()<>#+!|~&@:])", r"\\\1", flat)
 
 
 def round_report(
@@ -69,7 +63,7 @@ def _accepted(proposal: Proposal) -> str:
         entry = proposal.contributions[merged.id]
         metrics = entry.metrics
         rows.append(
-            f"| {merged.id[:12]} | {escape(entry.contributor)} | {merged.base_round} "
+            f"| {merged.id[:12]} | {markdown(entry.contributor)} | {merged.base_round} "
             f"| {entry.num_examples} | {merged.weight / total:.1%} "
             f"| {_loss(metrics.held_out_before)} | {_loss(metrics.held_out_after)} "
             f"| {entry.delta.bytes / 1000:.1f} kB |"
@@ -91,7 +85,7 @@ def _evaluated(proposal: Proposal) -> str:
     rows = [
         f"| {entry.submission[:12]} | {entry.outcome} | {entry.gain / 1e6:+.6f} "
         f"| {entry.standard_error / 1e6:.6f} | {len(entry.attesters)} "
-        f"| {escape(entry.reason, 200)} |"
+        f"| {markdown(entry.reason, 200)} |"
         for entry in verdicts.judged[:MAX_ROWS]
     ]
     head = "| contribution | verdict | gain | standard error | agreeing beside the anchor | why |"
@@ -129,8 +123,8 @@ def _rejected(verdicts: Sequence[Verdict]) -> str:
     rows = ["## Rejected\n", "| branch | reason | detail |", "|---|---|---|"]
     for verdict in verdicts[:MAX_ROWS]:
         first = verdict.findings[0]
-        branch = escape(verdict.branch.removeprefix("refs/heads/"), 60)
-        rows.append(f"| {branch} | {first.code} | {escape(first.message, 200)} |")
+        branch = markdown(verdict.branch.removeprefix("refs/heads/"), 60)
+        rows.append(f"| {branch} | {first.code} | {markdown(first.message, 200)} |")
     rows.append(_cut(len(verdicts)))
     return "\n".join(rows) + "\n"
 

@@ -23,14 +23,16 @@ class BareGit:
 
     def propose(self, offer: Offer) -> Proposal:
         """The branch is the proposal."""
-        return Proposal(0, redact(self.repo.url), offer.branch, title=offer.title)
+        where = redact(self.repo.url)
+        return Proposal(0, where, offer.branch, title=offer.title, has_page=False)
 
     def proposals(self, prefix: str = "") -> Iterator[Proposal]:
         """Branches that begin so, in order of name."""
         found = self.repo.remote_refs(f"{BRANCHES}{prefix}*")
         for ref in sorted(found):
             branch = ref.removeprefix(BRANCHES)
-            yield Proposal(0, redact(self.repo.url), branch, found[ref], self.repo.url)
+            where = redact(self.repo.url)
+            yield Proposal(0, where, branch, found[ref], self.repo.url, has_page=False)
 
     def say(self, number: int, body: str, *, marker: str) -> None:
         """Nowhere to say it."""

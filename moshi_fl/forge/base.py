@@ -42,6 +42,7 @@ class Proposal:
         is_open: Whether it waits.
         title: One line.
         labels: Names of its labels.
+        has_page: Whether ``url`` is a page for people, not the repository itself.
     """
 
     number: int
@@ -53,6 +54,7 @@ class Proposal:
     is_open: bool = True
     title: str = ""
     labels: tuple[str, ...] = ()
+    has_page: bool = True
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from moshi_sdk.feedback import Feedback
 from moshi_sdk.identity import before_sending, check_key, signature_of
 from moshi_sdk.planning import Options, make_plan, recipe_of
 from moshi_sdk.privacy import BUDGET, Account, run_name, stated
+from moshi_sdk.pull_request import forge_of, propose, pushing_to
 from moshi_sdk.runs import Run, RunPlan, Runs
 from moshi_sdk.submit import Sent, delta_commit, is_merged, submit
 from moshi_sdk.sync import SyncManager
@@ -72,12 +73,16 @@ class Outcome:
         sent: Where it went; None after a dry run.
         data: What was taken from the user's paths, when they were read this time.
         note: What the hub's having moved on meant for it, if it had.
+        url: Its pull request, or the page on which one can be opened; empty without a forge.
+        problem: Why there is no pull request, where there should be one.
     """
 
     contribution: Contribution
     sent: Sent | None
     data: DataSummary | None = None
     note: str = ""
+    url: str = ""
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -236,10 +241,14 @@ def _finish(work: _Work, dry_run: bool) -> Outcome:
             return Outcome(contribution, None, summary)
         contribution, note = _fit_to_present(work, contribution)
         signature = signature_of(work.run, contribution, work.signer)
-        sent = submit(work.replica, work.state, contribution, signature, work.run.delta)
+        forge = forge_of(work.replica)
+        to = pushing_to(forge, work.replica)
+        sent = submit(work.replica, work.state, contribution, signature, work.run.delta, to)
         _remember(work, contribution)
         work.run.mark_sent()
-    return Outcome(contribution, sent, summary, note)
+    proposal, problem = propose(forge, contribution)
+    url = proposal.url if proposal and proposal.has_page else ""
+    return Outcome(contribution, sent, summary, note, url, problem)
 
 
 def _train_and_encode(work: _Work) -> Contribution:

@@ -48,15 +48,28 @@ def delta_commit(repo: HubRepo, ref: str, data: bytes) -> str:
 
 
 def submit(
-    replica: Replica, state: HubState, contribution: Contribution, signature: str, delta: Path
+    replica: Replica,
+    state: HubState,
+    contribution: Contribution,
+    signature: str,
+    delta: Path,
+    to: HubRepo,
 ) -> Sent:
     """Push a contribution's record, its signature and the delta.
+
+    Args:
+        replica: The hub's copy on this machine.
+        state: What the hub said last.
+        contribution: The record.
+        signature: Over its bytes.
+        delta: The file that it names.
+        to: Where to push: the replica's own store, or the same with a fork's address.
 
     Raises:
         HubError: The hub cannot be reached or refuses; the run stays and can be resumed.
         Rejected: It was sent before, and the hub dropped it.
     """
-    repo, number = replica.repo, contribution.round
+    repo, number = to, contribution.round
     branch = contribution_branch(number, contribution.id)
     record = dump(contribution)
     refs = (branch, contribution.delta.ref)

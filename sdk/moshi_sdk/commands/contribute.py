@@ -237,6 +237,8 @@ def _report(console: Console, outcome: Any, hub: str) -> None:
     sent = outcome.sent
     what = "The hub already had it" if sent.again else "Sent"
     facts |= {"record": Size(sent.record_bytes), "branch": sent.branch, "sent": True}
-    console.done(what, **facts)
+    console.done(what, **facts, pull_request=outcome.url or None)
+    if outcome.problem:
+        console.warn(f"the branch is pushed, but there is no pull request: {outcome.problem}")
     console.note("That record, signed, and that delta are all that left; Git keeps them.")
     console.hint(f"moshi-fl status{hub}   (shows when a maintainer has merged it into a round)")
