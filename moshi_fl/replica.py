@@ -50,6 +50,7 @@ from moshi_fl.records import (
 from moshi_fl.restore import Plan, plan, restore
 from moshi_fl.signed.files import Trust, TrustFolder, find_root, pinned
 from moshi_fl.store import HubRepo, normalise_url, redact
+from moshi_fl.store.failures import disk_errors
 from moshi_fl.strategies import find_strategy
 from moshi_fl.text import Size
 from moshi_fl.weights import Weights, open_weights, weights_digest, write_atomic
@@ -306,7 +307,8 @@ class Replica:
             ) from error
         if seen and seen.commit != commit:
             self._check_continuity(seen, state)
-        self.trust.keep(trust.metadata)
+        with disk_errors(self.folder):
+            self.trust.keep(trust.metadata)
         return state, trust
 
     def _check_policy(self, record: Round) -> None:
@@ -336,7 +338,7 @@ class Replica:
             pin=self.root,
             even_expired=self.even_expired,
         )
-        with self.workspace() as folder:
+        with disk_errors(self.folder), self.workspace() as folder:
             return verify(offer, self.trust.load(), folder)
 
     def _check_continuity(self, seen: Seen, state: HubState) -> None:

@@ -13,7 +13,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tuf.api.exceptions import DownloadError, DownloadHTTPError, RepositoryError
+from tuf.api.exceptions import (
+    DownloadError,
+    DownloadHTTPError,
+    DownloadLengthMismatchError,
+    RepositoryError,
+)
 from tuf.ngclient import FetcherInterface, TargetFile, Updater, UpdaterConfig
 
 from moshi_fl.errors import UntrustedHub
@@ -69,6 +74,13 @@ class CommitFetcher(FetcherInterface):
         if self.asked not in self.files:
             raise DownloadHTTPError(f"no {self.asked}", 404)
         return iter([self.files[self.asked]])
+
+    def download_bytes(self, url: str, max_length: int) -> bytes:
+        """The same, without a temporary file in between."""
+        data = b"".join(self.fetch(url))
+        if len(data) > max_length:
+            raise DownloadLengthMismatchError(f"{len(data)} bytes, at most {max_length} expected")
+        return data
 
 
 def verify(offer: Offer, before: Mapping[str, bytes], folder: Path) -> Trust:
