@@ -167,8 +167,7 @@ class Session:
 
     def expected(self, stage: int) -> set[str]:
         """Evaluators who have something to measure in a stage."""
-        everybody = [self.anchor, *self.seats]
-        return {who for who in everybody if self.assigned(stage, who)}
+        return {who for who in self.reveals if self.assigned(stage, who)}
 
 
 # Reading.
