@@ -19,10 +19,11 @@ from moshi_fl.history import (
     signature_path,
 )
 from moshi_fl.records import Contribution, File, Location, Training, dump
-from moshi_fl.signing import CONTRIBUTION_NAMESPACE, Signer, own_signer
+from moshi_fl.signing import CONTRIBUTION_NAMESPACE, Signer
 from moshi_fl.store.trees import TreeEntry
 from moshi_fl.weights import Weights, sha256_bytes, weights_digest
 from moshi_hub.verify import Base, Rules, Submission, Verdict, verify
+from tests.support.keys import signer_of
 
 REFS = Refs("refs/moshi/")
 
@@ -55,7 +56,7 @@ class Gate:
         """
         path = self._folder / f"{client}.safetensors"
         path.write_bytes(data)
-        signer = own_signer(self._folder / f"home-{client}")
+        signer = signer_of(f"contributor {client}")
         record = self._record(client, data, self.newest if base is None else base, signer)
         verdict = verify(submission(record, signer, path), self._rules())
         if verdict.accepted:

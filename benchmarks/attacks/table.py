@@ -158,18 +158,22 @@ def _compare(threat: Threat, ours: Cell, rival: Cell, clean: float) -> Iterator[
 
 def _acceptance(cells: Sequence[Cell]) -> Row:
     ours = [cell.run for cell in cells if cell.defence == DEFAULT]
-    sent, refused = sum(r.honest_sent for r in ours), sum(r.honest_refused for r in ours)
-    share = 1 - refused / sent
-    worst = min(run.acceptance for run in ours)
-    reasons = sorted({reason for run in ours for reason in run.honest_reasons})
+    return acceptance("all runs", ours)
+
+
+def acceptance(which: str, runs: Sequence[Run]) -> Row:
+    """How many of the honest contributions the default took."""
+    sent, refused = sum(run.honest_sent for run in runs), sum(run.honest_refused for run in runs)
+    share, worst = 1 - refused / sent, min(run.acceptance for run in runs)
+    reasons = ", ".join(sorted({reason for run in runs for reason in run.honest_reasons}))
     return Row(
-        "honest contributions accepted by gate, selection and verdicts, all runs",
+        f"honest contributions accepted by gate, selection and verdicts, {which}",
         f"{share:.1%}",
         "",
         share / ACCEPTANCE,
         f">= {ACCEPTANCE:.0%}: {'met' if share >= ACCEPTANCE else 'missed'}",
         "",
-        f"{refused} of {sent} refused ({', '.join(reasons) or 'none'}); worst run {worst:.1%}",
+        f"{refused} of {sent} refused ({reasons or 'none'}); worst run {worst:.1%}",
     )
 
 

@@ -69,6 +69,8 @@ class Geometry:
 
 
 FULL = Geometry()
+LATE = Geometry(first_steps=400)
+"""A hub that hardly learns any more: most single deltas make its model worse, their mean better."""
 SHORT = Geometry(rounds=2, verdict_sequences=128, held_out_sequences=256)
 
 
