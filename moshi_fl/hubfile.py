@@ -18,7 +18,7 @@ PositiveFloat = Annotated[float, Meta(gt=0, le=1e30)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 Tables = dict[str, dict[str, Any]]
 
-MAX_HUBFILE_BYTES = 1 << 18
+MAX_HUBFILE_BYTES = 1 << 16
 
 
 class _Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
