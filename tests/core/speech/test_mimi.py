@@ -166,6 +166,20 @@ def test_a_stream_goes_on_from_a_snapshot(mimi: Mimi, theirs: dict[str, Tensor])
     torch.testing.assert_close(heard, theirs["wav"][..., 9 * FRAME :], **CLOSE)
 
 
+def test_inference_mode_is_fine_anywhere(theirs: dict[str, Tensor]) -> None:
+    with torch.inference_mode():
+        made_inside = small_mimi()
+    made_outside = small_mimi()
+    made_outside.streaming_forever(2)
+    with torch.inference_mode():
+        assert torch.equal(made_inside.encode(theirs["wav_in"]), theirs["codes"])
+        assert torch.equal(encode(made_outside, theirs["wav_in"], 3), theirs["codes"])
+        made_outside.reset_streaming()
+    assert torch.equal(encode(made_outside, theirs["wav_in"], 4), theirs["codes"])
+    made_outside.stop_streaming()
+    assert not made_outside.is_streaming
+
+
 def test_any_number_of_codebooks(theirs: dict[str, Tensor]) -> None:
     mimi = small_mimi()
     with torch.no_grad():
