@@ -80,14 +80,14 @@ class Mimi(StreamingModule):
         width, stride = config.seanet.dimension, config.stride
         self.encoder = Encoder(config.seanet)
         self.encoder_transformer = _Projected(config.transformer, width)
-        self.downsample = _Resample(
-            "conv",
-            CausalConv(width, width, 2 * stride, stride=stride, bias=False, replicate=True),
-        )
+        self.downsample: nn.Module = nn.Identity()
+        self.upsample: nn.Module = nn.Identity()
+        if stride > 1:
+            down = CausalConv(width, width, 2 * stride, stride=stride, bias=False, replicate=True)
+            up = CausalTransposedConv(width, width, stride, bias=False, depthwise=True)
+            self.downsample = _Resample("conv", down)
+            self.upsample = _Resample("convtr", up)
         self.quantizer = SplitQuantizer(config.quantizer, width)
-        self.upsample = _Resample(
-            "convtr", CausalTransposedConv(width, width, stride, bias=False, depthwise=True)
-        )
         self.decoder_transformer = _Projected(config.transformer, width)
         self.decoder = Decoder(config.seanet)
         self.num_codebooks = config.quantizer.n_q

@@ -166,6 +166,20 @@ def test_a_stream_goes_on_from_a_snapshot(mimi: Mimi, theirs: dict[str, Tensor])
     torch.testing.assert_close(heard, theirs["wav"][..., 9 * FRAME :], **CLOSE)
 
 
+def test_inference_mode_is_fine_anywhere(theirs: dict[str, Tensor]) -> None:
+    with torch.inference_mode():
+        made_inside = small_mimi()
+    made_outside = small_mimi()
+    made_outside.streaming_forever(2)
+    with torch.inference_mode():
+        assert torch.equal(made_inside.encode(theirs["wav_in"]), theirs["codes"])
+        assert torch.equal(encode(made_outside, theirs["wav_in"], 3), theirs["codes"])
+        made_outside.reset_streaming()
+    assert torch.equal(encode(made_outside, theirs["wav_in"], 4), theirs["codes"])
+    made_outside.stop_streaming()
+    assert not made_outside.is_streaming
+
+
 def test_any_number_of_codebooks(theirs: dict[str, Tensor]) -> None:
     mimi = small_mimi()
     with torch.no_grad():
@@ -249,6 +263,36 @@ def test_a_training_step_reaches_every_parameter(theirs: dict[str, Tensor]) -> N
         if not name.startswith("quantizer"):
             assert parameter.grad is not None, name
             assert parameter.grad.any(), name
+
+
+@pytest.mark.parametrize(
+    ("frame_rate", "seanet"),
+    [
+        (25, {}),  # no resampling
+        (12.5, {"channels": 2, "n_residual_layers": 2, "dilation_base": 3}),
+        (6.25, {"compress": 1, "last_kernel_size": 5}),
+    ],
+)
+def test_other_shapes_stream_too(frame_rate: float, seanet: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    table = small_spec()["cfg"]
+    mimi = Mimi(
+        MimiConfig.from_reference(
+            table | {"frame_rate": frame_rate, "seanet": table["seanet"] | seanet}
+        )
+    ).eval()
+    assert mimi.frame_size == 24000 / frame_rate
+    sound = torch.randn(1, mimi.channels, 9 * mimi.frame_size)
+    with torch.no_grad():
+        latent = mimi.encode_to_latent(sound, quantize=False)
+        heard = mimi.decode_from_latent(latent)
+        assert heard.shape == sound.shape
+        with mimi.streaming(1):
+            for frame in range(9):
+                now = slice(frame * mimi.frame_size, (frame + 1) * mimi.frame_size)
+                part = mimi.encode_to_latent(sound[..., now], quantize=False)
+                torch.testing.assert_close(part, latent[..., frame : frame + 1], **CLOSE)
+                torch.testing.assert_close(mimi.decode_from_latent(part), heard[..., now], **CLOSE)
 
 
 def test_properties_are_those_of_the_configuration(mimi: Mimi) -> None:
