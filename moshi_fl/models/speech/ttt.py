@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moshi_fl.models.speech.streaming import State, StreamingModule, per_item
+from moshi_fl.models.speech.streaming import State, StreamingModule
 from moshi_fl.models.speech.ttt_config import TttConfig
 from moshi_fl.models.speech.ttt_rule import (
     FastLayer,
@@ -34,7 +34,7 @@ TAPS = 4  # of the convolutions that tell queries from keys where they share a p
 
 
 class Projected(NamedTuple):
-    """Queries, keys and targets (B, H, T, D), and learning rates (B, H, T)."""
+    """Queries, keys and targets (N, T, D), and learning rates (N, T); N: items times heads."""
 
     q: Tensor
     k: Tensor
@@ -43,7 +43,7 @@ class Projected(NamedTuple):
 
     def part(self, start: int, stop: int) -> Projected:
         """The tokens from ``start`` to ``stop``."""
-        return Projected(*(tensor[:, :, start:stop] for tensor in self))
+        return Projected(*(tensor[:, start:stop] for tensor in self))
 
 
 class TttState(State):
@@ -55,48 +55,44 @@ class TttState(State):
         recent: The last inputs of the convolutions, (B, TAPS - 1, C).
     """
 
-    __slots__ = ("layer",)  # not a part of what is saved
+    # Not a part of what is saved: constants, and views of what is.
+    __slots__ = ("causal", "fast", "layer", "norm", "steps")
 
     def __init__(self, layer: Ttt, batch: int) -> None:
-        like = layer.q_proj.weight
+        like, c = layer.q_proj.weight, layer.config
         super().__init__(batch, like.device)
-        self.layer = layer
-        c = layer.config
+        self.layer, self.norm, self.causal = layer, layer.head_norm(batch), layer.causal()
         self.count = torch.zeros(batch, dtype=torch.long, device=like.device)
         self.recent = like.new_zeros(batch, TAPS - 1, c.d_model if c.share_qk else 0)
-        for number, fast in enumerate(layer.first_weights(batch), start=1):
-            setattr(self, f"W{number}", fast.weight.clone())
-            setattr(self, f"b{number}", fast.bias.clone())
-            for part, axis in (("inputs", 2), ("grads", 3)):
-                shape = (batch, c.n_heads, c.mini_batch, fast.weight.shape[axis])
-                setattr(self, f"{part}{number}", fast.weight.new_zeros(shape))
-        self.rates = fast.weight.new_zeros(batch, c.n_heads, c.mini_batch)
-
-    @property
-    def fast(self) -> list[FastLayer]:
-        """The weights that the unfinished mini-batch began with."""
-        numbers = range(1, self.layer.depth + 1)
-        return [FastLayer(getattr(self, f"W{n}"), getattr(self, f"b{n}")) for n in numbers]
-
-    @property
-    def steps(self) -> list[Step]:
-        """Of the unfinished mini-batch's tokens; what lies beyond ``count`` has no meaning."""
-        numbers = range(1, self.layer.depth + 1)
-        return [Step(getattr(self, f"inputs{n}"), getattr(self, f"grads{n}")) for n in numbers]
+        self.fast: list[FastLayer] = []
+        self.steps: list[Step] = []
+        for number, first in enumerate(layer.first_weights(batch), start=1):
+            buffers = [
+                first.weight.new_zeros(len(first.weight), c.mini_batch, width)
+                for width in first.weight.shape[1:]
+            ]
+            self.fast.append(FastLayer(first.weight.clone(), first.bias.clone()))
+            self.steps.append(Step(*buffers))
+            for name, value in zip(
+                ("W", "b", "inputs", "grads"), (*self.fast[-1], *buffers), strict=True
+            ):
+                setattr(self, f"{name}{number}", value.view(batch, c.n_heads, *value.shape[1:]))
+        self.rates = first.weight.new_zeros(batch, c.n_heads, c.mini_batch)
 
     def write(self, steps: list[Step], eta: Tensor, position: Tensor) -> None:
-        """Keep new tokens' steps (B, H, n, ...) and rates (B, H, n) at ``position`` (B, n)."""
-        spot = position[:, None, :, None]
+        """Keep new tokens' steps (N, n, ...) and rates (N, n) at ``position`` (B, n)."""
+        spot = position.repeat_interleave(self.layer.config.n_heads, 0)  # (N, n)
         for kept, new in zip(self.steps, steps, strict=True):
             for buffer, rows in zip(kept, new, strict=True):
-                buffer.scatter_(2, spot.expand_as(rows), rows)
-        self.rates.scatter_(2, spot[..., 0].expand_as(eta), eta)
+                buffer.scatter_(1, spot[..., None].expand_as(rows), rows)
+        self.rates.view(len(spot), -1).scatter_(1, spot, eta)
 
     def replace(self, new: list[FastLayer], mask: Tensor) -> None:
         """Give the items of ``mask`` (B,) other weights and an empty mini-batch."""
+        chosen = mask.repeat_interleave(self.layer.config.n_heads)[:, None, None]  # (N, 1, 1)
         for kept, fresh in zip(self.fast, new, strict=True):
             for old, values in zip(kept, fresh, strict=True):
-                old.copy_(torch.where(per_item(mask, old), values, old))
+                old.copy_(torch.where(chosen, values, old))
         self.count.masked_fill_(mask, 0)
 
     def reset(self, mask: Tensor) -> None:
@@ -148,13 +144,11 @@ class Ttt(StreamingModule):
                 nn.init.normal_(parameter, std=0.02)
 
     def _turns(self) -> Tensor:
-        """Cosines and signed sines of the places in a mini-batch, (2, K, D)."""
-        D = self.config.head_dim
+        """Cosine and sine of each pair of columns at the places of a mini-batch, (K, D / 2, 2)."""
+        D, like = self.config.head_dim, self.q_proj.weight
         rates = self.config.rope_theta ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
         angles = torch.arange(self.config.mini_batch, dtype=torch.float64)[:, None] * rates
-        sines = torch.stack([-angles.sin(), angles.sin()], dim=-1).flatten(1)
-        table = torch.stack([angles.cos().repeat_interleave(2, 1), sines])
-        like = self.q_proj.weight
+        table = torch.stack([angles.cos(), angles.sin()], dim=-1)
         return table.to(like.device, wide(like.dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Ttt:
@@ -173,39 +167,60 @@ class Ttt(StreamingModule):
         return state
 
     def first_weights(self, batch: int) -> list[FastLayer]:
-        """What every stream begins with, learnt in training; views of the parameters."""
-        layers = []
-        for number in range(1, self.depth + 1):
-            pair = [getattr(self, f"{kind}{number}") for kind in ("W", "b")]
-            layers.append(FastLayer(*(p.to(wide(p.dtype)).expand(batch, -1, -1, -1) for p in pair)))
-        return layers
+        """What every stream begins with, learnt in training."""
+        return [
+            FastLayer(
+                *(self._tiled(getattr(self, f"{kind}{number}"), batch) for kind in ("W", "b"))
+            )
+            for number in range(1, self.depth + 1)
+        ]
+
+    def head_norm(self, batch: int) -> HeadNorm:
+        """The norm of each head, for ``batch`` items."""
+        gain, shift = self.ttt_norm_weight[:, None], self.ttt_norm_bias[:, None]
+        return HeadNorm(self._tiled(gain, batch), self._tiled(shift, batch))
+
+    def causal(self) -> Tensor:
+        """What token j's gradient counts for token i, (K, K): 1 / (i + 1), with a learnt change."""
+        learnt = self.learnable_token_idx.to(wide(self.learnable_token_idx.dtype))
+        places = torch.arange(1, len(learnt) + 1, device=learnt.device, dtype=learnt.dtype)
+        tau = (learnt + 1 / places).clamp_min(0)
+        return tau[:, None].expand(-1, len(learnt)).tril()
+
+    @staticmethod
+    def _tiled(parameter: Tensor, batch: int) -> Tensor:
+        """``parameter`` (H, ...) for each item: (N, ...), in float32 at least."""
+        wider = parameter.to(wide(parameter.dtype))
+        return wider.expand(batch, *wider.shape).flatten(0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x``: (B, T, C), the same back; while streaming it follows what came before."""
+        """``x``: (B, T, C), the same back."""
         self.check_batch(x)
-        norm = HeadNorm(
-            *(w.to(wide(w.dtype))[:, None] for w in (self.ttt_norm_weight, self.ttt_norm_bias))
-        )
-        y = self._whole(x, norm) if self._state is None else self._piece(x, norm)
-        y = self.post_norm(y.transpose(1, 2).reshape(x.shape).to(x.dtype))
+        B, T, _ = x.shape
+        y = self._whole(x) if self._state is None else self._piece(x)  # (N, T, D)
+        y = y.view(B, -1, T, y.shape[2]).transpose(1, 2).reshape(x.shape).to(x.dtype)
+        y = self.post_norm(y)
         if self.config.use_gate:
             y = gelu(self.g_proj(x)) * y
         y = cast("Tensor", self.o_proj(y))
         return y * self.alpha.tanh() if self.config.alpha is not None else y
 
-    def _project(self, x: Tensor, position: Tensor, recent: Tensor | None) -> Projected:
-        """Of tokens ``x`` (B, T, C) at ``position`` (B or 1, T) of their mini-batches."""
-        heads, width = (*x.shape[:2], self.config.n_heads, -1), wide(x.dtype)
+    def project(self, x: Tensor, position: Tensor, recent: Tensor | None = None) -> Projected:
+        """Of tokens ``x`` (B, T, C) at ``position`` (B or 1, T) of their mini-batches.
+
+        ``recent``: what the convolutions of the stream's state have seen, (B, TAPS - 1, C).
+        """
+        (B, T, _), H, width = x.shape, self.config.n_heads, wide(x.dtype)
         q = self.q_proj(x)
         q, k = self._told_apart(q, recent) if self.config.share_qk else (q, self.k_proj(x))
-        cosine, sine = self.turns[:, position].unsqueeze(3)  # (B or 1, T, 1, D)
-        qk = torch.stack([q, k]).to(width).view(2, *heads)  # (2, B, T, H, D)
-        swapped = qk.view(*qk.shape[:-1], -1, 2).flip(-1).flatten(-2)
-        q, k = torch.addcmul(qk * cosine, swapped, sine).transpose(2, 3)  # (B, H, T, D)
-        v = self.v_proj(x).to(width).view(heads).transpose(1, 2)
+        pairs = torch.stack([q, k]).to(width).view(2, B, T, H, -1, 2)
+        turns = torch.view_as_complex(self.turns[position])[:, :, None]  # (B or 1, T, 1, D / 2)
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * turns)
+        q, k = turned.flatten(-2).transpose(2, 3).reshape(2, B * H, T, -1)
+        v = self.v_proj(x).to(width).view(B, T, H, -1).transpose(1, 2).reshape(k.shape)
         rate = F.linear(x, self.learnable_ttt_lr_weight[:, 0], self.learnable_ttt_lr_bias[:, 0])
         scale = self.config.learning_rate / self.config.head_dim
-        eta = torch.sigmoid(rate.to(width)).mT * scale  # (B, H, T)
+        eta = torch.sigmoid(rate.to(width)).mT.reshape(B * H, T) * scale
         return Projected(q, k, v - k, eta)
 
     def _told_apart(self, shared: Tensor, recent: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -217,68 +232,72 @@ class Ttt(StreamingModule):
         rows = rows.mT
         return self.conv_q(rows).mT, self.conv_k(rows).mT
 
-    def _tau(self) -> Tensor:
-        """What a gradient counts for each place in a mini-batch, (K,): 1 / (i + 1), corrected."""
-        learnt = self.learnable_token_idx.to(wide(self.learnable_token_idx.dtype))
-        places = torch.arange(1, len(learnt) + 1, device=learnt.device, dtype=learnt.dtype)
-        return (learnt + 1 / places).clamp_min(0)
-
-    def _whole(self, x: Tensor, norm: HeadNorm) -> Tensor:
-        """The dual form from a stream's start: (B, H, T, D)."""
-        K, T = self.config.mini_batch, x.shape[1]
-        given = self._project(x, torch.arange(T, device=x.device)[None] % K, None)
-        first = fast = self.first_weights(len(x))
+    def _whole(self, x: Tensor) -> Tensor:
+        """The dual form from a stream's start: (N, T, D)."""
+        K, T, B = self.config.mini_batch, x.shape[1], len(x)
+        given = self.project(x, torch.arange(T, device=x.device)[None] % K)
+        first, norm, causal = self.first_weights(B), self.head_norm(B), self.causal()
         group = K * self.config.checkpoint_every
         if not group or not (self.training and torch.is_grad_enabled()):
-            return self._scan(fast, first, norm, given)[0]
-        answers = []
+            return self._scan(first, first, norm, causal, given)[0]
+        answers, fast = [], first
         for start in range(0, T, group):
             part = given.part(start, start + group)
-            y, fast = checkpoint(self._scan, fast, first, norm, part, use_reentrant=False)
+            y, fast = checkpoint(self._scan, fast, first, norm, causal, part, use_reentrant=False)
             answers.append(y)
-        return torch.cat(answers, dim=2)
+        return torch.cat(answers, dim=1)
 
     def _scan(
-        self, fast: list[FastLayer], first: list[FastLayer], norm: HeadNorm, given: Projected
+        self,
+        fast: list[FastLayer],
+        first: list[FastLayer],
+        norm: HeadNorm,
+        causal: Tensor,
+        given: Projected,
     ) -> tuple[Tensor, list[FastLayer]]:
-        """The dual form from the start of a mini-batch: answers (B, H, T, D), and weights."""
-        K, answers, tau = self.config.mini_batch, [], self._tau()
-        for start in range(0, given.q.shape[2], K):
+        """The dual form from the start of a mini-batch: answers (N, T, D), and weights."""
+        K, answers = self.config.mini_batch, []
+        for start in range(0, given.q.shape[1], K):
             q, k, target, eta = given.part(start, start + K)
-            n = q.shape[2]
+            n = q.shape[1]
             steps = steps_of(fast, k, target, norm)
-            rates = (tau[:n, None] * eta[:, :, None]).tril()  # (B, H, n, n)
+            rates = causal[:n, :n] * eta[:, None]  # (N, n, n)
             answers.append(answer(fast, q, steps, rates, norm))
             if n == K:
-                fast = drawn_back(learnt(fast, steps, rates[:, :, -1]), first, self.config.forget)
-        return torch.cat(answers, dim=2), fast
+                fast = drawn_back(learnt(fast, steps, rates[:, -1]), first, self.config.forget)
+        return torch.cat(answers, dim=1), fast
 
-    def _piece(self, x: Tensor, norm: HeadNorm) -> Tensor:
-        """The buffered form: (B, H, T, D) of the next tokens of each stream."""
+    def _piece(self, x: Tensor) -> Tensor:
+        """The buffered form: (N, T, D) of the next tokens of each stream."""
         state, K, T = self.state(), self.config.mini_batch, x.shape[1]
-        position = (state.count[:, None] + torch.arange(T, device=x.device)) % K
-        recent = state.recent if self.config.share_qk else None
-        given = self._project(x, position, recent)
+        position = state.count[:, None]  # (B, T)
+        if T > 1:
+            position = (position + torch.arange(T, device=x.device)) % K
+        given = self.project(x, position, state.recent if self.config.share_qk else None)
+        if T == 1:
+            return self._continue(given)
         answers, start = [], 0
         while start < T:  # up to where the first stream's mini-batch ends
-            room = 1 if T == 1 else K - int(state.count.max())
-            answers.append(self._continue(given.part(start, start + room), norm))
+            room = K - int(state.count.max())
+            answers.append(self._continue(given.part(start, start + room)))
             start += room
-        return torch.cat(answers, dim=2)
+        return torch.cat(answers, dim=1)
 
-    def _continue(self, given: Projected, norm: HeadNorm) -> Tensor:
-        """Answers (B, H, n, D) to tokens that end no mini-batch but with their last."""
+    def _continue(self, given: Projected) -> Tensor:
+        """Answers (N, n, D) to tokens that end no mini-batch but with their last."""
         q, k, target, eta = given
-        state, K, tau, n = self.state(), self.config.mini_batch, self._tau(), q.shape[2]
-        position = state.count[:, None] + torch.arange(n, device=q.device)  # (B, n)
-        state.write(steps_of(state.fast, k, target, norm), eta, position)
-        seen = torch.arange(K, device=q.device) <= position[..., None]  # (B, n, K)
-        rates = (tau[position][..., None] * seen)[:, None] * state.rates[:, :, None]
-        y = answer(state.fast, q, state.steps, rates, norm)
+        state, H, n = self.state(), self.config.n_heads, q.shape[1]
+        position = state.count[:, None]  # (B, n)
+        if n > 1:
+            position = position + torch.arange(n, device=q.device)
+        state.write(steps_of(state.fast, k, target, state.norm), eta, position)
+        rates = state.causal[position][:, None] * state.rates[:, :, None]  # (B, H, n, K)
+        y = answer(state.fast, q, state.steps, rates.view(len(q), n, -1), state.norm)
         state.count.add_(state.active, alpha=n)
-        full = state.count == K
+        full = state.count == self.config.mini_batch
         if full.is_cuda or full.any():  # a GPU is not asked: it would have to be waited for
-            new = learnt(state.fast, state.steps, tau[-1] * state.rates)
-            first = self.first_weights(len(q))
+            rates = state.causal[-1] * state.rates.view(len(q), -1)
+            new = learnt(state.fast, state.steps, rates)
+            first = self.first_weights(len(q) // H)
             state.replace(drawn_back(new, first, self.config.forget), full)
         return y

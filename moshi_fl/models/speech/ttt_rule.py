@@ -9,7 +9,9 @@ take away from that; attention to gradients, with no copy of the weights per tok
     query (W - tau_i sum_j eta_j x_j^T g_j) = query W - tau_i sum_j eta_j (query . x_j) g_j
 
 Training and prefill apply this to whole mini-batches (the dual form), a stream to one token and
-the up to K tokens that wait for their mini-batch to end (the buffered form): the same functions.
+the up to K that wait for their mini-batch to end (the buffered form): the same functions.
+
+Shapes: N sequences times heads, T tokens that ask, L tokens that were read, D columns of a head.
 """
 
 from __future__ import annotations
@@ -29,27 +31,27 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class FastLayer(NamedTuple):
-    """One layer that learns: ``weight`` (B, H, in, out), ``bias`` (B, H, 1, out)."""
+    """One layer that learns: ``weight`` (N, in, out), ``bias`` (N, 1, out)."""
 
     weight: Tensor
     bias: Tensor
 
 
 class Step(NamedTuple):
-    """What tokens would change in a layer: ``inputs`` (B, H, L, in), ``grads`` (B, H, L, out)."""
+    """What tokens would change in a layer: ``inputs`` (N, L, in), ``grads`` (N, L, out)."""
 
     inputs: Tensor
     grads: Tensor
 
 
 class HeadNorm(NamedTuple):
-    """A LayerNorm per head: ``gain`` and ``shift``, each (H, 1, D)."""
+    """A LayerNorm per head: ``gain`` and ``shift``, each (N, 1, D)."""
 
     gain: Tensor
     shift: Tensor
 
     def __call__(self, z: Tensor) -> Tensor:
-        """``z``: (B, H, T, D), the same back; the variance is the population's."""
+        """``z``: (N, T, D), the same back; the variance is the population's."""
         return torch.addcmul(self.shift, self.gain, F.layer_norm(z, z.shape[-1:], eps=EPSILON))
 
 
@@ -65,7 +67,7 @@ def gelu_slope(x: Tensor) -> Tensor:
 
 
 def surprise(z: Tensor, target: Tensor, norm: HeadNorm) -> Tensor:
-    """The gradient by ``z`` of ``||norm(z) - target||^2 / 2``; all are (B, H, T, D)."""
+    """The gradient by ``z`` of ``||norm(z) - target||^2 / 2``; all are (N, T, D)."""
     normal, mean, inverse = torch.native_layer_norm(z, z.shape[-1:], None, None, EPSILON)
     u = norm.gain * torch.addcmul(norm.shift - target, norm.gain, normal)
     wanted = [True, False, False]  # the gradient by z alone; it can be derived once more
@@ -75,13 +77,13 @@ def surprise(z: Tensor, target: Tensor, norm: HeadNorm) -> Tensor:
 
 
 def steps_of(fast: list[FastLayer], k: Tensor, target: Tensor, norm: HeadNorm) -> list[Step]:
-    """One step for each layer, at the weights ``fast``; ``k`` and ``target``: (B, H, T, D)."""
+    """One step for each layer, at the weights ``fast``; ``k`` and ``target``: (N, T, D)."""
     first, *rest = fast
-    z = k @ first.weight + first.bias
+    z = torch.baddbmm(first.bias, k, first.weight)
     if not rest:
         return [Step(k, surprise(z, target, norm))]
     hidden, (second,) = gelu(z), rest
-    back = surprise(hidden @ second.weight + second.bias, target, norm)
+    back = surprise(torch.baddbmm(second.bias, hidden, second.weight), target, norm)
     front = (back @ second.weight.mT) * gelu_slope(z)
     return [Step(k, front), Step(hidden, back)]
 
@@ -89,25 +91,26 @@ def steps_of(fast: list[FastLayer], k: Tensor, target: Tensor, norm: HeadNorm) -
 def answer(
     fast: list[FastLayer], q: Tensor, steps: list[Step], rates: Tensor, norm: HeadNorm
 ) -> Tensor:
-    """What the updated layers make of ``q`` (B, H, T, D), normalised and added to it.
+    """What the updated layers make of ``q`` (N, T, D), normalised and added to it.
 
-    ``rates`` (B, H, T, L): how much each query's weights moved along each step, 0 for later ones.
+    ``rates`` (N, T, L): how much each query's weights moved along each step, 0 for later ones.
     """
     x = q
     for depth, (layer, step) in enumerate(zip(fast, steps, strict=True)):
         x = gelu(x) if depth else x
-        attention = torch.addcmul(rates, x @ step.inputs.mT, rates)  # the 1 is the bias's input
-        x = x @ layer.weight + layer.bias - attention @ step.grads
+        attention = torch.addcmul(rates, x @ step.inputs.mT, rates)  # the bias's input is 1
+        x = torch.baddbmm(layer.bias, x, layer.weight)
+        x = torch.baddbmm(x, attention, step.grads, alpha=-1)
     return q + norm(x)
 
 
 def learnt(fast: list[FastLayer], steps: list[Step], rates: Tensor) -> list[FastLayer]:
-    """The layers after a mini-batch; ``rates`` (B, H, L) are those of its last token."""
+    """The layers after a mini-batch; ``rates`` (N, L) are those of its last token."""
     updated = []
     for layer, step in zip(fast, steps, strict=True):
         scaled = step.grads * rates[..., None]
-        weight = layer.weight - step.inputs.mT @ scaled
-        updated.append(FastLayer(weight, layer.bias - scaled.sum(2, keepdim=True)))
+        weight = torch.baddbmm(layer.weight, step.inputs.mT, scaled, alpha=-1)
+        updated.append(FastLayer(weight, layer.bias - scaled.sum(1, keepdim=True)))
     return updated
 
 

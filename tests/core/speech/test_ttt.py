@@ -44,19 +44,19 @@ def primal(layer: Ttt, x: Tensor) -> Tensor:
     config, K, D = layer.config, layer.config.mini_batch, layer.config.head_dim
     rows = []
     for item in x:
-        given = layer._project(item[None], torch.arange(len(item))[None] % K, None)
+        given = layer.project(item[None], torch.arange(len(item))[None] % K)
         heads = []
         for h in range(config.n_heads):
             gain, shift = layer.ttt_norm_weight[h], layer.ttt_norm_bias[h]
-            first = [p[0, h] for fast in layer.first_weights(1) for p in fast]
+            first = [p[h] for fast in layer.first_weights(1) for p in fast]
             base, total = first, [torch.zeros_like(p) for p in first]
             answers = []
             for t in range(len(item)):
-                q, k, target = (part[0, h, t : t + 1] for part in given[:3])
+                q, k, target = (part[h, t : t + 1] for part in given[:3])
                 leaves = [p.detach().requires_grad_() for p in base]
                 z = F.layer_norm(network(leaves, k), (D,), gain, shift, 1e-6)
                 gradients = torch.autograd.grad(0.5 * (z - target).square().sum(), leaves)
-                eta, tau = given.eta[0, h, t], layer._tau()[t % K]
+                eta, tau = given.eta[h, t], layer.causal()[t % K, 0]
                 total = [s + eta * g for s, g in zip(total, gradients, strict=True)]
                 now = [p - tau * s for p, s in zip(base, total, strict=True)]
                 answers.append(q + F.layer_norm(network(now, q), (D,), gain, shift, 1e-6))
