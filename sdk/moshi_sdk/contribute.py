@@ -7,7 +7,6 @@ train (in a Flower ``ClientApp``), measure, encode, sign, send.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,16 +17,17 @@ import moshi_fl
 from moshi_fl.codec import get_codec
 from moshi_fl.codec.delta import delta_bytes, encode_delta
 from moshi_fl.config import home as default_home
-from moshi_fl.errors import BadSignature, Rejected, SigningError, TrainingError
-from moshi_fl.history import DELTA_FILE, HubState, check_signature
+from moshi_fl.errors import Rejected, TrainingError
+from moshi_fl.history import DELTA_FILE, HubState
 from moshi_fl.hubfile import HubConfig
 from moshi_fl.models.family import Corpus, DataSummary, Task
 from moshi_fl.records import Contribution, File, Location, Metrics, dump
 from moshi_fl.replica import Replica, Snapshot
-from moshi_fl.signing import CONTRIBUTION_NAMESPACE, Signer, fingerprint, own_signer
+from moshi_fl.signing import Signer, own_signer
 from moshi_fl.train import Progress, Recipe
 from moshi_fl.weights import Weights, open_weights, save_weights, sha256_bytes, write_atomic
 from moshi_sdk.feedback import Feedback
+from moshi_sdk.identity import before_sending, check_key, signature_of
 from moshi_sdk.planning import Options, make_plan, recipe_of
 from moshi_sdk.runs import Run, RunPlan, Runs
 from moshi_sdk.submit import Sent, delta_commit, is_merged, submit
@@ -134,7 +134,8 @@ def contribute(
     listener.stage("data", describe(corpus.summary))
     plan = make_plan(snapshot, task, corpus, paths, options, signer.public_key)
     runs = Runs(manager.replica.folder / "runs")
-    _announce(runs, signer, plan, listener)
+    for name, text in before_sending(runs.sent(), plan, signer):
+        listener.stage(name, text)
     run = runs.start(plan, snapshot)
     work = _Work(manager.replica, snapshot, task, run, listener, signer, corpus)
     return _finish(work, options.dry_run)
@@ -160,8 +161,9 @@ def resume(
     runs = Runs(manager.replica.folder / "runs")
     run = runs.resume()
     signer = own_signer(home, key, interactive=interactive)
-    _check_key(run.plan, signer)
-    _announce(runs, signer, run.plan, listener)
+    check_key(run.plan, signer)
+    for name, text in before_sending(runs.sent(), run.plan, signer):
+        listener.stage(name, text)
     snapshot = manager.pull()
     listener.stage("sync", f"{_whence(snapshot)}; resuming from round {run.plan.base_round}")
     tokenizer = run.tokenizer.read_bytes() if run.tokenizer.exists() else None
@@ -177,29 +179,6 @@ def discard(hub: str, *, home: Path | None = None) -> RunPlan:
     """
     manager = SyncManager(hub, home=home or default_home())
     return Runs(manager.replica.folder / "runs").discard().plan
-
-
-def _announce(runs: Runs, signer: Signer, plan: RunPlan, listener: Listener) -> None:
-    """Say before anything is sent what cannot be undone, and what the hub will not take."""
-    sent = runs.sent()
-    if not sent:
-        who = f"{signer.fingerprint} ({signer.key_path})"
-        text = f"what you send is public and, in Git, permanent; it is signed by {who}"
-        listener.stage("public", text)
-    others = [other for other in sent if other != plan]
-    if any((other.base_round, other.key) == (plan.base_round, plan.key) for other in others):
-        number = plan.base_round
-        text = f"you have sent another one on round {number}; a hub takes one per key and round"
-        listener.stage("again", text)
-
-
-def _check_key(plan: RunPlan, signer: Signer) -> None:
-    if signer.public_key != plan.key:
-        raise SigningError(
-            f"this contribution was begun with the key {fingerprint(plan.key)}, "
-            f"and {signer.key_path} is {signer.fingerprint}.",
-            hint="--key FILE   (the key it was begun with), or --discard it",
-        )
 
 
 def _whence(snapshot: Snapshot) -> str:
@@ -231,24 +210,11 @@ def _finish(work: _Work, dry_run: bool) -> Outcome:
         if dry_run:
             return Outcome(contribution, None, summary)
         contribution, note = _fit_to_present(work, contribution)
-        signature = _signature(work, contribution)
+        signature = signature_of(work.run, contribution, work.signer)
         sent = submit(work.replica, work.state, contribution, signature, work.run.delta)
         _remember(work, contribution)
         work.run.mark_sent()
     return Outcome(contribution, sent, summary, note)
-
-
-def _signature(work: _Work, contribution: Contribution) -> str:
-    """The signature on disk, if it is one over this record; else a new one."""
-    path = work.run.signature
-    if path.exists():
-        kept = path.read_bytes()
-        with suppress(BadSignature):
-            check_signature(contribution, kept)
-            return kept.decode()
-    armoured = work.signer.sign(dump(contribution), CONTRIBUTION_NAMESPACE)
-    write_atomic(path, armoured.encode())
-    return armoured
 
 
 def _train_and_encode(work: _Work) -> Contribution:

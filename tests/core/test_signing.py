@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
+import pty
 import struct
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -240,6 +243,29 @@ def test_a_key_with_a_passphrase_does_not_wait_for_nobody():
     with pytest.raises(SigningError, match="incorrect passphrase") as caught:
         Signer(locked).sign(DATA, NAMESPACE)
     assert "ssh-add" in caught.value.hint
+
+
+def test_a_passphrase_is_asked_on_the_terminal_when_there_is_a_person(tmp_path: Path):
+    locked = key_file("ann", "ed25519", passphrase="secret")
+    program = (
+        "import sys; from pathlib import Path; from moshi_fl.signing import Signer;"
+        "Path(sys.argv[2]).write_text("
+        "Signer(Path(sys.argv[1]), interactive=True).sign(b'hello', 'test'))"
+    )
+    argv = [sys.executable, "-c", program, str(locked), str(tmp_path / "signature")]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execve(sys.executable, argv, os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    said = b""
+    while b"passphrase" not in said:
+        said += os.read(terminal, 1000)
+    os.write(terminal, b"secret\n")
+    with contextlib.suppress(OSError):  # how a terminal says that nobody is there any more
+        while os.read(terminal, 1000):
+            pass
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    signature = (tmp_path / "signature").read_text()
+    verify_signature(b"hello", signature, Signer(locked).public_key, "test")
 
 
 def test_a_public_half_of_another_key_is_noticed(tmp_path: Path):

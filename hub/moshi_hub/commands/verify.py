@@ -11,6 +11,7 @@ import click
 from moshi_fl.cli import hub_option, output_options
 from moshi_fl.console import Console
 from moshi_fl.errors import Exit, HubError
+from moshi_fl.signing import fingerprint
 from moshi_fl.text import Size
 from moshi_hub.options import maintainer, replica_for
 from moshi_hub.verify import Verdict
@@ -84,6 +85,7 @@ def _row(verdict: Verdict) -> dict[str, object]:
     return {
         "contribution": _name(verdict),
         "contributor": record.contributor if record else None,
+        "key": fingerprint(record.key) if record and verdict.signature else None,
         "base": record.round if record else None,
         "size": Size(record.delta.bytes) if record else None,
         "norm": None if verdict.norm is None else round(verdict.norm, 4),
