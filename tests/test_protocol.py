@@ -262,7 +262,7 @@ def sha(*parts: bytes) -> bytes:
     return hashlib.sha256(b"".join(parts)).digest()
 
 
-def by_the_book(seed: bytes, *words: object) -> bytes:
+def book_score(seed: bytes, *words: object) -> bytes:
     return hmac.new(seed, "|".join(str(word) for word in words).encode(), hashlib.sha256).digest()
 
 
@@ -277,11 +277,11 @@ def test_the_worked_evaluation_is_right() -> None:
     mixed = bytes(a ^ b for a, b in zip(one, two, strict=True))
     seed = sha(b"moshi-fl-seed-v1\n", bytes(32), mixed)
     assert f"`{seed.hex()}`" in example
-    assert f"`{by_the_book(seed, 'assign', ID, EVALUATOR).hex()}`" in example
-    shared = sorted(sorted(range(8), key=lambda i: by_the_book(seed, "shared", i))[:4])
+    assert f"`{book_score(seed, 'assign', ID, EVALUATOR).hex()}`" in example
+    shared = sorted(sorted(range(8), key=lambda i: book_score(seed, "shared", i))[:4])
     assert shared == [1, 2, 5, 6]
     rest = [i for i in range(8) if i not in shared]
-    own = sorted(sorted(rest, key=lambda i: by_the_book(seed, "private", EVALUATOR, i))[:2])
+    own = sorted(sorted(rest, key=lambda i: book_score(seed, "private", EVALUATOR, i))[:2])
     assert own == [3, 4]
     before, after = (2000000, 2100000, 1900000, 2050000), (1950000, 2048000, 1851000, 1999000)
     assert book_verdict(before, after) == ("credit", 50500, 645)
@@ -320,7 +320,7 @@ def test_evaluators_are_drawn_by_the_book() -> None:
     wanted = []
     for name, owner, _ in sorted(
         (p for p in people if p[2]),
-        key=lambda p: by_the_book(seed, "assign", ID, sha(keys[p[0]].encode()).hex()[:32]),
+        key=lambda p: book_score(seed, "assign", ID, sha(keys[p[0]].encode()).hex()[:32]),
     ):
         taken = {o for _, o in wanted} | {"o1"}  # o1 is the owner of the submission's key
         if owner not in taken:
