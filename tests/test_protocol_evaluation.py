@@ -25,7 +25,7 @@ def sha(*parts: bytes) -> bytes:
     return hashlib.sha256(b"".join(parts)).digest()
 
 
-def by_the_book(seed: bytes, *words: object) -> bytes:
+def book_score(seed: bytes, *words: object) -> bytes:
     return hmac.new(seed, "|".join(str(word) for word in words).encode(), hashlib.sha256).digest()
 
 
@@ -40,11 +40,11 @@ def test_the_worked_evaluation_is_right() -> None:
     mixed = bytes(a ^ b for a, b in zip(one, two, strict=True))
     seed = sha(b"moshi-fl-seed-v1\n", bytes(32), mixed)
     assert f"`{seed.hex()}`" in example
-    assert f"`{by_the_book(seed, 'assign', ID, EVALUATOR).hex()}`" in example
-    shared = sorted(sorted(range(8), key=lambda i: by_the_book(seed, "shared", i))[:4])
+    assert f"`{book_score(seed, 'assign', ID, EVALUATOR).hex()}`" in example
+    shared = sorted(sorted(range(8), key=lambda i: book_score(seed, "shared", i))[:4])
     assert shared == [1, 2, 5, 6]
     rest = [i for i in range(8) if i not in shared]
-    own = sorted(sorted(rest, key=lambda i: by_the_book(seed, "private", EVALUATOR, i))[:2])
+    own = sorted(sorted(rest, key=lambda i: book_score(seed, "private", EVALUATOR, i))[:2])
     assert own == [3, 4]
     before, after = (2000000, 2100000, 1900000, 2050000), (1950000, 2048000, 1851000, 1999000)
     assert book_verdict(before, after) == ("credit", 50500, 645)
@@ -83,7 +83,7 @@ def test_evaluators_are_drawn_by_the_book() -> None:
     wanted = []
     for name, owner, _ in sorted(
         (p for p in people if p[2]),
-        key=lambda p: by_the_book(seed, "assign", ID, sha(keys[p[0]].encode()).hex()[:32]),
+        key=lambda p: book_score(seed, "assign", ID, sha(keys[p[0]].encode()).hex()[:32]),
     ):
         taken = {o for _, o in wanted} | {"o1"}  # o1 is the owner of the submission's key
         if owner not in taken:
@@ -108,3 +108,74 @@ def test_the_merkle_root_is_that_of_the_book() -> None:
 
     wanted = node(node(node(a, b), node(c, d)), e)
     assert merkle_root([leaf(entry) for entry in entries]) == wanted
+
+
+# Signatures. The format is OpenSSH's PROTOCOL.sshsig; the bounds on it are the protocol's.
+
+
+def field(data: bytes, at: int) -> tuple[bytes, int]:
+    """A string of SSH's wire format, and where the next one starts."""
+    (length,) = struct.unpack_from(">I", data, at)
+    return data[at + 4 : at + 4 + length], at + 4 + length
+
+
+SSH = "SSH SIGNATURE"
+
+
+def by_the_book(armoured: str, key: str) -> bool:
+    lines = armoured.split("\n")
+    body = lines[1:-2]
+    blob = base64.b64decode("".join(body))
+    fields, at = [], 10
+    while at < len(blob):
+        found, at = field(blob, at)
+        fields.append(found)
+    return (
+        len(armoured) <= 8192
+        and (lines[0], lines[-2:]) == (f"-----BEGIN {SSH}-----", [f"-----END {SSH}-----", ""])
+        and all(len(line) == 70 for line in body[:-1])
+        and 0 < len(body[-1]) <= 70
+        and blob[:10] == b"SSHSIG" + struct.pack(">I", 1)
+        and base64.b64encode(fields[0]).decode() == key.split(" ")[1]
+        and fields[1:4] == [b"moshi-fl-contribution-v1", b"", b"sha512"]
+        and len(fields) == 5
+        and field(fields[4], 0)[0]
+        == key.split(" ", maxsplit=1)[0].replace("ssh-rsa", "rsa-sha2-512").encode()
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits"), [("ed25519", 0), ("ecdsa", 256), ("ecdsa", 521), ("rsa", 3072)]
+)
+def test_a_record_is_signed_by_the_book(kind: str, bits: int, tmp_path: Path) -> None:
+    signer = Signer(key_file("ann", kind, bits))
+    record = dump(contribution(key=signer.public_key))
+    signature = signer.sign(record, "moshi-fl-contribution-v1")
+    assert by_the_book(signature, signer.public_key)
+    (tmp_path / "sig").write_text(signature)
+    (tmp_path / "keys").write_text(f"ann {signer.public_key}\n")
+    argv = ["ssh-keygen", "-Y", "verify", "-I", "ann", "-n", "moshi-fl-contribution-v1"]
+    argv += ["-f", str(tmp_path / "keys"), "-s", str(tmp_path / "sig")]
+    assert subprocess.run(argv, input=record, capture_output=True, check=False).returncode == 0
+    assert subprocess.run(argv, input=b"x", capture_output=True, check=False).returncode != 0
+
+
+def test_what_anybody_signs_with_ssh_keygen_alone_is_accepted(tmp_path: Path) -> None:
+    path, public = key_file("ben"), signer_of("ben").public_key
+    (tmp_path / "record").write_bytes(dump(contribution(key=public)))
+    argv = ["ssh-keygen", "-q", "-Y", "sign", "-f", str(path), "-n", "moshi-fl-contribution-v1"]
+    subprocess.run([*argv, str(tmp_path / "record")], check=True)
+    check_signature(contribution(key=public), (tmp_path / "record.sig").read_bytes())
+
+
+def test_the_list_of_what_came_first_is_kept_by_the_book() -> None:
+    """Appended in the order of the branches' names; what is no longer open is dropped."""
+    listed: list[str] = []
+    for opened in ("cd", "bcd", "abd", "abd"):
+        branches = sorted(f"refs/heads/contribute/0/{letter * 32}" for letter in opened)
+        ids = [branch[-32:] for branch in branches]
+        wanted = [entry for entry in listed if entry in ids]
+        wanted += [entry for entry in ids if entry not in wanted]
+        listed = list(first_seen([listed], branches))
+        assert listed == wanted
+    assert listed == [letter * 32 for letter in "dba"]

@@ -7,8 +7,10 @@ process, started again, says the same.
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,7 +152,11 @@ class Evaluator:
     def _nonce(self, session: Session) -> str:
         path = self.folder / f"nonce-{digest(session.opening)[:16]}"
         if not path.exists():
-            self._keep(path, secrets.token_hex(32).encode())
+            fresh = path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}")
+            self._keep(fresh, secrets.token_hex(32).encode())
+            with suppress(FileExistsError):  # of two processes, the first one's nonce holds
+                path.hardlink_to(fresh)
+            fresh.unlink()
         return path.read_text(encoding="ascii")
 
     def _keep(self, path: Path, data: bytes) -> None:
