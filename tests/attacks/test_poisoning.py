@@ -185,6 +185,6 @@ def test_each_attack_in_turn_stops_no_hub(tmp_path: Path, world: World) -> None:
     story = Story(tmp_path, world)
     for threat in THREATS:
         before = world.loss(story.weights())
-        wanted = story.round(4, [threat])
+        wanted = story.round(3, [threat])
         assert world.loss(story.weights()) <= max(world.loss(wanted), before) + threat.allowed
     assert set(story.audit()) == {True}
