@@ -149,8 +149,8 @@ def _added(x: Tensor, y: Tensor, product: Product, scale: Rows | None) -> Tensor
 def _part(layer: StreamingTransformerLayer, weights: int) -> Part:
     attention, gate = layer.self_attn, None
     if layer.gated:
-        gate = layer.gating[weights] if isinstance(layer.gating, nn.ModuleList) else layer.gating
-        assert isinstance(gate, Gating)
+        one = not isinstance(layer.gating, nn.ModuleList)
+        gate = cast("Gating", layer.gating if one else layer.gating[weights])
     return Part(
         _norm(layer.norm1),
         Product(attention.in_projs[weights]),
