@@ -99,13 +99,14 @@ class Ring(State):
         keys, values = self.keys[:, :, : placement.filled], self.values[:, :, : placement.filled]
         if not placement.before:
             keys, values = torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
-        self._write(self.keys, k, placement.slots)
-        self._write(self.values, v, placement.slots)
+        last = placement.slots.shape[2]
+        index = placement.slots.expand(-1, k.shape[1], -1, k.shape[3])
+        self._write(self.keys, k[:, :, -last:], index)
+        self._write(self.values, v[:, :, -last:], index)
         return keys, values
 
-    def _write(self, ring: Tensor, new: Tensor, slots: Tensor) -> None:
-        new = new.detach()[:, :, -slots.shape[2] :].to(ring.dtype)
-        index = slots.expand_as(new)
+    def _write(self, ring: Tensor, new: Tensor, index: Tensor) -> None:
+        new = new.detach().to(ring.dtype)
         if not self.all_active:
             active = self.active[:, None, None, None]
             new = torch.where(active, new, ring.gather(2, index))
@@ -152,6 +153,7 @@ class StreamingAttention(StreamingModule):
         q, k, v = (y.transpose(1, 2) for y in (qk[:, :, :H], qk[:, :, H:], v))  # (B, H, T, D)
         if step.placement is not None:
             k, v = cast("Ring", self.state()).extend(k, v, step.placement)
+            q = q.to(k.dtype)  # autocast
         y = attend(q, k, v, step.blocks)
         return by_set(self.out_projs, y.transpose(1, 2).reshape(B, T, -1), sets)
 
@@ -164,8 +166,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocks: tuple[Block, ...]) -> Tensor
     parts = []
     for block in blocks:
         rows, columns = q[:, :, block.rows], block.columns
+        mask = None if block.mask is None else block.mask.to(q.dtype)  # autocast
         y = F.scaled_dot_product_attention(
-            rows, k[:, :, columns], v[:, :, columns], block.mask, enable_gqa=grouped
+            rows, k[:, :, columns], v[:, :, columns], mask, enable_gqa=grouped
         )
         parts.append(y)
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

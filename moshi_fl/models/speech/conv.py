@@ -17,6 +17,8 @@ from moshi_fl.errors import DataError
 from moshi_fl.models.speech.attention import floating
 from moshi_fl.models.speech.streaming import State, StreamingModule
 
+ROWS = 8192  # of windows that are copied out at once
+
 
 class Previous(State):
     """The last inputs of a convolution.
@@ -83,8 +85,12 @@ class CausalConv(StreamingModule):
         if self.past and self._state is not None:
             self._state.keep(self._previous.inputs, x[:, -self.past :])
         windows = x.unfold(1, self.span, self.stride)[..., :: self.dilation]  # (B, T', C, K)
-        rows = windows.transpose(2, 3).flatten(2)  # (B, T', K C)
-        return F.linear(rows, conv.weight.permute(0, 2, 1).flatten(1), conv.bias)
+        weight = conv.weight.permute(0, 2, 1).flatten(1)  # (outputs, K C)
+        parts = [
+            F.linear(part.transpose(2, 3).flatten(2), weight, conv.bias)
+            for part in torch.split(windows, ROWS, dim=1)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     @property
     def _previous(self) -> Previous:

@@ -8,107 +8,21 @@ gives what the whole would.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moshi_fl.errors import ConfigError, DataError
-from moshi_fl.models.common import settings_from
 from moshi_fl.models.speech.conv import CausalConv, CausalTransposedConv
-from moshi_fl.models.speech.quantizer import QuantizerConfig, SplitQuantizer
-from moshi_fl.models.speech.seanet import Decoder, Encoder, SeanetConfig
+from moshi_fl.models.speech.mimi_config import MimiConfig
+from moshi_fl.models.speech.quantizer import SplitQuantizer
+from moshi_fl.models.speech.seanet import Decoder, Encoder
 from moshi_fl.models.speech.streaming import StreamingModule
 from moshi_fl.models.speech.transformer import StreamingTransformer, TransformerConfig
 
-
-@dataclass(frozen=True)
-class MimiConfig:
-    """Kyutai's released codec, unless told otherwise.
-
-    Raises:
-        ConfigError: A value out of range, or parts that do not fit together.
-    """
-
-    sample_rate: int = 24000  # Hz
-    frame_rate: float = 12.5  # Hz
-    seanet: SeanetConfig = field(default_factory=SeanetConfig)
-    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
-    transformer: TransformerConfig = field(
-        default_factory=lambda: TransformerConfig(
-            d_model=512,
-            num_heads=8,
-            num_layers=8,
-            dim_feedforward=2048,
-            context=250,
-            positional_embedding="rope",
-            layer_scale=0.01,
-        )
-    )
-
-    def __post_init__(self) -> None:
-        if self.stride * self.frame_rate * self.seanet.hop != self.sample_rate or self.stride < 1:
-            raise ConfigError(
-                f"Mimi: sample_rate = {self.sample_rate} must be a multiple of "
-                f"{self.seanet.hop} (the product of the ratios) times frame_rate = "
-                f"{self.frame_rate}."
-            )
-
-    @property
-    def stride(self) -> int:
-        """Latents of SEANet in a frame."""
-        return round(self.sample_rate / self.seanet.hop / self.frame_rate)
-
-    @property
-    def frame_size(self) -> int:
-        """Samples in a frame."""
-        return self.seanet.hop * self.stride
-
-    @classmethod
-    def from_reference(cls, table: Mapping[str, Any]) -> MimiConfig:
-        """Settings under the names of the reference implementation.
-
-        Raises:
-            ConfigError: An unknown key, or a kind of model that this is not.
-        """
-        seanet = _without(table["seanet"], SEANET_FIXED, "seanet")
-        seanet["ratios"] = tuple(seanet["ratios"])
-        width = seanet["dimension"]
-        ends = {"input_dimension": width, "output_dimension": width}
-        quantizer = _without(table["quantizer"], ends, "quantizer")
-        fixed = TRANSFORMER_FIXED | {"input_dimension": width, "output_dimensions": [width]}
-        return cls(
-            table["sample_rate"],
-            table["frame_rate"],
-            settings_from(SeanetConfig, seanet, name="seanet"),
-            settings_from(QuantizerConfig, quantizer, name="quantizer"),
-            settings_from(
-                TransformerConfig,
-                _without(table["transformer"], fixed, "transformer"),
-                name="transformer",
-            ),
-        )
-
-
-SEANET_FIXED = {
-    "causal": True,
-    "activation": "ELU",
-    "norm": "none",
-    "pad_mode": "constant",
-    "true_skip": True,
-    "disable_norm_outer_blocks": 0,
-}
-TRANSFORMER_FIXED = {"causal": True, "conv_layout": True}
-
-
-def _without(table: Mapping[str, Any], fixed: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The table without keys that can have one value only."""
-    for key, value in fixed.items():
-        if table.get(key, value) != value:
-            raise ConfigError(f"{name}: {key} = {table[key]!r} must be {value!r}.")
-    return {key: value for key, value in table.items() if key not in fixed}
+PIECE = 125  # frames of long sound that are worked on at once
 
 
 @dataclass(frozen=True)
@@ -166,14 +80,14 @@ class Mimi(StreamingModule):
         width, stride = config.seanet.dimension, config.stride
         self.encoder = Encoder(config.seanet)
         self.encoder_transformer = _Projected(config.transformer, width)
-        self.downsample = _Resample(
-            "conv",
-            CausalConv(width, width, 2 * stride, stride=stride, bias=False, replicate=True),
-        )
+        self.downsample: nn.Module = nn.Identity()
+        self.upsample: nn.Module = nn.Identity()
+        if stride > 1:
+            down = CausalConv(width, width, 2 * stride, stride=stride, bias=False, replicate=True)
+            up = CausalTransposedConv(width, width, stride, bias=False, depthwise=True)
+            self.downsample = _Resample("conv", down)
+            self.upsample = _Resample("convtr", up)
         self.quantizer = SplitQuantizer(config.quantizer, width)
-        self.upsample = _Resample(
-            "convtr", CausalTransposedConv(width, width, stride, bias=False, depthwise=True)
-        )
         self.decoder_transformer = _Projected(config.transformer, width)
         self.decoder = Decoder(config.seanet)
         self.num_codebooks = config.quantizer.n_q
@@ -218,10 +132,12 @@ class Mimi(StreamingModule):
             raise ConfigError(f"{count} codebooks asked of Mimi; it has {self.total_codebooks}.")
         self.num_codebooks = count
 
+    @torch.no_grad()
     def encode(self, sound: Tensor, sample_rate: int | None = None) -> Tensor:
         """Codes (B, num_codebooks, frames) of sound (B, channels, samples).
 
-        Outside a stream, zeros fill the last frame up.
+        Outside a stream, zeros fill the last frame up, and long sound goes through a stream of its
+        own, so that memory does not grow with it.
 
         Args:
             sound: Samples from -1 to 1.
@@ -231,16 +147,28 @@ class Mimi(StreamingModule):
             DataError: Another rate or number of channels, no samples, samples that are not finite,
                 or, in a stream, not a whole number of frames.
         """
+        if not self.is_streaming and sound.shape[-1] > PIECE * self.frame_size:
+            sound = self._whole_frames(sound, sample_rate)
+            with self.streaming(len(sound)):
+                pieces = torch.split(sound, PIECE * self.frame_size, dim=-1)
+                return torch.cat([self.encode(piece) for piece in pieces], dim=-1)
         latent = self._latents(sound, sample_rate)
         return self.quantizer.encode(latent, self.num_codebooks)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Sound (B, channels, frames frame_size) of codes (B, levels, frames).
 
+        Outside a stream and without gradients, long codes go through a stream of their own.
+
         Raises:
             DataError: Codes out of range, none, or more levels than there are.
         """
         self._check_codes(codes)
+        grows = not (self.is_streaming or torch.is_grad_enabled())
+        if grows and codes.shape[-1] > PIECE:
+            with self.streaming(len(codes)):
+                pieces = torch.split(codes, PIECE, dim=-1)
+                return torch.cat([self.decode(piece) for piece in pieces], dim=-1)
         return self._sound(self.quantizer.decode(codes))
 
     def encode_to_latent(self, sound: Tensor, *, quantize: bool = True) -> Tensor:
@@ -272,6 +200,11 @@ class Mimi(StreamingModule):
 
     def _latents(self, sound: Tensor, sample_rate: int | None) -> Tensor:
         """(B, frames, C), before quantisation."""
+        x = self._whole_frames(sound, sample_rate).transpose(1, 2)  # (B, samples, channels)
+        return self.downsample(self.encoder_transformer(self.encoder(x)))  # type: ignore[no-any-return]
+
+    def _whole_frames(self, sound: Tensor, sample_rate: int | None) -> Tensor:
+        """The sound, checked; outside a stream, zeros fill the last frame up."""
         self._check_sound(sound, sample_rate)
         missing = -sound.shape[-1] % self.frame_size
         if missing and self.is_streaming:
@@ -279,8 +212,7 @@ class Mimi(StreamingModule):
                 f"a stream of Mimi was fed {sound.shape[-1]} samples; "
                 f"it takes whole frames of {self.frame_size}."
             )
-        x = nn.functional.pad(sound, (0, missing)).transpose(1, 2)  # (B, T frame_size, channels)
-        return self.downsample(self.encoder_transformer(self.encoder(x)))  # type: ignore[no-any-return]
+        return F.pad(sound, (0, missing)) if missing else sound
 
     def _sound(self, latent: Tensor) -> Tensor:
         """Sound of latents (B, frames, C)."""

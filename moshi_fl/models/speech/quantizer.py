@@ -86,13 +86,17 @@ class Codebook(nn.Module):
     def centroids(self) -> tuple[Tensor, Tensor]:
         """Centroids (bins, D) and half their squared lengths (bins,); computed when they change."""
         parts = (self.embedding_sum, self.cluster_usage)
+        if any(part.is_inference() for part in parts):  # such tensors count no changes
+            return self._computed()
         key = tuple((part.data_ptr(), part._version, part.dtype) for part in parts)  # noqa: SLF001
         if self._cache is None or self._cache[0] != key:
             with torch.inference_mode(mode=False), torch.no_grad():
-                usage = self.cluster_usage.clamp(min=LEAST_USAGE)
-                found = self.embedding_sum / usage[:, None]
-                self._cache = (key, found, found.square().sum(1) / 2)
+                self._cache = (key, *self._computed())
         return self._cache[1], self._cache[2]
+
+    def _computed(self) -> tuple[Tensor, Tensor]:
+        found = self.embedding_sum / self.cluster_usage.clamp(min=LEAST_USAGE)[:, None]
+        return found, found.square().sum(1) / 2
 
     def nearest(self, x: Tensor) -> Tensor:
         """Codes (N,) of vectors (N, D): the first of the nearest centroids."""

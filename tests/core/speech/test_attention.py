@@ -280,6 +280,17 @@ def test_rotation_keeps_length_and_relative_angle() -> None:
     torch.testing.assert_close(products[0], products[1], atol=1e-3, rtol=1e-3)
 
 
+def test_autocast_streams_and_trains() -> None:
+    model, x = build(), sequence()
+    wanted = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = model(x)
+        with torch.no_grad(), model.streaming(2):
+            streamed = stream(model, x, 3, 12)
+    for y in (whole, streamed):
+        torch.testing.assert_close(y.float(), wanted, atol=0.1, rtol=0.1)
+
+
 def test_half_precision_caches_in_its_own_dtype() -> None:
     model = build().bfloat16()
     with torch.no_grad(), model.streaming(2):
