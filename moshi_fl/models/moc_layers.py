@@ -34,14 +34,19 @@ class RMSNorm(nn.Module):
         """``x``: (..., C), the same back; the mean square is taken in float32 at least."""
         if x.is_cuda or torch.compiler.is_compiling():
             return F.rms_norm(x, (x.shape[-1],), self.weight, EPSILON)
-        y: Tensor = _RMSNorm.apply(x, self.weight)  # type: ignore[no-untyped-call]
-        return y
+        return rms_norm(x, self.weight)
 
 
-def inverse_rms(x: Tensor) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float = EPSILON) -> Tensor:
+    """``x`` (..., C) over the root mean square of each row, times ``weight`` (C,)."""
+    y: Tensor = _RMSNorm.apply(x, weight, epsilon)  # type: ignore[no-untyped-call]
+    return y
+
+
+def inverse_rms(x: Tensor, epsilon: float = EPSILON) -> Tensor:
     """One over the root mean square of each row, (..., 1)."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x.dtype))
-    inverse: Tensor = norm.square_().div_(x.shape[-1]).add_(EPSILON).rsqrt_().to(x.dtype)
+    inverse: Tensor = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_().to(x.dtype)
     return inverse
 
 
@@ -52,8 +57,8 @@ class _RMSNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        inverse = inverse_rms(x)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        inverse = inverse_rms(x, epsilon)
         normal = x * inverse
         ctx.save_for_backward(normal, inverse, weight)
         y: Tensor = normal * weight
@@ -61,14 +66,14 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         normal, inverse, weight = ctx.saved_tensors
         product = dy * normal
         rows = product.flatten(0, -2)
         dw = rows.sum(0, dtype=wide(rows.dtype)).to(weight.dtype)
         share = torch.mv(rows, weight.to(rows.dtype)).div_(-dy.shape[-1])  # (rows,)
         dx = (dy * weight).addcmul_(normal, share.view(inverse.shape)).mul_(inverse)
-        return dx, dw
+        return dx, dw, None
 
 
 class Rotary(nn.Module):

@@ -149,8 +149,8 @@ def _added(x: Tensor, y: Tensor, product: Product, scale: Rows | None) -> Tensor
 def _part(layer: StreamingTransformerLayer, weights: int) -> Part:
     attention, gate = layer.self_attn, None
     if layer.gated:
-        gate = layer.gating[weights] if isinstance(layer.gating, nn.ModuleList) else layer.gating
-        assert isinstance(gate, Gating)
+        found = layer.gating
+        gate = cast("Gating", found[weights] if isinstance(found, nn.ModuleList) else found)
     return Part(
         _norm(layer.norm1),
         Product(attention.in_projs[weights]),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moshi_fl.errors import ConfigError
-from moshi_fl.models.moc_layers import wide
+from moshi_fl.models.moc_layers import rms_norm, wide
 
 NormName = Literal["layer_norm", "layer_norm_f32", "rms_norm", "rms_norm_f32"]
 PositionName = Literal["sin", "rope", "rope_concat", "sin_rope", "none"]
@@ -31,8 +31,10 @@ class RMSNorm(nn.Module):
         """``x``: (..., C), the same back."""
         dtype = wide(x.dtype) if self.in_float32 else x.dtype
         gain = self.alpha.view(-1).to(dtype)
-        y = F.rms_norm(x.to(dtype), gain.shape, gain, self.epsilon)
-        return y.to(x.dtype)
+        y = x.to(dtype)
+        if torch.is_grad_enabled() and not (x.is_cuda or torch.compiler.is_compiling()):
+            return rms_norm(y, gain, self.epsilon).to(x.dtype)  # its gradient takes half the time
+        return F.rms_norm(y, gain.shape, gain, self.epsilon).to(x.dtype)
 
 
 class LayerNormF32(nn.LayerNorm):

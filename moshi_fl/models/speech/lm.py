@@ -9,6 +9,7 @@ Parameter names are those of Kyutai's checkpoints.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple, cast
 
 import torch
@@ -170,10 +171,12 @@ class LMModel(StreamingModule):
         """The sum of the vectors of each column's tokens, audio first: (B, T, C)."""
         tokens = columns.clamp_min(0).unbind(1)
         known = (columns != ZERO_TOKEN)[..., None].unbind(1)
-        x = self.emb[0].vectors(tokens[1], known[1])
-        for stream, embedding in enumerate(self.emb[1:], start=2):
-            x = x + embedding.vectors(tokens[stream], known[stream])
-        return cast("Tensor", x + self.text_emb.vectors(tokens[0], known[0]))
+        tables = [*cast("Iterable[TokenEmbedding]", self.emb), self.text_emb]
+        first, *rest = zip(tables, (*tokens[1:], tokens[0]), (*known[1:], known[0]), strict=True)
+        x = first[0].vectors(first[1], first[2])
+        for table, token, there in rest:
+            x = x + table.vectors(token, there)
+        return x
 
     def forward_depth(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Logits (B, dep_q, T, card) of each frame's audio, all codebooks at once.
