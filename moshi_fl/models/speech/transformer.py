@@ -302,8 +302,11 @@ class StreamingTransformer(StreamingModule):
         return rotation_rates(width, self.config.max_period, device)
 
     def _turns(self, positions: Tensor, rates: Tensor) -> Tensor | None:
-        plain = self.config.positional_embedding in {"none", "sin"}
-        return None if plain else rotation(positions, rates)
+        if self.config.positional_embedding in {"none", "sin"}:
+            return None
+        turns = rotation(positions, rates)[:, :, None]  # (B, T, 1, 1, D / 2)
+        groups = [turns] * (self.config.kv_repeat + 1)
+        return torch.cat([*groups, torch.ones_like(turns)], dim=2)
 
     def _sets(self, start: int, count: int) -> list[int] | None:
         sets = self.config.sets
