@@ -7,12 +7,13 @@ JOBS ?= 2
 TEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+FUZZ_ARGS ?=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint bench clean venv
+.PHONY: demo test lint bench fuzz clean venv
 
 demo: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh $(DEMO_ARGS)
@@ -29,6 +30,11 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
+# A million mutated inputs through everything that reads a stranger's bytes; some minutes.
+# FUZZ_ARGS="--inputs 5000 --seconds 20" is a short run; --help lists the rest.
+fuzz: $(READY)
+	$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
+
 venv: $(READY)
 
 # Installed again only when what is to be installed has changed.
@@ -39,6 +45,8 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt --editable . --group test --group lint
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--constraint constraints.txt --group oracle
 	@touch $@
 
 clean:

@@ -1,9 +1,13 @@
-"""``python -m benchmarks [--only NAME]``: runs every ``bench_*`` module and prints one table."""
+"""``python -m benchmarks [--only NAME] [--quick]``: every ``bench_*`` module, one table.
+
+``--quick`` is for those that have a short version: they take less in, by the same rules.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import pkgutil
 import sys
 
@@ -19,11 +23,17 @@ def names() -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--only", metavar="NAME", action="append", choices=names())
-    chosen = parser.parse_args().only or names()
+    parser.add_argument(
+        "--quick", action="store_true", help="the short version, where there is one"
+    )
+    given = parser.parse_args()
+    chosen = given.only or names()
     rows: list[Row] = []
     for name in chosen:
         print(f"running {name} ...", file=sys.stderr, flush=True)
-        rows += importlib.import_module(f"benchmarks.bench_{name}").run()
+        run = importlib.import_module(f"benchmarks.bench_{name}").run
+        short = given.quick and "quick" in inspect.signature(run).parameters
+        rows += run(quick=True) if short else run()
     print_table(rows)
     return 0
 

@@ -17,7 +17,8 @@ from moshi_fl.records import Location, Manifest, Round, digest
 from moshi_fl.replica import Replica
 from moshi_fl.store import RefUpdate
 from moshi_fl.weights import sha256_bytes
-from moshi_hub.publish import author, commit_latest, extend
+from moshi_hub.merge import desk_for
+from moshi_hub.publish import author, commit_latest, extend, latest_files
 
 
 def grow_old(hub: Path, replica: Replica, years: int) -> None:
@@ -25,7 +26,7 @@ def grow_old(hub: Path, replica: Replica, years: int) -> None:
 
     Args:
         hub: Its bare repository, which nobody else uses.
-        replica: A replica of it.
+        replica: A replica of it, whose home holds the hub's keys.
         years: How many rounds it becomes older.
     """
     state = replica.pull().state
@@ -41,7 +42,11 @@ def grow_old(hub: Path, replica: Replica, years: int) -> None:
     ]
     _set_refs(hub, [*before, *places])
     hubfile = state.hubfile.encode()
-    latest = commit_latest(replica.repo, manifest, hubfile, state.tokenizer, author("bench"))
+    files = latest_files(manifest, hubfile, state.tokenizer)
+    desk = desk_for(replica, state, state.config)
+    targets = desk.sign_targets(desk.draft_targets(files, manifest.newest.round))
+    signed = {**files, **desk.publish(targets)}
+    latest = commit_latest(replica.repo, manifest, signed, author("bench"))
     replica.repo.push([RefUpdate(state.refs.latest, latest, state.commit)])
 
 

@@ -124,7 +124,7 @@ def measure(served: Served, folder: Path) -> list[Row]:
         if number == 10:
             rows.append(clone_row(10, served.clone(), "-"))
         if not served.homes.joinpath("ripe").exists() and is_ripe(served.hub.maintainer):
-            rows += ripe_rows(served, folder, keyframe.bytes)
+            rows += ripe_rows(served, keyframe.bytes)
         progress(served.hub.round(CONTRIBUTORS).proposal.record.round)
     rows.insert(0, clone_row(ROUNDS, served.clone(), "<= 200 kB"))
     rows.append(cold_row(ROUNDS, served.pull("starter-50")[0], keyframe.bytes))
@@ -139,12 +139,12 @@ def is_ripe(maintainer: Replica) -> bool:
     return needs_keyframe(state.config.storage, state.manifest.rounds, size)
 
 
-def ripe_rows(served: Served, folder: Path, keyframe: int) -> list[Row]:
+def ripe_rows(served: Served, keyframe: int) -> list[Row]:
     """A cold start when it costs most, now and in the same hub at round 1,000."""
     number = served.hub.maintainer.look().newest.round
     young = served.hub.folder / "hub.git"
     old = shutil.copytree(young, served.hub.folder / "old.git")
-    grow_old(old, Replica(str(old), folder / "ageing"), AGE - number)
+    grow_old(old, Replica(str(old), served.hub.folder / "maintainer"), AGE - number)
     return [
         cold_row(number, served.pull("ripe")[0], keyframe),
         cold_row(AGE, served.pull("old", "old")[0], keyframe),

@@ -20,9 +20,10 @@ from moshi_fl.codec import get_codec
 from moshi_fl.codec.delta import delta_bytes, encode_delta
 from moshi_fl.history import DELTA_FILE, HubState
 from moshi_fl.hubfile import HubConfig
-from moshi_fl.records import Contribution, File, Location, Metrics, Training
+from moshi_fl.records import Contribution, File, Location, Metrics, Training, dump
 from moshi_fl.replica import Replica
 from moshi_fl.rules import Shapes, shapes_of
+from moshi_fl.signing import CONTRIBUTION_NAMESPACE, own_signer
 from moshi_fl.weights import Array, Weights, sha256_bytes
 from moshi_hub.create import Plan, create
 from moshi_hub.merge import Options, Outcome, merge
@@ -76,7 +77,10 @@ def contribute(sender: Replica, state: HubState, shapes: Shapes, *, name: str, s
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / DELTA_FILE
         path.write_bytes(data)
-        return submit(sender, state, fabricated_record(sender, state, data, name), path)
+        signer = own_signer(sender.folder / "people" / name)
+        record = fabricated_record(sender, state, data, name, signer.public_key)
+        signature = signer.sign(dump(record), CONTRIBUTION_NAMESPACE)
+        return submit(sender, state, record, signature, path)
 
 
 def fabricated_delta(shapes: Shapes, seed: list[int]) -> dict[str, Array]:
@@ -102,7 +106,9 @@ def encoded(delta: Weights, config: HubConfig) -> bytes:
     return delta_bytes(encode_delta(delta, codec)[0], codec)
 
 
-def fabricated_record(sender: Replica, state: HubState, data: bytes, name: str) -> Contribution:
+def fabricated_record(
+    sender: Replica, state: HubState, data: bytes, name: str, key: str
+) -> Contribution:
     """The record of a delta, with every field that a trained one has."""
     newest, sha256 = state.newest, sha256_bytes(data)
     ref = state.refs.delta(newest.round, sha256)
@@ -114,6 +120,7 @@ def fabricated_record(sender: Replica, state: HubState, data: bytes, name: str) 
         family=state.config.family,
         codec=state.config.delta.codec,
         contributor=name,
+        key=key,
         delta=Location(
             ref=ref,
             commit=delta_commit(sender.repo, ref, data),

@@ -78,10 +78,17 @@ class Settings:
 
     hub: str = _setting("", "URL or path of the hub", _text)
     contributor: str = _setting("", "your name in contribution records; public", _contributor)
+    signing_key: str = _setting(
+        "", "your SSH key (or its .pub), instead of one made for you", _text
+    )
     data: tuple[str, ...] = _setting((), "files and folders to train on", _paths)
     device: str = _setting("auto", "auto, cpu, mps, cuda or cuda:N", _device)
     precision: str = _setting("fp32", "fp32, bf16 or auto", _precision)
     threads: int = _setting(0, "CPU threads for training; 0 lets torch choose", _whole(0, 1024))
+    min_attestations: int = _setting(
+        0, "refuse rounds with fewer agreeing attestations of independent people", _whole(0, 100)
+    )
+    github_api: str = _setting("", "API of a GitHub Enterprise server that hosts hubs", _text)
     keep_rounds: int = _setting(2, "rounds kept in the cache per hub", _whole(1, 100_000))
     _origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
@@ -103,6 +110,9 @@ SETTINGS: dict[str, str] = {f.name: f.metadata["help"] for f in fields(Settings)
 _PARSERS: dict[str, Callable[[Any], Any]] = {
     f.name: f.metadata["parse"] for f in fields(Settings) if f.metadata
 }
+
+
+_FLAGS = {"signing_key": "--key"}  # those that are not named as their setting
 
 
 def home() -> Path:
@@ -166,7 +176,7 @@ def _given(flags: Mapping[str, object]) -> dict[str, tuple[object, str]]:
             given[name] = (os.environ[variable], variable)
     for name, value in flags.items():
         if value is not None and value != ():
-            given[name] = (value, f"--{name.replace('_', '-')}")
+            given[name] = (value, _FLAGS.get(name) or f"--{name.replace('_', '-')}")
     return given
 
 
@@ -228,7 +238,7 @@ def set_value(name: str, words: Sequence[str]) -> Any:
         words = [str(Path(word).expanduser().absolute()) for word in words]
     elif len(words) > 1:
         raise ConfigError(f"{name} takes one value, not {len(words)}.")
-    elif name == "hub" and Path(words[0]).expanduser().is_dir():
+    elif name == "signing_key" or (name == "hub" and Path(words[0]).expanduser().is_dir()):
         words = [str(Path(words[0]).expanduser().absolute())]
     value = _checked(name, words if name == "data" else words[0], "config set")
     ensure_home()

@@ -46,8 +46,20 @@ class UntrustedHub(HubError):
         super().__init__(message, hint=hint or "ask the hub's maintainer; nothing was changed here")
 
 
+class StaleHub(HubError):
+    """The hub's signed metadata has expired: it may be frozen, so what it offers is not taken."""
+
+
 class CorruptRecord(MoshiError):
     """Bytes that are not what they claim to be."""
+
+
+class BadSignature(CorruptRecord):
+    """A signature that is not by the key, over the bytes, and for the purpose that it should be."""
+
+
+class SigningError(MoshiError):
+    """Signing, or checking a signature, could not be done on this machine."""
 
 
 class ConfigError(MoshiError):

@@ -6,12 +6,14 @@ Reads and checks records; moves no weights (``moshi_fl.restore`` does) and keeps
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from moshi_fl.errors import HubError, UntrustedHub
+from moshi_fl.errors import BadSignature, CorruptRecord, HubError, UntrustedHub
 from moshi_fl.hubfile import MAX_HUBFILE_BYTES, HubConfig, parse_hubfile
-from moshi_fl.records import Contribution, Manifest, Round, digest, load
+from moshi_fl.records import Contribution, Manifest, Round, digest, dump, load
+from moshi_fl.signed.files import MAX_METADATA_BYTES, METADATA_FILES
+from moshi_fl.signing import CONTRIBUTION_NAMESPACE, MAX_SIGNATURE_BYTES, verify_signature
 from moshi_fl.store import HubRepo, RefMissing
 from moshi_fl.weights import sha256_bytes
 
@@ -22,11 +24,15 @@ PREFIXES = ("refs/moshi/", "refs/heads/moshi/")
 
 MANIFEST_FILE = "manifest.json"
 HUB_FILE = "hub.toml"
+EVALUATORS_FILE = "trust/evaluators.json"
 TOKENIZER_FILE = "tokenizer.json"
 DELTA_FILE = "delta.safetensors"
 MAX_MANIFEST_BYTES = 8 << 20
 MAX_TOKENIZER_BYTES = 8 << 20
 MAX_LATEST_PACK = 32 << 20
+MAX_LATEST_FILES = 1000
+SIGNED_FILES = (MANIFEST_FILE, HUB_FILE, TOKENIZER_FILE)
+"""What the targets metadata signs."""
 LOCAL_LATEST = "refs/moshi-fl/latest"
 
 
@@ -53,13 +59,35 @@ class Refs:
         """One contribution's delta, made on that round; named by its own content."""
         return f"{self.prefix}delta/{number}/{sha256[:32]}"
 
+    @property
+    def intake(self) -> str:
+        """In which order the open contributions were first seen."""
+        return f"{self.prefix}intake"
+
     def archive(self, number: int) -> str:
         """The accepted deltas of a round whose update is a step; kept for audit."""
         return f"{self.prefix}archive/{number}"
 
+    def evaluation(self, number: int, step: str) -> str:
+        """A signed record of the evaluation of what shall become that round."""
+        return f"{self.prefix}evaluation/{number}/{step}"
+
+    def evidence(self, number: int) -> str:
+        """All records of the evaluation that a round's verdicts follow from."""
+        return f"{self.prefix}evidence/{number}"
+
+    def pool(self, sha256: str) -> str:
+        """A held-out pool that is no longer used, and therefore no longer secret."""
+        return f"{self.prefix}pool/{sha256}"
+
     def next(self, number: int) -> str:
         """The ``latest`` of a proposed round, ready for the day it is published."""
         return f"{self.prefix}next/{number}"
+
+    @property
+    def next_root(self) -> str:
+        """A change of the hub's keys that waits for signatures."""
+        return f"{self.prefix}next/root"
 
 
 def contribution_branch(number: int, contribution_id: str) -> str:
@@ -70,6 +98,11 @@ def contribution_branch(number: int, contribution_id: str) -> str:
 def contribution_path(number: int, contribution_id: str) -> str:
     """Path of the record in the tree of its branch."""
     return f"contributions/{number:04d}/{contribution_id}.json"
+
+
+def signature_path(number: int, contribution_id: str) -> str:
+    """Path of the record's signature, beside it."""
+    return f"contributions/{number:04d}/{contribution_id}.sig"
 
 
 def round_branch(number: int) -> str:
@@ -87,9 +120,24 @@ def round_path(number: int) -> str:
     return f"{round_folder(number)}/round.json"
 
 
+def ledger_path(number: int) -> str:
+    """Path on main of a round's ledger."""
+    return f"{round_folder(number)}/ledger.json"
+
+
+def verdicts_path(number: int) -> str:
+    """Path on main of the verdicts that a round is based on; the signature ends in ``.sig``."""
+    return f"{round_folder(number)}/verdicts.json"
+
+
 def accepted_path(number: int, contribution_id: str) -> str:
     """Path on main of a contribution's record that a round accepted."""
     return f"{round_folder(number)}/contributions/{contribution_id}.json"
+
+
+def accepted_signature_path(number: int, contribution_id: str) -> str:
+    """Path on main of that record's signature."""
+    return f"{round_folder(number)}/contributions/{contribution_id}.sig"
 
 
 @dataclass(frozen=True)
@@ -136,16 +184,42 @@ def fetch_latest(repo: HubRepo, prefix: str | None = None) -> tuple[Refs, str]:
 
 
 def read_state(repo: HubRepo, refs: Refs, commit: str) -> HubState:
-    """Read and check a ``latest`` commit that is in the local store.
+    """Read and check a ``latest`` commit that is in the local store; its signatures are not.
 
     Raises:
         UntrustedHub: Its parts contradict each other.
         CorruptRecord, ConfigError: A part is malformed.
     """
-    manifest_bytes = repo.read(commit, MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
-    hubfile = repo.read(commit, HUB_FILE, limit=MAX_HUBFILE_BYTES).decode("utf-8", "replace")
-    tokenizer = repo.read(commit, TOKENIZER_FILE, limit=MAX_TOKENIZER_BYTES)
-    manifest = load(manifest_bytes, Manifest, name=MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
+    return parse_state(read_latest(repo, commit), refs, commit)
+
+
+def read_latest(repo: HubRepo, commit: str) -> dict[str, bytes]:
+    """The files of a ``latest`` commit that mean something, each within its limit.
+
+    Raises:
+        CorruptRecord: One of the hub's own is missing, or one is no plain file or too large.
+    """
+    limits = dict.fromkeys(METADATA_FILES, MAX_METADATA_BYTES) | {
+        MANIFEST_FILE: MAX_MANIFEST_BYTES,
+        HUB_FILE: MAX_HUBFILE_BYTES,
+        TOKENIZER_FILE: MAX_TOKENIZER_BYTES,
+    }
+    found = repo.read_listed(commit, limits, at_most=MAX_LATEST_FILES)
+    for name in SIGNED_FILES:
+        if name not in found:
+            raise CorruptRecord(f"{commit} has no file {name!r}.")
+    return found
+
+
+def parse_state(files: Mapping[str, bytes], refs: Refs, commit: str) -> HubState:
+    """What the files of a ``latest`` commit say, checked against each other.
+
+    Raises:
+        As for ``read_state``.
+    """
+    data, tokenizer = files[MANIFEST_FILE], files[TOKENIZER_FILE]
+    hubfile = files[HUB_FILE].decode("utf-8", "replace")
+    manifest = load(data, Manifest, name=MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
     config = parse_hubfile(hubfile)
     check_chain(manifest.rounds)
     _check_state(manifest, config, refs, tokenizer)
@@ -214,3 +288,37 @@ def read_contributions(repo: HubRepo, main: str, record: Round) -> dict[str, Con
             raise UntrustedHub(f"{path} holds contribution {contribution.id}.")
         contributions[wanted] = contribution
     return contributions
+
+
+def check_signature(contribution: Contribution, signature: bytes) -> None:
+    """Insist that a contribution is signed by the key that it names.
+
+    Raises:
+        BadSignature: It is not.
+        SigningError: ssh-keygen could not be asked.
+    """
+    armoured = signature.decode("ascii", "replace")
+    verify_signature(dump(contribution), armoured, contribution.key, CONTRIBUTION_NAMESPACE)
+
+
+def check_signatures(
+    repo: HubRepo, main: str, record: Round, contributions: Mapping[str, Contribution]
+) -> None:
+    """Insist that each accepted contribution of a round is signed by the key that it names.
+
+    Raises:
+        UntrustedHub: One is not, or main does not have its signature; names it.
+        SigningError: ssh-keygen could not be asked.
+    """
+    ids = [merged.id for merged in record.contributions]
+    paths = [accepted_signature_path(record.round, contribution_id) for contribution_id in ids]
+    try:
+        found = repo.read_many(main, paths, limit=MAX_SIGNATURE_BYTES)
+    except CorruptRecord as error:
+        raise UntrustedHub(f"a signature of round {record.round} is missing: {error}") from error
+    for contribution_id, signature in zip(ids, found, strict=True):
+        try:
+            check_signature(contributions[contribution_id], signature)
+        except BadSignature as error:
+            short = contribution_id[:12]
+            raise UntrustedHub(f"contribution {short} is not signed by its key: {error}") from error

@@ -18,7 +18,7 @@ PositiveFloat = Annotated[float, Meta(gt=0, le=1e30)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 Tables = dict[str, dict[str, Any]]
 
-MAX_HUBFILE_BYTES = 1 << 18
+MAX_HUBFILE_BYTES = 1 << 16
 
 
 class _Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -66,6 +66,8 @@ class AggregationRules(_Table, frozen=True, kw_only=True):
     server_learning_rate: PositiveFloat = 1.0
     min_contributions: Positive = 1
     max_contributions: Positive = 1000
+    weighting: Literal["equal", "examples"] = "equal"
+    min_owners: Annotated[int, Meta(ge=1, le=1_000_000)] = 3
     max_examples: Positive = 100_000
     staleness_discount: Fraction = 0.5
 
@@ -79,9 +81,15 @@ class StorageRules(_Table, frozen=True, kw_only=True):
 
 
 class EvaluationRules(_Table, frozen=True, kw_only=True):
-    """``[evaluation]``: how much held-out data a merge is measured on."""
+    """``[evaluation]``: how contributions are measured on held-out data, and by whom."""
 
-    sequences: Positive = 64
+    sequences: Annotated[int, Meta(ge=2, le=10_000)] = 256
+    private_sequences: Annotated[int, Meta(ge=0, le=1000)] = 32
+    precision: Literal["float64", "float32"] = "float64"
+    gate: bool = True
+    evaluators: Literal["local", "appointed"] = "local"
+    quorum: Annotated[int, Meta(ge=1, le=6)] = 2
+    hours: Annotated[float, Meta(gt=0, le=10_000)] = 24.0
 
 
 class VocabularyRules(_Table, frozen=True, kw_only=True):
@@ -89,6 +97,13 @@ class VocabularyRules(_Table, frozen=True, kw_only=True):
 
     min_proposals: Positive = 2
     max_size: Annotated[int, Meta(ge=256)] = 4096
+
+
+class TrustRules(_Table, frozen=True, kw_only=True):
+    """``[trust]``: how long signatures hold, in days."""
+
+    timestamp_days: Annotated[int, Meta(ge=1, le=3650)] = 90
+    metadata_days: Annotated[int, Meta(ge=1, le=3650)] = 365
 
 
 class HubConfig(_Table, frozen=True, kw_only=True):
@@ -102,6 +117,7 @@ class HubConfig(_Table, frozen=True, kw_only=True):
     storage: StorageRules = StorageRules()
     evaluation: EvaluationRules = EvaluationRules()
     vocabulary: VocabularyRules = VocabularyRules()
+    trust: TrustRules = TrustRules()
 
     @property
     def family(self) -> str:
@@ -134,6 +150,17 @@ def parse_hubfile(text: str, *, name: str = "hub.toml") -> HubConfig:
     if not isinstance(config.model.get("family"), str):
         raise ConfigError(f'{name}: [model] needs family = "…".')
     return config
+
+
+def changed_settings(old: HubConfig, new: HubConfig) -> list[str]:
+    """What differs between two files, as ``table.key: old -> new``."""
+    before, after = msgspec.to_builtins(old), msgspec.to_builtins(new)
+    return [
+        f"{table}.{key}: {before[table].get(key)!r} -> {after[table].get(key)!r}"
+        for table in after
+        for key in sorted({*before[table], *after[table]})
+        if before[table].get(key) != after[table].get(key)
+    ]
 
 
 def _located(message: str, text: str, name: str) -> ConfigError:

@@ -27,6 +27,14 @@ HubId = Annotated[str, Meta(pattern=r"\A[0-9a-f]{16}\Z")]
 ContributionId = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 Name = Annotated[str, Meta(pattern=r"\A[a-z][a-z0-9_-]*\Z", max_length=40)]
 Text = Annotated[str, Meta(max_length=200)]
+PublicKey = Annotated[
+    str,
+    Meta(
+        pattern=r"\A(ssh-ed25519|ssh-rsa|ecdsa-sha2-nistp(256|384|521)|sk-ssh-ed25519@openssh\.com"
+        r"|sk-ecdsa-sha2-nistp256@openssh\.com) [A-Za-z0-9+/]+={0,2}\Z",
+        max_length=1500,
+    ),
+]
 Count = Annotated[int, Meta(ge=0, le=(1 << 53) - 1)]
 RoundNumber = Annotated[int, Meta(ge=0, le=999_999_999)]
 Scalar = bool | int | float | str
@@ -74,6 +82,23 @@ class Metrics(Record, frozen=True, kw_only=True):
     held_out_after: float | None = None
 
 
+class Privacy(Record, frozen=True, kw_only=True):
+    """Differential privacy of a contribution, as its contributor states it; never trusted.
+
+    ``epsilon`` is of this contribution alone, at ``delta``; ``unit`` is what it protects.
+    """
+
+    mechanism: Name
+    noise_multiplier: Annotated[float, Meta(gt=0)]
+    max_gradient_norm: Annotated[float, Meta(gt=0)]
+    sample_rate: Annotated[float, Meta(gt=0, le=1)]
+    steps: Count
+    delta: Annotated[float, Meta(gt=0, lt=1)]
+    epsilon: Annotated[float, Meta(ge=0)]
+    accountant: Name
+    unit: Name
+
+
 class Contribution(Record, frozen=True, kw_only=True):
     """One contributor's update: a small text; the delta lies beside it on its own ref."""
 
@@ -85,10 +110,12 @@ class Contribution(Record, frozen=True, kw_only=True):
     family: Name
     codec: Name
     contributor: Text
+    key: PublicKey
     delta: Location
     num_examples: Annotated[int, Meta(ge=1, le=(1 << 53) - 1)]
     training: Training
     metrics: Metrics = Metrics()
+    privacy: Privacy | None = None
     proposed_characters: Annotated[str, Meta(max_length=1000)] = ""
     rebased_from: RoundNumber | None = None
     software: Text
@@ -102,10 +129,12 @@ class Contribution(Record, frozen=True, kw_only=True):
 class Merged(Record, frozen=True, kw_only=True):
     """A contribution's place in a round: who, on which base, with which integer weight.
 
+    ``owner``: who stands behind it; an owner counts once, and never for more than a fair share.
     ``missing_rows``: rows of the vocabulary tensors that were appended after its base.
     """
 
     id: ContributionId
+    owner: Text
     base_round: RoundNumber
     weight: Annotated[int, Meta(ge=1, le=(1 << 53) - 1)]
     missing_rows: Count = 0
@@ -120,8 +149,14 @@ class Strategy(Record, frozen=True, kw_only=True):
 
 
 class Weighting(Record, frozen=True, kw_only=True):
-    """How a round turned examples and age into weights, so that an auditor can do it again."""
+    """How a round turned claims into weights, so that an auditor can do it again.
 
+    ``rule``: ``equal`` weighs contributions of one age alike, ``examples`` by what they claim.
+    ``min_owners``: no owner has more than one share of so many, or of all where there are fewer.
+    """
+
+    rule: Literal["equal", "examples"] = "equal"
+    min_owners: Annotated[int, Meta(ge=1, le=1_000_000)] = 3
     max_examples: Annotated[int, Meta(ge=1)] = 100_000
     staleness_discount: Annotated[float, Meta(ge=0, le=1)] = 0.5
 
@@ -160,7 +195,10 @@ class Evaluation(Record, frozen=True, kw_only=True):
 
 
 class Round(Record, frozen=True, kw_only=True):
-    """One published state of the global model, chained to the one before by ``previous``."""
+    """One published state of the global model, chained to the one before by ``previous``.
+
+    ``median_norm``: of the deltas, in a round of a strategy that goes by the norms of earlier ones.
+    """
 
     format: Literal[1] = 1
     kind: Literal["round"] = "round"
@@ -177,8 +215,11 @@ class Round(Record, frozen=True, kw_only=True):
     strategy: Strategy | None = None
     weighting: Weighting = Weighting()
     contributions: tuple[Merged, ...] = ()
+    median_norm: Annotated[float, Meta(ge=0)] | None = None
     growth: Growth | None = None
     evaluation: Evaluation | None = None
+    verdicts: Sha256 | None = None
+    ledger: Sha256 | None = None
     created: Annotated[str, Meta(pattern=r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ\Z")]
     software: Text
 
@@ -195,6 +236,15 @@ class Manifest(Record, frozen=True, kw_only=True):
     def newest(self) -> Round:
         """The round that is the current global model."""
         return self.rounds[-1]
+
+
+class Intake(Record, frozen=True, kw_only=True):
+    """Open contributions in the order in which whoever merges first saw them."""
+
+    format: Literal[1] = 1
+    kind: Literal["intake"] = "intake"
+    hub: HubId
+    seen: Annotated[tuple[ContributionId, ...], Meta(max_length=20_000)]
 
 
 R = TypeVar("R", bound=Record)

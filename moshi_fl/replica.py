@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +24,17 @@ from msgspec import Meta
 from moshi_fl.errors import CorruptRecord, HubError, MoshiError, UntrustedHub
 from moshi_fl.history import (
     MAIN,
+    SIGNED_FILES,
     HubState,
     Refs,
     check_chain,
     fetch_latest,
+    parse_state,
+    read_latest,
     read_rounds,
     read_state,
 )
+from moshi_fl.policy import NO_DEMANDS, Policy
 from moshi_fl.records import (
     Count,
     HubId,
@@ -44,7 +48,9 @@ from moshi_fl.records import (
     load,
 )
 from moshi_fl.restore import Plan, plan, restore
+from moshi_fl.signed.files import Trust, TrustFolder, find_root, pinned
 from moshi_fl.store import HubRepo, normalise_url, redact
+from moshi_fl.store.failures import disk_errors
 from moshi_fl.strategies import find_strategy
 from moshi_fl.text import Size
 from moshi_fl.weights import Weights, open_weights, weights_digest, write_atomic
@@ -64,6 +70,7 @@ class Seen(Record, frozen=True, kw_only=True):
     round: RoundNumber
     record: Sha256
     checked: Count
+    expires: Count
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,8 @@ class Snapshot:
         online: Whether the hub answered this time.
         problem: Why it did not; empty when it did.
         received: Bytes of weights fetched this time.
+        root: Fingerprint of the root of trust by which the hub's signatures are judged.
+        first_contact: Whether that root was taken as offered, just now.
     """
 
     state: HubState
@@ -87,6 +96,8 @@ class Snapshot:
     online: bool
     received: int = 0
     problem: str = ""
+    root: str = ""
+    first_contact: bool = False
 
     @property
     def round(self) -> int:
@@ -133,16 +144,33 @@ class Replica:
         home: Folder of this user's moshi-fl data.
         keep_rounds: How many rounds' weights to keep.
         timeout: Seconds after which one Git operation is given up.
+        root: Fingerprint that a root of the hub must have; empty to trust the first one offered.
+        even_expired: Accept signatures that have expired; for maintainers, who renew them.
+        policy: What the user demands of a round beyond that.
+        attestations: Counts a round's agreeing attestations of others than the hub; asked only
+            when the policy wants to know. Without it there are none.
     """
 
     def __init__(
-        self, url: str, home: Path, *, keep_rounds: int = 2, timeout: float = 600.0
+        self,
+        url: str,
+        home: Path,
+        *,
+        keep_rounds: int = 2,
+        timeout: float = 600.0,
+        root: str = "",
+        even_expired: bool = False,
+        policy: Policy = NO_DEMANDS,
+        attestations: Callable[[Replica, Round], int] | None = None,
     ) -> None:
         self.url = normalise_url(url)
+        self.home, self.root, self.even_expired = home, root, even_expired
+        self.policy, self._attestations = policy, attestations
         self.folder = hub_folder(home, self.url)
         self.keep_rounds = max(1, keep_rounds)
         self.timeout = timeout
         self.repo = HubRepo(self.folder / "git", self.url, timeout=timeout)
+        self.trust = TrustFolder(self.folder / "trust")
 
     def pull(self, number: int | None = None) -> Snapshot:
         """Ask the hub and bring a round here: a cold start, an update, or nothing to do.
@@ -152,29 +180,42 @@ class Replica:
 
         Raises:
             HubError: The hub cannot be reached, or does not have that round.
-            UntrustedHub: The hub went back, or contradicts its records.
+            StaleHub: Its signatures have expired.
+            UntrustedHub: It is not signed by whom this machine trusts, went back, or contradicts
+                its records.
         """
         with self._locked():
-            state = self._look()
+            state, trust = self._look()
             if number is not None and number != state.newest.round:
-                return self._pull_old(state, number)
+                return self._pull_old(state, trust, number)
+            self._check_policy(state.newest)
             received = self._ensure(state.newest, state.manifest.rounds)
-            self._remember(state)
+            self._remember(state, trust)
             self._prune()
-            return self._snapshot(state, state.newest, received)
+            return self._snapshot(state, trust, state.newest, received)
 
     def look(self) -> HubState:
         """Ask the hub for its newest state and check it against what was seen; no weights.
 
         Raises:
-            HubError, UntrustedHub: As for ``pull``.
+            HubError, StaleHub, UntrustedHub: As for ``pull``.
         """
         with self._locked():
-            return self._look()
+            return self._look()[0]
 
     def cached(self) -> Snapshot | None:
-        """The newest verified round on this machine, if any; the hub is not asked."""
+        """The newest verified round on this machine, if any; the hub is not asked.
+
+        Raises:
+            UntrustedHub: What was verified goes back to another root than the one demanded.
+        """
         seen = self.seen()
+        if seen and self.root and not self.trust.knows(self.root):
+            raise UntrustedHub(
+                f"{self.repo.shown_url} was verified by the root {self.trust.root()}, "
+                f"not by the one demanded ({self.root}).",
+                hint=f"rm -r {self.folder}   (forgets what was verified by the other root)",
+            )
         if seen is None or not self.weights_path(seen.round).exists():
             return None
         try:
@@ -182,7 +223,8 @@ class Replica:
         except (HubError, CorruptRecord):
             return None
         path = self.weights_path(seen.round)
-        return Snapshot(state, state.newest, path, seen.checked, online=False)
+        root = self.trust.root()
+        return Snapshot(state, state.newest, path, seen.checked, online=False, root=root)
 
     def seen(self) -> Seen | None:
         """What was last verified."""
@@ -252,18 +294,52 @@ class Replica:
             else:
                 stale.unlink(missing_ok=True)
 
-    def _look(self) -> HubState:
+    def _look(self) -> tuple[HubState, Trust]:
         seen = self.seen()
         refs, commit = fetch_latest(self.repo, seen.prefix if seen else None)
         try:
-            state = read_state(self.repo, refs, commit)
+            files = read_latest(self.repo, commit)
+            trust = self._known(seen, commit) or self._verify(files)
+            state = parse_state(files, refs, commit)
         except CorruptRecord as error:
             raise UntrustedHub(
                 f"{self.repo.shown_url} offers a model that cannot be used: {error}", hint=ADVICE
             ) from error
         if seen and seen.commit != commit:
             self._check_continuity(seen, state)
-        return state
+        with disk_errors(self.folder):
+            self.trust.keep(trust.metadata)
+        return state, trust
+
+    def _check_policy(self, record: Round) -> None:
+        if self.policy.asks_evidence:
+            found = self._attestations(self, record) if self._attestations else 0
+            self.policy.check(record, found)
+
+    def _known(self, seen: Seen | None, commit: str) -> Trust | None:
+        """What verifying this commit has shown before, if it was and nothing has expired since."""
+        if seen is None or seen.commit != commit:
+            return None
+        files = self.trust.load()
+        root = pinned(files)
+        expired = time.time() >= seen.expires and not self.even_expired
+        if not root or expired or (self.root and not find_root(files, self.root)):
+            return None
+        return Trust({}, root, first_contact=False, expires=seen.expires)
+
+    def _verify(self, files: Mapping[str, bytes]) -> Trust:
+        from moshi_fl.signed.client import Offer, verify  # loads TUF: only for what is new
+
+        offer = Offer(
+            hub=self.repo.shown_url,
+            files=files,
+            targets=SIGNED_FILES,
+            replica=self.folder,
+            pin=self.root,
+            even_expired=self.even_expired,
+        )
+        with disk_errors(self.folder), self.workspace() as folder:
+            return verify(offer, self.trust.load(), folder)
 
     def _check_continuity(self, seen: Seen, state: HubState) -> None:
         if state.config.hub.id != seen.hub:
@@ -302,7 +378,7 @@ class Replica:
         check_chain(earlier + rounds)
         return earlier + rounds
 
-    def _pull_old(self, state: HubState, number: int) -> Snapshot:
+    def _pull_old(self, state: HubState, trust: Trust, number: int) -> Snapshot:
         if number > state.newest.round:
             raise HubError(
                 f"round {number} does not exist: the newest is {state.newest.round}.",
@@ -312,9 +388,10 @@ class Replica:
         if number < rounds[0].round:
             rounds = self.chain(state, 0)
         record = rounds[number - rounds[0].round]
+        self._check_policy(record)
         present = self.repo.remote_refs(f"{state.refs.prefix}*")
         received = self._ensure(record, rounds, present)
-        return self._snapshot(state, record, received)
+        return self._snapshot(state, trust, record, received)
 
     def _ensure(
         self, record: Round, rounds: Sequence[Round], present: Container[str] | None = None
@@ -356,11 +433,19 @@ class Replica:
             path.unlink()
         return None
 
-    def _snapshot(self, state: HubState, record: Round, received: int) -> Snapshot:
-        path = self.weights_path(record.round)
-        return Snapshot(state, record, path, time.time(), online=True, received=received)
+    def _snapshot(self, state: HubState, trust: Trust, record: Round, received: int) -> Snapshot:
+        return Snapshot(
+            state,
+            record,
+            self.weights_path(record.round),
+            time.time(),
+            online=True,
+            received=received,
+            root=trust.root,
+            first_contact=trust.first_contact,
+        )
 
-    def _remember(self, state: HubState) -> None:
+    def _remember(self, state: HubState, trust: Trust) -> None:
         seen = Seen(
             hub=state.config.hub.id,
             prefix=state.refs.prefix,
@@ -368,6 +453,7 @@ class Replica:
             round=state.newest.round,
             record=digest(state.newest),
             checked=int(time.time()),
+            expires=trust.expires,
         )
         self.repo.set_ref("refs/moshi-fl/seen", state.commit)
         write_atomic(self.folder / "seen.json", dump(seen))

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moshi_fl.aggregate import Strategy, Update, apply_step, get_strategy
+from moshi_fl.aggregate.centers import median
+from moshi_fl.aggregate.gram import norms
 from moshi_fl.codec import get_codec
 from moshi_fl.codec.delta import Delta
 from moshi_fl.errors import CorruptRecord, HubError, UntrustedHub
 from moshi_fl.records import Location, Merged, Round
-from moshi_fl.rules import Shapes, shapes_before_growth, shapes_of
+from moshi_fl.rules import MEASURES_NORMS, Shapes, shapes_before_growth, shapes_of
 from moshi_fl.snapshot import decode_keyframe, decode_step, grow
 from moshi_fl.store import HubRepo
 from moshi_fl.weights import Weights, open_weights, save_weights, sha256_file, weights_digest
@@ -218,12 +220,25 @@ def aggregate(
     return apply_step(weights, step, strategy.server_learning_rate)
 
 
+def median_norm(weights: Weights, record: Round, files: Path) -> float | None:
+    """Median norm of a round's deltas; None where its strategy does not go by it.
+
+    Args:
+        weights: Weights of the round before.
+        record: The round.
+        files: One delta per contribution, named ``<id>.safetensors``.
+    """
+    if record.strategy is None or record.strategy.name not in MEASURES_NORMS:
+        return None
+    return median(norms(open_deltas(record, files, shapes_of(weights))))
+
+
 def open_deltas(record: Round, files: Path, shapes: Shapes) -> list[Update]:
     """Open a round's deltas for aggregation, each against the shapes of its own base."""
     if record.update is None:
         return []
     codec = get_codec(record.update.codec, record.update.codec_options)
-    _allow_open_files(len(record.contributions))
+    allow_open_files(len(record.contributions))
     deltas = []
     for merged in record.contributions:
         path = files / delta_name(merged)
@@ -232,7 +247,7 @@ def open_deltas(record: Round, files: Path, shapes: Shapes) -> list[Update]:
     return deltas
 
 
-def _allow_open_files(count: int) -> None:
+def allow_open_files(count: int) -> None:
     """Raise the limit of open files, where there is one: each delta stays open while it counts."""
     try:
         import resource

@@ -7,6 +7,7 @@ both a person (``168 KB``) and a program (``168000`` in ``--json``).
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -91,6 +92,11 @@ def _scaled(number: int, base: int, units: tuple[str, ...] | str) -> str:
     while abs(value) >= base * 0.9995 and power < len(units) - 1:
         value, power = value / base, power + 1
     return f"{_three_digits(value)} {units[power]}"
+
+
+def round_up(value: float) -> float:
+    """The value with four decimals, and not less."""
+    return math.ceil(value * 1e4) / 1e4
 
 
 def _three_digits(value: float) -> str:
@@ -181,3 +187,9 @@ def shorten(text: str, columns: int) -> str:
             break
         kept.append(character)
     return "".join(kept) + "…"
+
+
+def markdown(text: str, limit: int = 80) -> str:
+    """Text from a stranger as harmless inline Markdown, without line breaks, cut to ``limit``."""
+    flat = "".join(character if character.isprintable() else " " for character in text)[:limit]
+    return re.sub(r"([\\`*_{}\[\]()<>#+!|~&@:])", r"\\\1", flat)

@@ -17,7 +17,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from moshi_fl import hubfile, records, snapshot
+from moshi_fl import evidence, hubfile, records, snapshot
+from moshi_fl.aggregate import STRATEGIES
 from moshi_fl.codec.topk import TopK
 from moshi_fl.config import SETTINGS, Settings
 from moshi_fl.console import Console
@@ -225,6 +226,14 @@ def test_settings_are_documented() -> None:
     assert table["keep_rounds"][1] == f"`{Settings().keep_rounds}`"
 
 
+def test_strategies_and_their_options_are_documented() -> None:
+    documented = rows(section(HUB_GUIDE, "Strategies"))
+    assert set(documented) == set(STRATEGIES)
+    for name, (_, options) in STRATEGIES.items():
+        assert set(re.findall(r"`(\w+)`", documented[name][0])) == options - {"running_norm"}
+        assert f"**{name}**" in section(PROTOCOL, "Aggregation")
+
+
 def test_settings_of_a_hubs_repository_are_those_of_the_code() -> None:
     shown = dict(re.findall(r"git -C code\.git config (\S+) (\S+)", HUB_GUIDE))
     assert shown.pop("http.receivepack") == "true"
@@ -239,8 +248,8 @@ def test_reason_codes_are_documented_as_the_code_explains_them() -> None:
 
 
 RECORDS = (
-    "File Location Contribution Training Metrics Merged Strategy Weighting Update Growth "
-    "Evaluation Round Manifest"
+    "File Location Contribution Training Metrics Privacy Merged Strategy Weighting Update Growth "
+    "Evaluation Round Manifest Intake"
 )
 
 
@@ -258,6 +267,21 @@ def test_no_record_is_forgotten() -> None:
         and kind is not records.Record
     }
     assert kinds == set(RECORDS.split())
+
+
+def evidence_kinds() -> set[str]:
+    return {
+        name
+        for name, kind in vars(evidence).items()
+        if isinstance(kind, type)
+        and issubclass(kind, records.Record)
+        and kind.__module__ == evidence.__name__
+    }
+
+
+@pytest.mark.parametrize("name", sorted(evidence_kinds()))
+def test_each_field_of_an_evaluation_is_documented(name: str) -> None:
+    assert list(rows(section(PROTOCOL, name))) == list(fields_of(getattr(evidence, name)))
 
 
 def test_the_index_of_a_snapshot_is_documented() -> None:

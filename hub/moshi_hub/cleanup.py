@@ -104,12 +104,16 @@ def stale_refs(
     stale = []
     for ref in refs:
         kind, _, number = ref.removeprefix(names.prefix).removeprefix("refs/heads/").partition("/")
+        if kind == "evaluation":
+            number = number.partition("/")[0]
         if not number.isdigit():
             continue
         keep = {
             "keyframe": ref in wanted or (int(number) == 0 and not rules.keep_rounds),
             "update": int(number) >= first_kept,
             "archive": int(number) >= first_kept,
+            "evidence": int(number) >= first_kept,
+            "evaluation": int(number) > newest,
             "next": int(number) > newest,
             "round": int(number) > newest,
         }

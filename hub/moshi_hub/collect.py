@@ -7,16 +7,24 @@ the delta is fetched only when its record passed, and never more of it than the 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from moshi_fl.errors import CorruptRecord, HubError, MoshiError
-from moshi_fl.history import DELTA_FILE, Refs, contribution_path, read_contributions, read_rounds
+from moshi_fl.history import (
+    DELTA_FILE,
+    Refs,
+    contribution_path,
+    read_contributions,
+    read_rounds,
+    signature_path,
+)
 from moshi_fl.hubfile import HubConfig
 from moshi_fl.records import Location, Round
 from moshi_fl.replica import Replica
 from moshi_fl.rules import Shapes, shapes_before_growth
+from moshi_fl.signing import MAX_SIGNATURE_BYTES
 from moshi_fl.store import HubRepo
 from moshi_fl.weights import write_atomic
 from moshi_hub.verify import (
@@ -43,7 +51,12 @@ def open_branches(refs: Mapping[str, str]) -> dict[str, str]:
 
 
 def make_rules(
-    config: HubConfig, refs: Refs, rounds: list[Round], shapes: Shapes, seen: Mapping[str, str]
+    config: HubConfig,
+    refs: Refs,
+    rounds: list[Round],
+    shapes: Shapes,
+    seen: Mapping[str, str],
+    taken: Mapping[tuple[str, int], str],
 ) -> Rules:
     """Rules of the open round.
 
@@ -53,17 +66,24 @@ def make_rules(
         rounds: Records from the oldest acceptable base to the newest round, in order.
         shapes: Shapes of the newest round's tensors.
         seen: Hash of each delta contributed so far, to its contribution id.
+        taken: Key and base round of each contribution to one of these rounds, to its id.
     """
     newest, bases, missing = rounds[-1], {}, 0
     for record in reversed(rounds):
         own = shapes_before_growth(shapes, newest.vocabulary_tensors, missing)
         bases[record.round] = Base(record.round, record.weights, own, missing)
         missing += len(record.growth.characters) if record.growth else 0
-    return Rules(config, refs, newest.round, bases, seen)
+    return Rules(config, refs, newest.round, bases, seen, taken)
 
 
 def judge(
-    repo: HubRepo, scratch: HubRepo, main: str, refs: Mapping[str, str], rules: Rules, out: Path
+    repo: HubRepo,
+    scratch: HubRepo,
+    main: str,
+    refs: Mapping[str, str],
+    rules: Rules,
+    out: Path,
+    order: Sequence[str],
 ) -> Iterator[Verdict]:
     """Collect and verify each open contribution, one after the other.
 
@@ -75,11 +95,13 @@ def judge(
             knew no newer main.
         rules: What the open round accepts.
         out: Folder for the delta files, one per contribution.
+        order: The branches, the one seen first first: of equal deltas, and of contributions by one
+            key to one round, the first stays.
     """
-    seen = dict(rules.seen)
+    seen, taken = dict(rules.seen), dict(rules.taken)
     scratch.prepare()
-    for branch, commit in open_branches(refs).items():
-        now = replace(rules, seen=seen)
+    for branch in order:
+        now, commit = replace(rules, seen=seen, taken=taken), refs[branch]
         submission = Submission(branch, "", ())
         if not check_branch(branch, now):
             submission = _fetch_branch(repo, main, branch, commit)
@@ -90,9 +112,12 @@ def judge(
             place = verdict.contribution.delta
             submission = replace(submission, delta_commit=refs.get(place.ref))
             submission = _fetch_delta(scratch, submission, place, limit, target)
-            verdict = verify(submission, now)
-        if verdict.accepted and verdict.contribution:
-            seen[verdict.contribution.delta.files[0].sha256] = verdict.contribution.id
+            verdict = verify(submission, now, verdict)
+        record = verdict.contribution
+        # What could not be fetched this time keeps its place: a copy must not win by that.
+        if record and (verdict.accepted or not verdict.is_settled):
+            seen[record.delta.files[0].sha256] = record.id
+            taken[record.key, record.round] = record.id
         yield verdict
 
 
@@ -113,13 +138,17 @@ def _read_branch(repo: HubRepo, main: str, branch: str, commit: str) -> Submissi
         return Submission(branch, "the branch is not one commit on top of main.", ())
     changes = tuple(repo.changes(parents[0], commit))
     place = branch_place(branch)
-    path = contribution_path(*place) if place else ""
-    record = None
-    if [entry.path for entry in changes] == [path]:
-        entry = changes[0]
-        if entry.is_plain_file and (entry.size or 0) <= MAX_CONTRIBUTION_BYTES:
-            record = repo.read(commit, path, limit=MAX_CONTRIBUTION_BYTES)
-    return Submission(branch, "", changes, record)
+    if place is None:
+        return Submission(branch, "", changes)
+    files = {
+        contribution_path(*place): MAX_CONTRIBUTION_BYTES,
+        signature_path(*place): MAX_SIGNATURE_BYTES,
+    }
+    sizes = {entry.path: entry.size or 0 for entry in changes if entry.is_plain_file}
+    if sizes.keys() != files.keys() or any(sizes[path] > files[path] for path in files):
+        return Submission(branch, "", changes)
+    record, signature = repo.read_many(commit, list(files), limit=MAX_CONTRIBUTION_BYTES)
+    return Submission(branch, "", changes, record, signature)
 
 
 def _fetch_delta(
@@ -142,6 +171,15 @@ def _fetch_delta(
     except CorruptRecord:  # what was fetched is no commit, or its tree is endless: it holds no file
         return submission
     return replace(submission, delta_entries=entries)
+
+
+def known_keys(replica: Replica, main: str, rounds: Sequence[Round]) -> dict[tuple[str, int], str]:
+    """Key and base round of each contribution that these rounds took, to its id."""
+    return {
+        (contribution.key, contribution.round): contribution.id
+        for record in rounds
+        for contribution in read_contributions(replica.repo, main, record).values()
+    }
 
 
 def known_deltas(replica: Replica, main: str, newest: Round) -> dict[str, str]:

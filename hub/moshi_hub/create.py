@@ -22,8 +22,18 @@ from moshi_fl.replica import Replica, Snapshot
 from moshi_fl.store import Author, HubRepo, PushRejected, RefUpdate, create_hub, is_local
 from moshi_fl.weights import count_parameters, sha256_bytes, weights_digest
 from moshi_hub.heldout import store_pool
+from moshi_hub.keys import ROLES, KeyStore
+from moshi_hub.metadata import first_metadata
 from moshi_hub.propose import keyframe_files, software, utc_now
-from moshi_hub.publish import author, commit_files, commit_latest, put_all, seconds
+from moshi_hub.publish import (
+    Sign,
+    author,
+    commit_files,
+    commit_latest,
+    latest_files,
+    put_all,
+    seconds,
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,7 @@ class Plan:
     eval_data: tuple[Path, ...] = ()
     maintainer: str = "moshi-hub"
     tokenizer: bytes | None = None
+    passphrase: bytes = b""
 
 
 def create(plan: Plan, home: Path, preset: Preset | None = None) -> Snapshot:
@@ -82,9 +93,15 @@ def create(plan: Plan, home: Path, preset: Preset | None = None) -> Snapshot:
         created=utc_now(),
         software=software(),
     )
+    keys = KeyStore(home, config.hub.id, passphrase=lambda _: plan.passphrase)
+    signers = {role: keys.create(role, plan.passphrase) for role in ROLES}
+
+    def sign(files: Mapping[str, bytes], _: int) -> Mapping[str, bytes]:
+        return first_metadata(files, signers, keys, config.trust)
+
     with replica.workspace() as folder:
         paths = keyframe_files(weights, folder / "keyframe")
-        _push_first(replica.repo, plan, hubfile, record, preset.tokenizer, paths)
+        _push_first(replica.repo, plan, hubfile, record, preset.tokenizer, paths, sign)
     return replica.pull()
 
 
@@ -117,12 +134,14 @@ def _push_first(
     record: Round,
     tokenizer: bytes,
     keyframe: Sequence[Path],
+    sign: Sign,
 ) -> None:
     by, refs, when = author(plan.maintainer), Refs(plan.prefix), seconds(record.created)
     place = commit_files(repo, refs.keyframe(0), keyframe, by, when)
     record = msgspec.structs.replace(record, keyframe=place)
     manifest = Manifest(hub=record.hub, rounds=(record,))
-    latest = commit_latest(repo, manifest, hubfile.encode(), tokenizer, by)
+    signed = latest_files(manifest, hubfile.encode(), tokenizer)
+    latest = commit_latest(repo, manifest, {**signed, **sign(signed, 0)}, by)
     texts = {
         HUB_FILE: hubfile.encode(),
         TOKENIZER_FILE: tokenizer,

@@ -1,4 +1,9 @@
-"""The hub's held-out data: kept on the maintainer's machine, never in the repository."""
+"""The hub's held-out data: sealed until it is retired, kept by those who evaluate.
+
+Its hash is public from the first round that is measured on it, so that it cannot change unnoticed.
+Its content is not, so that nobody can train on it. When it is retired, it is published, and
+whoever wants can measure again what was said about it.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +11,27 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from moshi_fl.errors import DataError
+from moshi_fl.history import Refs
 from moshi_fl.hubfile import HubConfig
 from moshi_fl.replica import Replica
+from moshi_fl.store import ANY, Author, RefUpdate
 from moshi_fl.weights import Weights, sha256_bytes, write_atomic
 from moshi_hub.propose import Evaluator
 
 POOL_SEED = 0
+POOL_FILE = "held-out.pool"
+MAX_POOL_BYTES = 64 << 20
 
 
 def pool_path(replica: Replica) -> Path:
     """File of the pool on this machine, whether it exists or not."""
-    return replica.folder / "held-out.pool"
+    return replica.folder / POOL_FILE
 
 
 def store_pool(replica: Replica, config: HubConfig, tokenizer: bytes, paths: Sequence[Path]) -> str:
     """Draw evaluation sequences from files and keep them on this machine.
+
+    They are those that all evaluators measure, and twice as many as one measures for itself.
 
     Returns:
         SHA-256 of the pool.
@@ -32,9 +43,54 @@ def store_pool(replica: Replica, config: HubConfig, tokenizer: bytes, paths: Seq
 
     task = get_family(config.family).load(config.model_table, tokenizer)
     corpus = task.read(paths, seed=POOL_SEED)
-    pool = task.pool(corpus, config.evaluation.sequences, seed=POOL_SEED, held_out=False)
+    count = config.evaluation.sequences + 2 * config.evaluation.private_sequences
+    pool = task.pool(corpus, count, seed=POOL_SEED, held_out=False)
+    replica.folder.mkdir(parents=True, exist_ok=True)
     write_atomic(pool_path(replica), pool)
     return sha256_bytes(pool)
+
+
+def read_pool_file(replica: Replica) -> bytes:
+    """The pool on this machine.
+
+    Raises:
+        DataError: There is none.
+    """
+    path = pool_path(replica)
+    if not path.exists():
+        raise DataError(
+            "there is no held-out pool on this machine.",
+            hint="moshi-hub pool new --eval-data PATH, or: moshi-hub pool import FILE",
+        )
+    return path.read_bytes()
+
+
+def import_pool(replica: Replica, source: Path) -> str:
+    """Keep a pool that a maintainer exported; returns its SHA-256.
+
+    Raises:
+        DataError: It is too large.
+    """
+    if source.stat().st_size > MAX_POOL_BYTES:
+        raise DataError(f"{source}: larger than a pool can be ({MAX_POOL_BYTES} bytes).")
+    data = source.read_bytes()
+    replica.folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(pool_path(replica), data)
+    return sha256_bytes(data)
+
+
+def retire_pool(replica: Replica, refs: Refs, by: str) -> str:
+    """Publish the pool on a ref of the hub, and stop using it; returns its SHA-256."""
+    data, repo = read_pool_file(replica), replica.repo
+    name = sha256_bytes(data)
+    ref = refs.pool(name)
+    author = Author(by or "moshi-fl", "noreply@moshi-fl.invalid")
+    commit = repo.commit(
+        repo.tree({POOL_FILE: repo.put(data)}), message=f"{ref}\n", author=author, when=0
+    )
+    repo.push([RefUpdate(ref, commit, ANY)])
+    pool_path(replica).rename(replica.folder / f"retired-{name[:16]}.pool")
+    return name
 
 
 def evaluator_for(replica: Replica) -> Callable[[HubConfig], Evaluator | None]:
@@ -53,11 +109,13 @@ def _evaluator(config: HubConfig, pool: bytes) -> Evaluator:
 
         from moshi_fl.models import get_family
         from moshi_fl.models.common import load_weights
+        from moshi_hub.measure import few_threads
 
         task = get_family(config.family).load(config.model_table, tokenizer)
         module = task.build()
         load_weights(module, weights)
-        losses = task.evaluate(module, pool, torch.device("cpu"))
+        with few_threads(module):
+            losses = task.evaluate(module, pool, torch.device("cpu"))
         if not len(losses):
             raise DataError("the held-out pool is empty.", hint="moshi-hub init --eval-data DIR")
         return float(losses.mean()), len(losses), sha256_bytes(pool)

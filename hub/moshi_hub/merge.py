@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moshi_fl.aggregate import get_strategy
-from moshi_fl.errors import HubError, MoshiError
-from moshi_fl.history import HUB_FILE, round_branch
+from moshi_fl.errors import ConfigError, HubError, MoshiError
+from moshi_fl.history import HUB_FILE, SIGNED_FILES, HubState, read_latest, round_branch
 from moshi_fl.hubfile import MAX_HUBFILE_BYTES, HubConfig, parse_hubfile
-from moshi_fl.records import Contribution, Round, Scalar, Strategy
+from moshi_fl.records import Contribution, Round, Strategy
 from moshi_fl.replica import Replica, Snapshot
 from moshi_fl.restore import StrategyFinder
-from moshi_fl.rules import shapes_of
+from moshi_fl.rules import owner_of, shapes_of, strategy_options
+from moshi_fl.signed.files import TARGETS
+from moshi_fl.signing import check_ssh_keygen
 from moshi_fl.store import HubRepo
 from moshi_hub.cleanup import clean_up, settle
-from moshi_hub.collect import judge, known_deltas, make_rules, open_branches
+from moshi_hub.collect import judge, known_deltas, known_keys, make_rules, open_branches
+from moshi_hub.intake import Arrivals, arrivals
+from moshi_hub.judging import Decided, held, without_gain
+from moshi_hub.keys import KeyStore, Passphrase, passphrase_from_environment
+from moshi_hub.likeness import likeness
+from moshi_hub.metadata import Desk, utc_now
 from moshi_hub.propose import Evaluator, Proposal, propose
 from moshi_hub.publish import (
     Built,
     author,
     build_round,
+    fetch_proposed,
     publish_proposed,
     push_proposed,
     push_published,
 )
 from moshi_hub.report import round_report
+from moshi_hub.selection import Candidate, Selection, select
 from moshi_hub.verify import Rules, Verdict
 
 
@@ -38,6 +47,8 @@ class Options:
     dry_run: bool = False
     strategy: str | None = None
     exclude: tuple[str, ...] = ()
+    accept: tuple[str, ...] = ()
+    """Beginnings of ids of disputed contributions that the maintainer accepts."""
     name: str = "moshi-hub"
 
 
@@ -50,12 +61,27 @@ class OpenRound:
     rules: Rules
     verdicts: tuple[Verdict, ...]
     branches: Mapping[str, str]
+    arrivals: Arrivals
 
     @property
     def accepted(self) -> list[Contribution]:
         """Contributions that passed the gate, in order of id."""
-        found = [v.contribution for v in self.verdicts if v.accepted and v.contribution]
-        return sorted(found, key=lambda contribution: contribution.id)
+        return sorted(self.intake, key=lambda contribution: contribution.id)
+
+    @property
+    def intake(self) -> list[Contribution]:
+        """Contributions that passed the gate, in the order in which they were judged."""
+        return [v.contribution for v in self.verdicts if v.accepted and v.contribution]
+
+    @property
+    def signatures(self) -> dict[str, bytes]:
+        """Signature of each accepted contribution's record, by id."""
+        accepted = (v for v in self.verdicts if v.accepted)
+        return {v.contribution.id: v.signature for v in accepted if v.contribution}
+
+
+Gate = Callable[[OpenRound, Path], Decided | None]
+"""Evaluates an open round, given its working folder; None where there is nothing to do it with."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +104,10 @@ def look(replica: Replica, folder: Path) -> OpenRound:
     Args:
         replica: The hub's copy on this machine.
         folder: Working folder; the deltas are left in ``folder/deltas``.
+
+    Raises:
+        HubError: The hub cannot be reached, or is not to be trusted.
+        SigningError: There are signatures to check, and no ssh-keygen that can.
     """
     replica.repo.prepare()
     refs = replica.repo.remote_refs()
@@ -85,11 +115,15 @@ def look(replica: Replica, folder: Path) -> OpenRound:
     main = replica.fetch_main()
     config = settings_on(replica.repo, main)
     rules = rules_of(replica, snapshot, main, config)
+    branches, names = open_branches(refs), snapshot.state.refs
+    if branches:
+        check_ssh_keygen()  # else it would look as if nobody had signed
+    came = arrivals(replica, config.hub.id, names, refs, branches)
     deltas = folder / "deltas"
     deltas.mkdir(parents=True)
     with replica.scratch() as scratch:
-        verdicts = tuple(judge(replica.repo, scratch, main, refs, rules, deltas))
-    return OpenRound(snapshot, main, rules, verdicts, open_branches(refs))
+        verdicts = tuple(judge(replica.repo, scratch, main, refs, rules, deltas, came.order))
+    return OpenRound(snapshot, main, rules, verdicts, branches, came)
 
 
 def settings_on(repo: HubRepo, main: str) -> HubConfig:
@@ -103,8 +137,9 @@ def rules_of(replica: Replica, snapshot: Snapshot, main: str, config: HubConfig)
     first = max(0, snapshot.round - config.delta.max_staleness)
     rounds = replica.chain(snapshot.state, first)
     seen = known_deltas(replica, main, snapshot.record)
+    taken = known_keys(replica, main, rounds[1:])
     shapes = shapes_of(snapshot.load())
-    return make_rules(config, snapshot.state.refs, rounds, shapes, seen)
+    return make_rules(config, snapshot.state.refs, rounds, shapes, seen, taken)
 
 
 def merge(
@@ -113,6 +148,8 @@ def merge(
     *,
     evaluator: Callable[[HubConfig], Evaluator | None],
     find_strategy: StrategyFinder = get_strategy,
+    passphrase: Passphrase = passphrase_from_environment,
+    gate: Gate | None = None,
 ) -> Outcome:
     """Merge the open contributions into the next round.
 
@@ -121,28 +158,55 @@ def merge(
         options: The maintainer's decisions.
         evaluator: Gives what measures held-out loss, or None where there is no held-out data.
         find_strategy: Looks up an aggregation strategy by name.
+        passphrase: Gives the passphrase of a key that has one.
+        gate: Gives the verdicts on the open contributions; None takes all that pass ``look``.
 
     Raises:
-        HubError: Too few contributions; or someone else published first.
+        HubError: Too few contributions; someone else published first; or the keys here do not
+            suffice to publish.
     """
     with replica.workspace() as folder:
         found = look(replica, folder)
         if options.publish:
             found = _finish_clean_up(replica, found)
-        chosen, waiting = choose(found, options.exclude)
+        if options.publish and not options.dry_run:
+            desk_for(replica, found.snapshot.state, found.rules.config, passphrase).require_keys()
+        decided = gate(found, folder) if gate else None
+        late: set[str] = set()
+        if decided:
+            found = replace(found, verdicts=without_gain(found.verdicts, decided.verdicts))
+            late = held(found.accepted, decided.verdicts, options.accept)
+        found, chosen, waiting = choose(found, options.exclude, folder / "deltas", late)
         proposal = propose(
             found.snapshot.state,
             found.rules,
             found.snapshot.load(),
             chosen,
             folder,
-            strategy=strategy_of(found.rules.config, options.strategy),
+            strategy=strategy_of(found, options.strategy),
             find_strategy=find_strategy,
             evaluate=evaluator(found.rules.config),
         )
+        proposal = replace(proposal, decided=decided)
         if options.dry_run:
             return _outcome(found, proposal, None, waiting)
-        return _push(replica, found, proposal, waiting, options)
+        return _push(replica, found, proposal, waiting, options, passphrase)
+
+
+def desk_for(
+    replica: Replica,
+    state: HubState,
+    config: HubConfig,
+    passphrase: Passphrase = passphrase_from_environment,
+) -> Desk:
+    """Where the hub's next metadata is signed: on top of what was just verified.
+
+    All roots come from the hub: this machine may have been pinned to a later one than the first.
+    """
+    files = read_latest(replica.repo, state.commit)
+    metadata = {name: data for name, data in files.items() if name not in SIGNED_FILES}
+    store = KeyStore(replica.home, state.config.hub.id, passphrase=passphrase)
+    return Desk(metadata, store, config.trust, utc_now())
 
 
 def _finish_clean_up(replica: Replica, found: OpenRound) -> OpenRound:
@@ -161,18 +225,44 @@ def _finish_clean_up(replica: Replica, found: OpenRound) -> OpenRound:
 
 
 def choose(
-    found: OpenRound, exclude: Sequence[str]
-) -> tuple[list[Contribution], list[Contribution]]:
+    found: OpenRound, exclude: Sequence[str], deltas: Path, late: Collection[str] = ()
+) -> tuple[OpenRound, list[Contribution], list[Contribution]]:
     """Contributions that this round takes, and accepted ones that wait for the next.
 
     Args:
         found: The open round.
         exclude: Ids, or beginnings of ids, that the maintainer leaves out.
+        deltas: Folder with the judged deltas.
+        late: Ids that wait for the next round, whatever room there is.
+
+    Returns:
+        The open round with the verdicts on what selection left out, what is taken, what waits.
 
     Raises:
         HubError: Nothing open begins with an excluded id, or fewer are left than the hub demands.
     """
+    _check_exclusions(found, exclude)
+    kept = [c for c in found.intake if not any(c.id.startswith(start) for start in exclude)]
+    held_back = [entry for entry in kept if entry.id in late]
+    kept = [entry for entry in kept if entry.id not in late]
+    selection = _select(found, kept, deltas)
+    found = _with_findings(found, selection)
     rules = found.rules.config.aggregation
+    count = len(selection.taken) + len(selection.waiting)
+    if count < rules.min_contributions:
+        rejected = len(found.verdicts) - len(found.accepted)
+        raise HubError(
+            f"{count} contribution(s) to merge, this hub wants at least "
+            f"{rules.min_contributions}; {rejected} rejected.",
+            hint="moshi-hub verify   (shows each open contribution and why it was rejected)",
+        )
+    by_id = {contribution.id: contribution for contribution in kept}
+    waiting = [*(by_id[i] for i in selection.waiting), *held_back]
+    taken = [by_id[i] for i in selection.taken]
+    return found, taken, sorted(waiting, key=lambda entry: entry.id)
+
+
+def _check_exclusions(found: OpenRound, exclude: Sequence[str]) -> None:
     for start in exclude:
         if not any(
             verdict.branch.rsplit("/", 1)[-1].startswith(start) for verdict in found.verdicts
@@ -181,24 +271,41 @@ def choose(
                 f"nothing is left out by --exclude {start}: no open contribution begins so.",
                 hint="moshi-hub verify   (lists all)",
             )
-    kept = [c for c in found.accepted if not any(c.id.startswith(start) for start in exclude)]
-    if len(kept) < rules.min_contributions:
-        rejected = len(found.verdicts) - len(found.accepted)
-        raise HubError(
-            f"{len(kept)} contribution(s) to merge, this hub wants at least "
-            f"{rules.min_contributions}; {rejected} rejected.",
-            hint="moshi-hub verify   (shows each open contribution and why it was rejected)",
+
+
+def _select(found: OpenRound, kept: Sequence[Contribution], deltas: Path) -> Selection:
+    candidates = [Candidate(entry.id, owner_of(entry), entry.round) for entry in kept]
+    limit = found.rules.config.aggregation.max_contributions
+    return select(candidates, lambda some: likeness(found.rules, some, deltas), limit)
+
+
+def _with_findings(found: OpenRound, selection: Selection) -> OpenRound:
+    """The open round, with what selection says of those that never count."""
+    verdicts = (
+        replace(verdict, findings=(selection.dropped[verdict.contribution.id],))
+        if verdict.contribution and verdict.contribution.id in selection.dropped
+        else verdict
+        for verdict in found.verdicts
+    )
+    return replace(found, verdicts=tuple(verdicts))
+
+
+def strategy_of(found: OpenRound, override: str | None) -> Strategy:
+    """How to aggregate: as ``hub.toml`` says, unless the maintainer says otherwise this once.
+
+    Raises:
+        ConfigError: ``hub.toml`` sets what only the rounds before can tell.
+    """
+    rules, newest = found.rules.config.aggregation, found.snapshot.record
+    if "running_norm" in rules.options:
+        raise ConfigError(
+            "hub.toml: aggregation.options: running_norm follows from the rounds before.",
+            hint="remove it; moshi-hub merge records it by itself.",
         )
-    return kept[: rules.max_contributions], kept[rules.max_contributions :]
-
-
-def strategy_of(config: HubConfig, override: str | None) -> Strategy:
-    """How to aggregate: as ``hub.toml`` says, unless the maintainer says otherwise this once."""
-    rules = config.aggregation
-    options: dict[str, Scalar] = {} if override else rules.options
+    name = override or rules.strategy
     return Strategy(
-        name=override or rules.strategy,
-        options=options,
+        name=name,
+        options=strategy_options(name, {} if override else rules.options, newest),
         server_learning_rate=rules.server_learning_rate,
     )
 
@@ -209,10 +316,18 @@ def _push(
     proposal: Proposal,
     waiting: Sequence[Contribution],
     options: Options,
+    passphrase: Passphrase,
 ) -> Outcome:
     repo, state = replica.repo, found.snapshot.state
+    desk = desk_for(replica, state, proposal.config, passphrase)
+
+    def sign(files: Mapping[str, bytes], number: int) -> Mapping[str, bytes]:
+        metadata = desk.propose(files, number)
+        return desk.publish(metadata[TARGETS]) if options.publish else metadata
+
     report = round_report(proposal, found.verdicts, waiting)
-    built = build_round(repo, state, found.main, proposal, report, author(options.name))
+    by = author(options.name)
+    built = build_round(repo, state, found.main, proposal, report, by, found.signatures, sign)
     present = repo.remote_refs(f"{state.refs.prefix}*", round_branch(built.record.round))
     if not options.publish:
         push_proposed(repo, state, built, present)
@@ -243,21 +358,42 @@ def _outcome(
     return Outcome(found, proposal, built, tuple(waiting), update, keyframe, leftovers)
 
 
-def publish_round(replica: Replica, number: int | None = None) -> tuple[Round, str]:
+def publish_round(
+    replica: Replica,
+    number: int | None = None,
+    *,
+    passphrase: Passphrase = passphrase_from_environment,
+    name: str = "moshi-hub",
+) -> tuple[Round, str]:
     """Publish a proposed round, then remove what it has settled.
 
     Args:
         replica: The hub's copy on this machine.
         number: Which round; the next one when None.
+        passphrase: Gives the passphrase of a key that has one.
+        name: Who makes the commit.
 
     Returns:
         The round's record, and why the clean-up is not complete (empty when it is).
+
+    Raises:
+        TooFewSignatures: Not enough maintainers have signed it.
     """
     with replica.workspace() as folder:
         found = look(replica, folder)
+        state = found.snapshot.state
         wanted = found.snapshot.round + 1 if number is None else number
-        publish_proposed(replica.repo, found.snapshot.state, found.main, wanted)
+        proposed = fetch_proposed(replica.repo, state.refs, wanted)
+        desk = desk_for(replica, state, found.rules.config, passphrase)
+        if not desk.is_next(proposed.targets, proposed.files, wanted):
+            raise HubError(
+                f"what was signed of round {wanted} does not follow on what the hub has now.",
+                hint=f"moshi-hub sign {wanted}   (signs it anew, on top of that)",
+            )
+        metadata = desk.publish(proposed.targets)
+        publish_proposed(replica.repo, state, found.main, proposed, metadata, author(name))
         record = replica.pull().record
         taken = {merged.id for merged in record.contributions}
-        waiting = {entry.id for entry in found.accepted if entry.id not in taken}
+        dropped = _select(found, found.intake, folder / "deltas").dropped
+        waiting = {entry.id for entry in found.accepted} - taken - set(dropped)
         return record, _clean_up(replica, found, waiting)

@@ -2,13 +2,49 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
 from moshi_fl.config import ensure_home, load_settings
 from moshi_fl.errors import ConfigError
 from moshi_fl.replica import Replica
 
+F = TypeVar("F", bound=Callable[..., Any])
+PASSPHRASE = "MOSHI_HUB_PASSPHRASE"  # noqa: S105 - a variable's name
+
+
+def passphrase_option(function: F) -> F:
+    """``--passphrase-env``: where the passphrase of this maintainer's keys is."""
+    return click.option(
+        "--passphrase-env",
+        metavar="NAME",
+        default=PASSPHRASE,
+        help=f"Variable with the passphrase of your keys. [default: {PASSPHRASE}]",
+    )(function)
+
+
+def passphrase_from(variable: str) -> Callable[[str], bytes]:
+    """What gives the passphrase of a key: the variable, or else whoever sits at the terminal."""
+
+    def ask(key: str) -> bytes:
+        if value := os.environ.get(variable):
+            return value.encode()
+        if not sys.stdin.isatty():
+            raise ConfigError(
+                f"{key} has a passphrase, and nobody is there to ask for it.",
+                hint=f"Set {variable}, or name another variable with --passphrase-env NAME.",
+            )
+        return str(click.prompt(f"Passphrase of {key}", hide_input=True, err=True)).encode()
+
+    return ask
+
 
 def replica_for(hub: str | None) -> Replica:
-    """The hub's copy on this machine.
+    """The hub's copy on this machine; what has expired is accepted, so that it can be renewed.
 
     Raises:
         ConfigError: No source names a hub.
@@ -19,7 +55,7 @@ def replica_for(hub: str | None) -> Replica:
             "no hub is given.",
             hint="--hub URL, or once and for all: moshi-fl config set hub URL",
         )
-    return Replica(settings.hub, ensure_home(), keep_rounds=settings.keep_rounds)
+    return Replica(settings.hub, ensure_home(), keep_rounds=settings.keep_rounds, even_expired=True)
 
 
 def maintainer() -> str:

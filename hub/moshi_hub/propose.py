@@ -26,14 +26,14 @@ from moshi_fl.records import (
     Round,
     Strategy,
     Update,
-    Weighting,
     digest,
 )
-from moshi_fl.restore import StrategyFinder, aggregate, delta_name
-from moshi_fl.rules import accepted_characters, contribution_weight
+from moshi_fl.restore import StrategyFinder, aggregate, delta_name, median_norm
+from moshi_fl.rules import Claim, accepted_characters, owner_of, round_weights, weighting
 from moshi_fl.snapshot import encode_keyframe, encode_step, grow
 from moshi_fl.tokenizer import CharVocabulary
 from moshi_fl.weights import Weights, count_parameters, sha256_bytes, weights_digest
+from moshi_hub.judging import Decided
 from moshi_hub.verify import Rules
 
 STEP_WORTH_TRYING = 0.1
@@ -63,6 +63,8 @@ class Proposal:
     deltas: Path
     update_files: tuple[Path, ...]
     keyframe_files: tuple[Path, ...] = ()
+    decided: Decided | None = None
+    """The evaluation that the contributions passed; None when they were not evaluated."""
 
     @property
     def delta_files(self) -> tuple[Path, ...]:
@@ -111,6 +113,7 @@ def propose(
         parameters=count_parameters(weights),
         tokenizer=sha256_bytes(tokenizer),
         update=msgspec.structs.replace(_update_of(record), kind=kind),
+        median_norm=median_norm(base, record, folder / "deltas"),
         growth=growth,
         evaluation=_evaluation(evaluate, (base, state.tokenizer), (weights, tokenizer)),
     )
@@ -122,25 +125,21 @@ def propose(
 
 def weigh(contributions: Sequence[Contribution], rules: Rules) -> tuple[Merged, ...]:
     """Each contribution's place in the round, in order of id."""
+    ordered = sorted(contributions, key=lambda contribution: contribution.id)
+    claims = [
+        Claim(owner_of(entry), entry.num_examples, rules.round - entry.round) for entry in ordered
+    ]
+    weights = round_weights(weighting(rules.config.aggregation), claims)
     return tuple(
         Merged(
-            id=contribution.id,
-            base_round=contribution.round,
-            weight=contribution_weight(
-                weighting(rules.config),
-                contribution.num_examples,
-                rules.round - contribution.round,
-            ),
-            missing_rows=rules.bases[contribution.round].missing_rows,
+            id=entry.id,
+            owner=claim.owner,
+            base_round=entry.round,
+            weight=weight,
+            missing_rows=rules.bases[entry.round].missing_rows,
         )
-        for contribution in sorted(contributions, key=lambda contribution: contribution.id)
+        for entry, claim, weight in zip(ordered, claims, weights, strict=True)
     )
-
-
-def weighting(config: HubConfig) -> Weighting:
-    """How this hub turns examples and age into weights."""
-    rules = config.aggregation
-    return Weighting(max_examples=rules.max_examples, staleness_discount=rules.staleness_discount)
 
 
 def draft(state: HubState, rules: Rules, merged: tuple[Merged, ...], strategy: Strategy) -> Round:
@@ -159,7 +158,7 @@ def draft(state: HubState, rules: Rules, merged: tuple[Merged, ...], strategy: S
             kind="deltas", location=nowhere, codec=delta.codec, codec_options=delta.options
         ),
         strategy=strategy,
-        weighting=weighting(rules.config),
+        weighting=weighting(rules.config.aggregation),
         contributions=merged,
         created=utc_now(),
         software=software(),

@@ -6,32 +6,41 @@ cleaned up in a second push, which may fail without harm: the next merge repeats
 
 from __future__ import annotations
 
-import json
 from calendar import timegm
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import strptime
 
 import msgspec
 
-from moshi_fl.errors import HubError
+from moshi_fl.errors import HubError, UntrustedHub
 from moshi_fl.history import (
+    EVALUATORS_FILE,
     HUB_FILE,
     MAIN,
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
+    SIGNED_FILES,
     TOKENIZER_FILE,
     HubState,
     Refs,
     accepted_path,
+    accepted_signature_path,
+    ledger_path,
+    read_latest,
     round_branch,
     round_folder,
     round_path,
+    verdicts_path,
 )
-from moshi_fl.records import File, Location, Manifest, Round, Update, dump, load
+from moshi_fl.ledger import ledger_of
+from moshi_fl.records import File, Location, Manifest, Round, Update, digest, dump, load
+from moshi_fl.signed.files import TARGETS
 from moshi_fl.store import Author, HubRepo, PushRejected, RefUpdate
+from moshi_fl.trusted import read_evaluators
 from moshi_fl.weights import sha256_file
+from moshi_hub.judging import Decided, with_anchor
 from moshi_hub.propose import Proposal
 
 NOREPLY = "noreply@moshi-fl.invalid"
@@ -54,8 +63,19 @@ def author(name: str) -> Author:
     return Author(name, NOREPLY)
 
 
+Sign = Callable[[Mapping[str, bytes], int], Mapping[str, bytes]]
+"""Gives the signed metadata for the files of a round of that number."""
+
+
 def build_round(
-    repo: HubRepo, state: HubState, main: str, proposal: Proposal, report: str, by: Author
+    repo: HubRepo,
+    state: HubState,
+    main: str,
+    proposal: Proposal,
+    report: str,
+    by: Author,
+    signatures: Mapping[str, bytes],
+    sign: Sign,
 ) -> Built:
     """Write a proposal into the local store as commits.
 
@@ -66,18 +86,32 @@ def build_round(
         proposal: The round.
         report: What a maintainer reads, in Markdown; ``report.md`` beside the record.
         by: Who makes the commits.
+        signatures: Signature of each contribution's record, by id.
+        sign: Makes the signed metadata.
     """
     record, weights = _locate(repo, state.refs, proposal, by)
+    decided = proposal.decided
+    verdicts = decided.verdicts if decided else None
+    ledger = ledger_of(record, state.newest.ledger, proposal.contributions, verdicts)
+    record = msgspec.structs.replace(
+        record, ledger=digest(ledger), verdicts=digest(verdicts) if verdicts else None
+    )
     manifest = extend(state.manifest, record)
     hubfile = repo.read(main, HUB_FILE, limit=1 << 18)
-    latest = commit_latest(repo, manifest, hubfile, proposal.tokenizer, by)
+    signed = latest_files(manifest, hubfile, proposal.tokenizer)
+    latest = commit_latest(repo, manifest, {**signed, **sign(signed, record.round)}, by)
     files = {
         round_path(record.round): dump(record),
         f"{round_folder(record.round)}/report.md": report.encode(),
-        f"{round_folder(record.round)}/ledger.jsonl": ledger(record, proposal),
+        ledger_path(record.round): dump(ledger),
     }
     for contribution_id, contribution in proposal.contributions.items():
         files[accepted_path(record.round, contribution_id)] = dump(contribution)
+        signature = signatures[contribution_id]
+        files[accepted_signature_path(record.round, contribution_id)] = signature
+    if decided:
+        files |= _evaluation_files(repo, main, decided)
+        weights[decided.verdicts.evidence.ref] = decided.verdicts.evidence.commit
     if proposal.tokenizer != state.tokenizer:
         files[TOKENIZER_FILE] = proposal.tokenizer
     tree = repo.tree(put_all(repo, files), base=main)
@@ -86,6 +120,19 @@ def build_round(
         tree, parents=(main,), message=message, author=by, when=seconds(record.created)
     )
     return Built(record, commit, main, latest, weights)
+
+
+def _evaluation_files(repo: HubRepo, main: str, decided: Decided) -> dict[str, bytes]:
+    """What main keeps of an evaluation. Its evidence lies on a ref of its own."""
+    verdicts, path = decided.verdicts, verdicts_path(decided.verdicts.round)
+    files = {
+        path: decided.signed.record,
+        path.removesuffix(".json") + ".sig": decided.signed.signature.encode(),
+    }
+    if verdicts.mode == "local":
+        listed = with_anchor(read_evaluators(repo, main), verdicts.hub, verdicts.anchor)
+        files[EVALUATORS_FILE] = dump(listed)
+    return files
 
 
 def put_all(repo: HubRepo, files: Mapping[str, bytes]) -> dict[str, str]:
@@ -138,11 +185,13 @@ def commit_files(repo: HubRepo, ref: str, paths: Sequence[Path], by: Author, whe
     return Location(ref=ref, commit=commit, files=files)
 
 
-def commit_latest(
-    repo: HubRepo, manifest: Manifest, hubfile: bytes, tokenizer: bytes, by: Author
-) -> str:
+def latest_files(manifest: Manifest, hubfile: bytes, tokenizer: bytes) -> dict[str, bytes]:
+    """The files of ``latest`` that are signed."""
+    return {MANIFEST_FILE: dump(manifest), HUB_FILE: hubfile, TOKENIZER_FILE: tokenizer}
+
+
+def commit_latest(repo: HubRepo, manifest: Manifest, files: Mapping[str, bytes], by: Author) -> str:
     """Make the orphan commit that ``latest`` points to: all that a client needs to start."""
-    files = {MANIFEST_FILE: dump(manifest), HUB_FILE: hubfile, TOKENIZER_FILE: tokenizer}
     number, when = manifest.newest.round, seconds(manifest.newest.created)
     tree = repo.tree(put_all(repo, files))
     return repo.commit(tree, message=f"Latest: round {number}\n", author=by, when=when)
@@ -158,22 +207,6 @@ def extend(manifest: Manifest, record: Round) -> Manifest:
     keyframes = [index for index, entry in enumerate(rounds) if entry.keyframe]
     start = keyframes[-2] if len(keyframes) > 1 else 0
     return Manifest(hub=manifest.hub, rounds=tuple(rounds[start:]))
-
-
-def ledger(record: Round, proposal: Proposal) -> bytes:
-    """One line per accepted contribution, in order of id: who gave what, and what it weighed."""
-    lines = []
-    for merged in record.contributions:
-        contribution = proposal.contributions[merged.id]
-        line = {
-            "contribution": merged.id,
-            "contributor": contribution.contributor,
-            "examples": contribution.num_examples,
-            "round": record.round,
-            "weight": merged.weight,
-        }
-        lines.append(json.dumps(line, sort_keys=True, ensure_ascii=False) + "\n")
-    return "".join(lines).encode()
 
 
 def push_published(
@@ -231,16 +264,38 @@ def _push(repo: HubRepo, updates: Sequence[RefUpdate], number: int) -> None:
         ) from error
 
 
-def publish_proposed(repo: HubRepo, state: HubState, main: str, number: int) -> str:
-    """Publish a reviewed round: fast-forward main unless a forge already did, and move ``latest``.
+@dataclass(frozen=True)
+class Proposed:
+    """A proposed round as it lies on the hub.
 
-    Returns:
-        Commit of the new ``latest``.
+    Attributes:
+        number: Its number.
+        latest: Commit of ``PREFIXnext/N``.
+        branch: Commit of its branch; None when that is gone.
+        files: What is signed, by file name.
+        targets: The signed targets metadata.
+    """
+
+    number: int
+    latest: str
+    branch: str | None
+    files: Mapping[str, bytes]
+    targets: bytes
+
+    @property
+    def manifest(self) -> Manifest:
+        """Its manifest."""
+        data = self.files[MANIFEST_FILE]
+        return load(data, Manifest, name=MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
+
+
+def fetch_proposed(repo: HubRepo, refs: Refs, number: int) -> Proposed:
+    """Bring a proposal here.
 
     Raises:
-        HubError: There is no such proposal, or main has gone elsewhere since.
+        HubError: There is no such proposal.
     """
-    branch, prepared = round_branch(number), state.refs.next(number)
+    branch, prepared = round_branch(number), refs.next(number)
     found = repo.remote_refs(branch, prepared)
     if prepared not in found:
         raise HubError(
@@ -249,26 +304,57 @@ def publish_proposed(repo: HubRepo, state: HubState, main: str, number: int) -> 
         )
     wanted = {ref: f"refs/moshi-fl/{ref.removeprefix('refs/')}" for ref in found}
     repo.fetch(wanted, max_bytes=1 << 30, expect=found)
+    latest = found[prepared]
+    files = read_latest(repo, latest)
+    if TARGETS not in files:
+        raise UntrustedHub(
+            f"{prepared} has no {TARGETS}.", hint="moshi-hub merge   (proposes again)"
+        )
+    signed = {name: files[name] for name in SIGNED_FILES}
+    return Proposed(number, latest, found.get(branch), signed, files[TARGETS])
+
+
+def publish_proposed(
+    repo: HubRepo,
+    state: HubState,
+    main: str,
+    proposed: Proposed,
+    metadata: Mapping[str, bytes],
+    by: Author,
+) -> None:
+    """Publish a reviewed round: fast-forward main unless a forge already did, and move ``latest``.
+
+    Args:
+        repo: The store that holds the proposal.
+        state: The hub as it stands.
+        main: Commit of main.
+        proposed: The round.
+        metadata: Its complete metadata, signed on top of what the hub has now.
+        by: Who makes the commit.
+
+    Raises:
+        HubError: Main has gone elsewhere since.
+    """
+    number, manifest = proposed.number, proposed.manifest
+    latest = commit_latest(repo, manifest, {**proposed.files, **metadata}, by)
     # A proposal made anew meanwhile has moved ``prepared``, and the weights' refs with it.
     updates = [
-        RefUpdate(state.refs.latest, found[prepared], state.commit),
-        RefUpdate(prepared, None, found[prepared]),
+        RefUpdate(state.refs.latest, latest, state.commit),
+        RefUpdate(state.refs.next(number), None, proposed.latest),
     ]
-    if not _has_round(repo, main, found[prepared], number):
-        if branch not in found or repo.parents(found[branch]) != [main]:
+    if not _has_round(repo, main, manifest.newest):
+        if proposed.branch is None or repo.parents(proposed.branch) != [main]:
             raise HubError(
                 f"main has moved since round {number} was proposed.",
                 hint="moshi-hub merge   (proposes it again on the new main)",
             )
-        updates.append(RefUpdate(MAIN, found[branch], main))
+        updates.append(RefUpdate(MAIN, proposed.branch, main))
     _push(repo, updates, number)
-    return found[prepared]
 
 
-def _has_round(repo: HubRepo, main: str, latest: str, number: int) -> bool:
-    data = repo.read(latest, MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
-    wanted = dump(load(data, Manifest, name=MANIFEST_FILE, limit=MAX_MANIFEST_BYTES).newest)
+def _has_round(repo: HubRepo, main: str, record: Round) -> bool:
+    wanted, path = dump(record), round_path(record.round)
     return any(
-        entry.path == round_path(number) and repo.read(main, entry.path, limit=1 << 20) == wanted
-        for entry in repo.entries(main, round_folder(number))
+        entry.path == path and repo.read(main, path, limit=1 << 20) == wanted
+        for entry in repo.entries(main, round_folder(record.round))
     )

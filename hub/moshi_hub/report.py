@@ -5,20 +5,16 @@ Everything a contributor chose is escaped: it may hold anything.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
+from moshi_fl.evidence import Verdicts
 from moshi_fl.records import Contribution, Round
+from moshi_fl.signing import fingerprint
+from moshi_fl.text import markdown
 from moshi_hub.propose import Proposal
 from moshi_hub.verify import Verdict
 
 MAX_ROWS = 200
-
-
-def escape(text: str, limit: int = 80) -> str:
-    """Text from a stranger as harmless inline Markdown, without line breaks, cut to ``limit``."""
-    flat = "".join(character if character.isprintable() else " " for character in text)[:limit]
-    return re.sub(r"([\\`*_{}\[\]()<>#+!|~&@:])", r"\\\1", flat)
 
 
 def round_report(
@@ -35,6 +31,7 @@ def round_report(
         f"# Round {proposal.record.round}\n",
         _summary(proposal.record),
         _accepted(proposal),
+        _evaluated(proposal),
         _rejected([verdict for verdict in verdicts if not verdict.accepted]),
         _waiting(waiting),
         _facts(proposal),
@@ -66,13 +63,50 @@ def _accepted(proposal: Proposal) -> str:
         entry = proposal.contributions[merged.id]
         metrics = entry.metrics
         rows.append(
-            f"| {merged.id[:12]} | {escape(entry.contributor)} | {merged.base_round} "
+            f"| {merged.id[:12]} | {markdown(entry.contributor)} | {merged.base_round} "
             f"| {entry.num_examples} | {merged.weight / total:.1%} "
             f"| {_loss(metrics.held_out_before)} | {_loss(metrics.held_out_after)} "
             f"| {entry.delta.bytes / 1000:.1f} kB |"
         )
     rows.append(_cut(len(proposal.record.contributions)))
     return "\n".join(rows) + "\n"
+
+
+def _evaluated(proposal: Proposal) -> str:
+    """What the evaluation found; what is disputed with its evidence, for the maintainer."""
+    if proposal.decided is None:
+        return ""
+    verdicts, opening = proposal.decided.verdicts, proposal.decided.session.opening
+    who = {"local": "processes of this machine", "appointed": "appointed evaluators"}
+    intro = (
+        f"By {who[verdicts.mode]}, on {opening.sequences} sequences, in {opening.precision}. Gain "
+        "and standard error of each contribution alone, in nats per token:\n"
+    )
+    rows = [
+        f"| {entry.submission[:12]} | {entry.outcome} | {entry.gain / 1e6:+.6f} "
+        f"| {entry.standard_error / 1e6:.6f} | {len(entry.attesters)} "
+        f"| {markdown(entry.reason, 200)} |"
+        for entry in verdicts.judged[:MAX_ROWS]
+    ]
+    head = "| contribution | verdict | gain | standard error | agreeing beside the anchor | why |"
+    text = ["## Evaluation\n", intro, head, "|---|---|--:|--:|--:|---|", *rows]
+    return "\n".join([*text, _cut(len(verdicts.judged)), *_lies(verdicts)]) + "\n"
+
+
+def _lies(verdicts: Verdicts) -> list[str]:
+    liars = [tally for tally in verdicts.tallies if tally.lies]
+    if not verdicts.rulings:
+        return []
+    rows = [
+        "\nThe referee measured again what was disputed, in nats per token:\n",
+        "| contribution | sequence | before | after |",
+        "|---|--:|--:|--:|",
+    ]
+    rows += [
+        f"| {r.submission[:12]} | {r.sequence} | {r.before / 1e6:.6f} | {r.after / 1e6:.6f} |"
+        for r in verdicts.rulings[:MAX_ROWS]
+    ]
+    return [*rows, "", *(f"Proven to have lied: `{fingerprint(t.key)}`." for t in liars)]
 
 
 def _loss(value: float | None) -> str:
@@ -89,8 +123,8 @@ def _rejected(verdicts: Sequence[Verdict]) -> str:
     rows = ["## Rejected\n", "| branch | reason | detail |", "|---|---|---|"]
     for verdict in verdicts[:MAX_ROWS]:
         first = verdict.findings[0]
-        branch = escape(verdict.branch.removeprefix("refs/heads/"), 60)
-        rows.append(f"| {branch} | {first.code} | {escape(first.message, 200)} |")
+        branch = markdown(verdict.branch.removeprefix("refs/heads/"), 60)
+        rows.append(f"| {branch} | {first.code} | {markdown(first.message, 200)} |")
     rows.append(_cut(len(verdicts)))
     return "\n".join(rows) + "\n"
 

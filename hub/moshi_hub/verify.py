@@ -7,21 +7,29 @@ torch: a contribution is judged before any model is built.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from moshi_fl.codec import get_codec
 from moshi_fl.codec.delta import Delta, DeltaProblem, max_delta_bytes
-from moshi_fl.errors import CorruptRecord
-from moshi_fl.history import DELTA_FILE, Refs, contribution_path
+from moshi_fl.errors import BadSignature, CorruptRecord, SigningError
+from moshi_fl.history import (
+    DELTA_FILE,
+    Refs,
+    check_signature,
+    contribution_path,
+    signature_path,
+)
 from moshi_fl.hubfile import HubConfig
 from moshi_fl.records import Contribution, Location, load
 from moshi_fl.rules import Shapes
+from moshi_fl.signing import MAX_SIGNATURE_BYTES
 from moshi_fl.store import TreeEntry
 from moshi_fl.weights import sha256_file
 
 MAX_CONTRIBUTION_BYTES = 16_384
 PLAIN_FILE = ("100644", "blob")
+MAX_QUOTED = 200  # characters of a stranger's text in a finding
 
 REASONS = {
     "wrong-branch": "the branch is not named contribute/<round>/<id>",
@@ -31,6 +39,8 @@ REASONS = {
     "wrong-mode": "a file is not a plain file (symlink, submodule or executable)",
     "oversize": "larger than the hub accepts",
     "bad-record": "the record is malformed or not in canonical form",
+    "unsigned": "the record's signature is not beside it",
+    "bad-signature": "the signature is not one by the record's key over the record",
     "wrong-id": "the record's content does not have the id in its name",
     "wrong-hub": "made for another hub",
     "wrong-family": "made for another model family",
@@ -47,7 +57,11 @@ REASONS = {
     "empty": "the delta carries nothing",
     "zero-delta": "the delta changes nothing",
     "over-norm": "the delta's norm is above the hub's limit",
+    "no-gain": "the evaluation has found that it makes the model worse",
     "replay": "this delta was already contributed",
+    "one-per-round": "its key has another contribution to the same round",
+    "superseded": "its owner sent another that counts: on a newer base, or with a lower id",
+    "copy": "its delta points the same way as one that came before it",
 }
 
 
@@ -79,6 +93,8 @@ class Rules:
     bases: Mapping[int, Base]
     seen: Mapping[str, str] = field(default_factory=dict)
     """Hash of each delta already contributed, to the id that brought it first."""
+    taken: Mapping[tuple[str, int], str] = field(default_factory=dict)
+    """Key and base round of each contribution so far, to its id."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +106,7 @@ class Submission:
     """Empty when the branch is one commit on main; else what is wrong with it."""
     changes: tuple[TreeEntry, ...]
     record: bytes | None = None
+    signature: bytes | None = None
     delta_commit: str | None = None
     delta_entries: tuple[TreeEntry, ...] = ()
     unreadable: str = ""
@@ -106,6 +123,8 @@ class Verdict:
     contribution: Contribution | None
     findings: tuple[Finding, ...]
     norm: float | None = None
+    signature: bytes = b""
+    """The record's, as it was sent; empty when the record or it was refused."""
 
     @property
     def accepted(self) -> bool:
@@ -124,28 +143,38 @@ def precheck(submission: Submission, rules: Rules) -> Verdict:
     if findings:
         return Verdict(submission.branch, None, tuple(findings))
     contribution, findings = _read_record(submission)
-    if contribution:
-        findings += _check_claims(contribution, rules)
-    return Verdict(submission.branch, contribution, tuple(findings))
+    if contribution is None or findings:
+        return Verdict(submission.branch, contribution, tuple(findings))
+    signature = submission.signature or b""
+    try:
+        check_signature(contribution, signature)
+    except BadSignature as error:
+        return Verdict(submission.branch, contribution, (Finding("bad-signature", str(error)),))
+    except SigningError as error:  # that says nothing about the signature
+        return Verdict(submission.branch, None, (Finding("unreadable", str(error)),))
+    findings = _check_claims(contribution, rules)
+    return Verdict(submission.branch, contribution, tuple(findings), signature=signature)
 
 
-def verify(submission: Submission, rules: Rules) -> Verdict:
-    """Judge a whole submission, delta included."""
-    first = precheck(submission, rules)
+def verify(submission: Submission, rules: Rules, first: Verdict | None = None) -> Verdict:
+    """Judge a whole submission, delta included; ``first`` is what ``precheck`` said of it."""
+    first = first or precheck(submission, rules)
     if not first.accepted or first.contribution is None:
         return first
+    if submission.unreadable:
+        return replace(first, findings=(Finding("unreadable", submission.unreadable),))
     findings = _check_delta_commit(submission, first.contribution)
     norm = None
     if not findings and submission.delta:
         findings, norm = _check_delta(submission.delta, first.contribution, rules)
-    return Verdict(submission.branch, first.contribution, tuple(findings), norm)
+    return replace(first, findings=tuple(findings), norm=norm)
 
 
 def check_branch(branch: str, rules: Rules) -> list[Finding]:
     """Judge the name of a branch alone: nothing is fetched of one that cannot be accepted."""
     place = branch_place(branch)
     if place is None:
-        return [Finding("wrong-branch", f"{branch!r} names no contribution.")]
+        return [Finding("wrong-branch", f"{branch[:MAX_QUOTED]!r} names no contribution.")]
     return _check_age(place[0], rules)
 
 
@@ -158,7 +187,11 @@ def _read_record(submission: Submission) -> tuple[Contribution | None, list[Find
     if submission.history:
         return None, [Finding("wrong-history", submission.history)]
     path = contribution_path(*place)
-    findings = list(_check_tree(submission.changes, path, MAX_CONTRIBUTION_BYTES))
+    files = {
+        path: (MAX_CONTRIBUTION_BYTES, "bad-record"),
+        signature_path(*place): (MAX_SIGNATURE_BYTES, "unsigned"),
+    }
+    findings = _check_tree(submission.changes, files)
     if findings or submission.record is None:
         return None, findings or [Finding("bad-record", f"{path} could not be read.")]
     try:
@@ -188,17 +221,22 @@ def branch_place(branch: str) -> tuple[int, str] | None:
     return int(number), contribution_id
 
 
-def _check_tree(entries: tuple[TreeEntry, ...], path: str, limit: int) -> list[Finding]:
+def _check_tree(
+    entries: tuple[TreeEntry, ...], files: Mapping[str, tuple[int, str]]
+) -> list[Finding]:
+    """Insist on exactly these files: path to largest size, and to the code when it is missing."""
     findings = []
     for entry in entries:
-        if entry.path != path:
-            findings.append(Finding("extra-files", f"{entry.path!r} has no business here."))
+        path, (limit, _) = entry.path, files.get(entry.path, (0, ""))
+        if path not in files:
+            findings.append(Finding("extra-files", f"{path[:MAX_QUOTED]!r} has no business here."))
         elif (entry.mode, entry.kind) != PLAIN_FILE:
             findings.append(Finding("wrong-mode", f"{path} has mode {entry.mode}, not 100644."))
         elif (entry.size or 0) > limit:
             findings.append(Finding("oversize", f"{path} has {entry.size} bytes; limit {limit}."))
-    if path not in {entry.path for entry in entries}:
-        findings.append(Finding("bad-record", f"{path} is missing."))
+    found = {entry.path for entry in entries}
+    missing = [(code, path) for path, (_, code) in files.items() if path not in found]
+    findings += [Finding(code, f"{path} is missing.") for code, path in missing]
     return findings[:10]
 
 
@@ -245,6 +283,9 @@ def _check_location(contribution: Contribution, rules: Rules) -> list[Finding]:
         return [Finding("oversize", f"a delta of {file.bytes} bytes; the limit is {limit}.")]
     if earlier := rules.seen.get(file.sha256):
         return [Finding("replay", f"the same delta came with contribution {earlier}.")]
+    if other := rules.taken.get((contribution.key, contribution.round)):
+        said = f"its key has contributed {other} to round {contribution.round}."
+        return [Finding("one-per-round", said)]
     return []
 
 
@@ -262,7 +303,7 @@ def _check_delta_commit(submission: Submission, contribution: Contribution) -> l
         found = submission.delta_commit
         return [Finding("delta-mismatch", f"{location.ref} is at {found}, not {location.commit}.")]
     file = location.files[0]
-    findings = _check_tree(submission.delta_entries, file.name, file.bytes)
+    findings = _check_tree(submission.delta_entries, {file.name: (file.bytes, "bad-record")})
     if findings:
         return findings
     if submission.delta is None or not _matches(submission.delta, location):

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from moshi_fl.aggregate.base import Step, Strategy, Update, apply_step
+from moshi_fl.aggregate.centers import CenteredClipping, GeometricMedian
 from moshi_fl.aggregate.fedavg import FedAvg
-from moshi_fl.aggregate.robust import Median, TrimmedMean
+from moshi_fl.aggregate.krum import Krum, MultiKrum
+from moshi_fl.aggregate.robust import Robust
+from moshi_fl.aggregate.trimmed import Median, TrimmedMean
 from moshi_fl.errors import ConfigError
 from moshi_fl.records import Scalar
 
@@ -17,6 +20,11 @@ STRATEGIES: dict[str, tuple[type[Any], frozenset[str]]] = {
     "fedavg": (FedAvg, frozenset()),
     "median": (Median, frozenset()),
     "trimmed-mean": (TrimmedMean, frozenset({"trim"})),
+    "geometric-median": (GeometricMedian, frozenset({"iterations", "smoothing"})),
+    "centered-clipping": (CenteredClipping, frozenset({"iterations", "radius"})),
+    "krum": (Krum, frozenset({"f"})),
+    "multi-krum": (MultiKrum, frozenset({"f", "keep"})),
+    "robust": (Robust, frozenset({"f", "running_norm"})),
 }
 """Strategy name to its class and the options it takes."""
 

@@ -2,7 +2,8 @@
 
 Everything here is defined to the last bit: float64, contributions in the order of their ids,
 elementwise numpy operations only. No reduction such as ``numpy.sum`` or a matrix product is used,
-because the order in which they add depends on the machine.
+because the order in which they add depends on the machine; the one exception is
+``moshi_fl.aggregate.gram``, where everything is integers and the order makes no difference.
 """
 
 from __future__ import annotations

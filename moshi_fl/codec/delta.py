@@ -21,6 +21,8 @@ from moshi_fl.weights import DTYPES, Array, Weights, header_bytes, serialize, te
 FORMAT = "moshi-fl-delta-1"
 BLOCK = 1 << 16  # weights looked at in one go; float64 temporaries of this size stay in the cache
 
+SLACK = 1 << 10  # bytes by which a header may be too long and still be read, to say what is wrong
+
 
 class DeltaProblem(Rejected):
     """A delta file that breaks a rule.
@@ -97,9 +99,13 @@ def delta_bytes(entries: Weights, codec: Codec) -> bytes:
 
 def max_delta_bytes(shapes: Mapping[str, Shape], codec: Codec) -> int:
     """Size of a delta that carries every tensor: no valid one is larger."""
-    layouts = {name: codec.layout(shape) for name, shape in shapes.items()}
+    layouts = _layouts(shapes, codec)
     sizes = (math.prod(shape) * DTYPES[dtype].itemsize for dtype, shape in layouts.values())
     return len(header_bytes(layouts, _metadata(codec))) + sum(sizes)
+
+
+def _layouts(shapes: Mapping[str, Shape], codec: Codec) -> dict[str, tuple[str, Shape]]:
+    return {name: codec.layout(shape) for name, shape in shapes.items()}
 
 
 def _metadata(codec: Codec) -> dict[str, str]:
@@ -199,6 +205,17 @@ class Delta:
             self.release()
         return math.sqrt(total)
 
+    def largest(self) -> float:
+        """The largest magnitude of all values."""
+        found = 0.0
+        for name, shape in self.shapes.items():
+            for start in range(0, math.prod(shape), BLOCK):
+                block = np.zeros(min(BLOCK, math.prod(shape) - start))
+                self.add(name, start, block, 1.0)
+                found = max(found, float(block.max()), -float(block.min()))
+            self.release()
+        return found
+
     @property
     def is_zero(self) -> bool:
         """Whether it would change nothing."""
@@ -229,6 +246,9 @@ def _entries(
     data: bytes | memoryview, shapes: Mapping[str, Shape], codec: Codec, name: str
 ) -> dict[str, Array]:
     """The tensors of a file whose header is exactly what ``delta_bytes`` would write."""
+    longest = 2 * len(header_bytes(_layouts(shapes, codec), _metadata(codec))) + SLACK
+    if int.from_bytes(data[:8], "little") > longest:  # as objects it would take many times as much
+        raise DeltaProblem("not-safetensors", f"{name}: its header has more than {longest} bytes.")
     try:
         entries = tensors_in(data, name=name)
     except CorruptRecord as error:

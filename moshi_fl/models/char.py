@@ -8,9 +8,10 @@ small budgets than GPT-2's 0.02. Parameter names are those of ``nn.MultiheadAtte
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
@@ -90,11 +91,30 @@ class CausalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x``: (B, T, C), the same back."""
-        B, T, C = x.shape
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(B, T, 3, self.n_head, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # (B, H, T, D)
+        return self.attend(F.linear(x, self.in_proj_weight, self.in_proj_bias))
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """Queries, keys and values in one, (B, T, 3 C), to the answer (B, T, C)."""
+        B, T, _ = qkv.shape
+        q, k, v = qkv.view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4).unbind()  # (B, H, T, D)
         y = causal_attention(q, k, v, dropout=self.dropout, training=self.training)
-        return self.out_proj(y.transpose(1, 2).reshape(B, T, C))  # type: ignore[no-any-return]
+        return self.out_proj(y.transpose(1, 2).reshape(B, T, -1))  # type: ignore[no-any-return]
+
+
+class _LayeredAttention(nn.Module):
+    """An attention whose first product is a layer of its own, with the same parameters."""
+
+    def __init__(self, attention: CausalAttention) -> None:
+        super().__init__()
+        rows, width = attention.in_proj_weight.shape
+        self.in_proj = nn.Linear(width, rows, device="meta")
+        self.in_proj.weight, self.in_proj.bias = attention.in_proj_weight, attention.in_proj_bias
+        self.out_proj = attention.out_proj
+        self._attend = attention.attend
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x``: (B, T, C), the same back."""
+        return self._attend(self.in_proj(x))
 
 
 class Block(nn.Module):
@@ -148,6 +168,18 @@ class CharTransformer(nn.Module):
         if self.ln_f is not None:
             x = self.ln_f(x)
         return self.fc_out(x)  # type: ignore[no-any-return]
+
+    @contextmanager
+    def separated(self) -> Iterator[None]:
+        """No window sees another; the attention's parameters get layers of their own."""
+        attentions = {block: cast("CausalAttention", block.attn) for block in self.blocks}
+        try:
+            for block, attention in attentions.items():
+                block.attn = _LayeredAttention(attention)
+            yield
+        finally:
+            for block, attention in attentions.items():
+                block.attn = attention
 
 
 def sinusoids(length: int, width: int) -> Tensor:

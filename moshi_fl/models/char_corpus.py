@@ -76,17 +76,41 @@ def windows(
 
     ``fill_in_middle`` is the share of the windows that are rearranged.
     """
-    length = min(corpus.context + 1, len(corpus.tokens))
+    length = window_length(corpus)
     index = start
     while True:
         random = np.random.default_rng([seed, index])
         starts = random.integers(0, len(corpus.tokens) - length + 1, batch_size)
-        rows = corpus.tokens[starts[:, None] + np.arange(length)].astype(np.int64)
-        for row in rows[:0] if length < SHORTEST_PIECE else rows:
-            if random.random() < fill_in_middle:
-                row[:] = _rearranged(row.tolist(), random)
-        yield rows
+        yield _rows(corpus, starts, length, fill_in_middle, random)
         index += 1
+
+
+def window_length(corpus: CharCorpus) -> int:
+    """Tokens of a window."""
+    return min(corpus.context + 1, len(corpus.tokens))
+
+
+def take_windows(
+    corpus: CharCorpus, numbers: NDArray[np.int64], *, fill_in_middle: float, seed: int
+) -> NDArray[np.int64]:
+    """Windows (B, context + 1) by number; no two of them share a token."""
+    length = window_length(corpus)
+    random = np.random.default_rng(seed)
+    return _rows(corpus, numbers * length, length, fill_in_middle, random)
+
+
+def _rows(
+    corpus: CharCorpus,
+    starts: NDArray[np.int64],
+    length: int,
+    fill_in_middle: float,
+    random: np.random.Generator,
+) -> NDArray[np.int64]:
+    rows: NDArray[np.int64] = corpus.tokens[starts[:, None] + np.arange(length)].astype(np.int64)
+    for row in rows[:0] if length < SHORTEST_PIECE else rows:
+        if random.random() < fill_in_middle:
+            row[:] = _rearranged(row.tolist(), random)
+    return rows
 
 
 def _rearranged(text: list[int], random: np.random.Generator) -> list[int]:
@@ -145,6 +169,12 @@ def make_pool(texts: Sequence[str], count: int, *, context: int, seed: int) -> b
         raise DataError("The held-out part has no text.", hint="Give --data more source files.")
     chosen = np.random.default_rng(seed).permutation(len(pieces))[:count]
     return records.dump(Pool(texts=tuple(pieces[i] for i in sorted(chosen.tolist()))))
+
+
+def pick_texts(data: bytes, sequences: Sequence[int]) -> bytes:
+    """A pool file of these texts of another, in this order."""
+    texts = read_pool(data)
+    return records.dump(Pool(texts=tuple(texts[i] for i in sequences)))
 
 
 def _pieces(text: str, size: int) -> Iterator[str]:

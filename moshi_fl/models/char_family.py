@@ -18,7 +18,16 @@ from moshi_fl import data
 from moshi_fl.errors import ConfigError
 from moshi_fl.generate import Sampler, pieces_of, until_stop
 from moshi_fl.models.char import CharConfig, CharTransformer
-from moshi_fl.models.char_corpus import CharCorpus, make_pool, read_pool, stream, windows
+from moshi_fl.models.char_corpus import (
+    CharCorpus,
+    make_pool,
+    pick_texts,
+    read_pool,
+    stream,
+    take_windows,
+    window_length,
+    windows,
+)
 from moshi_fl.models.char_decode import CharDecoder
 from moshi_fl.models.common import device_of, extract_weights, settings_from
 from moshi_fl.models.family import Corpus, DataSummary, Family, Preset, Sampling, Table
@@ -77,6 +86,17 @@ class CharTask:
         )
         return map(torch.from_numpy, rows)
 
+    def window_count(self, corpus: Corpus) -> int:
+        """Windows without a common token; what is left over at the end is in none."""
+        chars = cast("CharCorpus", corpus)
+        return len(chars.tokens) // window_length(chars)
+
+    def take(self, corpus: Corpus, numbers: NDArray[np.int64], *, seed: int) -> Tensor:
+        """These windows, (B, T + 1)."""
+        share = self.config.fill_in_middle
+        rows = take_windows(cast("CharCorpus", corpus), numbers, fill_in_middle=share, seed=seed)
+        return torch.from_numpy(rows)
+
     def loss(self, module: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
         """Mean cross-entropy of each token given those before it in its window."""
         batch = batch.to(device_of(module))
@@ -89,6 +109,14 @@ class CharTask:
         split = cast("CharCorpus", corpus).split
         texts = split.held_out if held_out else split.training
         return make_pool(texts, sequences, context=self.config.context, seed=seed)
+
+    def pool_size(self, pool: bytes) -> int:
+        """How many texts a pool has."""
+        return len(read_pool(pool))
+
+    def pick(self, pool: bytes, sequences: Sequence[int]) -> bytes:
+        """A pool of these texts of another, in this order."""
+        return pick_texts(pool, sequences)
 
     @torch.inference_mode()
     def evaluate(self, module: nn.Module, pool: bytes, device: torch.device) -> NDArray[np.float64]:

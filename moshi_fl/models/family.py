@@ -8,6 +8,7 @@ See ``examples/`` for a complete family in one short file.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -138,6 +139,40 @@ class Observed(Protocol):
 
 
 @runtime_checkable
+class Separable(Protocol):
+    """A module that prepares itself for gradients of single windows; others are taken as they are.
+
+    Training with differential privacy needs them: what one window adds is bounded by itself.
+    """
+
+    def separated(self) -> AbstractContextManager[None]:
+        """Inside, every trainable parameter is used by a layer that is called, on all windows.
+
+        The layers may be others than outside; the parameters are the same objects.
+
+        Raises:
+            ConfigError: One window of a batch influences the gradient of another; says how.
+        """
+        ...
+
+
+@runtime_checkable
+class Windowed(Protocol):
+    """A task that can cut a corpus into windows of which no two share a token."""
+
+    def window_count(self, corpus: Corpus) -> int:
+        """How many there are."""
+        ...
+
+    def take(self, corpus: Corpus, numbers: NDArray[np.int64], *, seed: int) -> Any:
+        """A batch of these windows, for ``loss``; windows have equal numbers of tokens.
+
+        ``seed`` is of what is random within a window. Each row depends on its window alone.
+        """
+        ...
+
+
+@runtime_checkable
 class FillsIn(Protocol):
     """A task whose model can write what stands between two texts."""
 
@@ -145,6 +180,19 @@ class FillsIn(Protocol):
         self, module: nn.Module, prompt: str, suffix: str, sampling: Sampling
     ) -> Iterator[str]:
         """Text between prompt and suffix, piece by piece as it is made."""
+        ...
+
+
+@runtime_checkable
+class CutsPools(Protocol):
+    """A task that can measure on some sequences of a pool without measuring on all."""
+
+    def pool_size(self, pool: bytes) -> int:
+        """How many sequences a pool has."""
+        ...
+
+    def pick(self, pool: bytes, sequences: Sequence[int]) -> bytes:
+        """A pool of these sequences of another, in this order."""
         ...
 
 

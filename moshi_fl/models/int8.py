@@ -20,6 +20,9 @@ Linear = Callable[[Tensor], Tensor]
 
 Storage = Literal["float32", "int8"]
 MOST_ROWS = 4  # of an input whose product with eight-bit weights is faster
+LANES = (
+    32  # PyTorch 2.13's AVX512 kernel reads whole lanes: past the end, if a row is not filled up
+)
 
 
 def linear(weight: Tensor, bias: Tensor | None, storage: Storage) -> Linear:
@@ -27,14 +30,16 @@ def linear(weight: Tensor, bias: Tensor | None, storage: Storage) -> Linear:
     if storage == "float32":
         return partial(_plain, weight, weight.t(), bias)
     scale = weight.float().abs().amax(1).clamp_min(1e-30) / 127  # (out,)
-    integers = (weight.float() / scale[:, None]).round().to(torch.int8)
+    missing = -weight.shape[1] % LANES
+    integers = F.pad((weight.float() / scale[:, None]).round().to(torch.int8), (0, missing))
     scale = scale.to(torch.bfloat16)
 
     def product(x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
         if len(rows) > MOST_ROWS:
             return F.linear(x, weight, bias)
-        y = torch._weight_int8pack_mm(rows.bfloat16(), integers, scale)  # noqa: SLF001
+        filled = F.pad(rows.bfloat16(), (0, missing)) if missing else rows.bfloat16()
+        y = torch._weight_int8pack_mm(filled, integers, scale)  # noqa: SLF001
         y = y.to(x.dtype).view(*x.shape[:-1], -1)
         return y if bias is None else y.add_(bias)
 

@@ -11,6 +11,8 @@ on its own past alone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moshi_fl.errors import ConfigError
 from moshi_fl.models.family import ParameterGroup
 from moshi_fl.models.moc_config import MocConfig
 from moshi_fl.models.moc_layers import Attention, KeyValue, RMSNorm, Rotary, wide
@@ -182,6 +185,31 @@ class Moc(nn.Module):
         if ROUTER in name:
             return ParameterGroup(learning_rate_scale=0.5, decays=False, stays_float32=True)
         return ParameterGroup(decays=self.get_parameter(name).dim() >= 2)
+
+    @contextmanager
+    def separated(self) -> Iterator[None]:
+        """Without experts no window sees another; checkpointing would call layers twice.
+
+        Raises:
+            ConfigError: There are experts.
+        """
+        if self.config.n_experts:
+            raise ConfigError(
+                f"a moc model with experts (n_experts = {self.config.n_experts}) mixes the windows "
+                "of a batch: they compete for room at an expert and share the balance loss, so "
+                "the influence of one cannot be bounded.",
+                hint="Without --dp, or to a hub of the family char, or moc with n_experts = 0.",
+            )
+        policies = {block: block.policy for block in self.blocks}
+        config, self.config = self.config, replace(self.config, grad_ckpt_policy="none")
+        try:
+            for block in policies:
+                block.policy = "none"
+            yield
+        finally:
+            self.config = config
+            for block, policy in policies.items():
+                block.policy = policy
 
     def active_parameters(self) -> int:
         """Parameters that one token meets."""

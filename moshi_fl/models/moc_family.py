@@ -17,13 +17,19 @@ from torch import Tensor, nn
 from moshi_fl import data
 from moshi_fl.errors import ConfigError
 from moshi_fl.generate import Sampler, pieces_of, until_stop
-from moshi_fl.models.char_corpus import make_pool, read_pool, stream
+from moshi_fl.models.char_corpus import make_pool, pick_texts, read_pool, stream
 from moshi_fl.models.common import device_of, extract_weights, settings_from
 from moshi_fl.models.family import Corpus, DataSummary, Family, Preset, Sampling, Table
 from moshi_fl.models.moc import Moc
 from moshi_fl.models.moc_config import MocConfig
 from moshi_fl.models.moc_decode import MocDecoder
-from moshi_fl.models.token_corpus import TokenArray, TokenCorpus, token_windows
+from moshi_fl.models.token_corpus import (
+    TokenArray,
+    TokenCorpus,
+    take_windows,
+    token_windows,
+    window_count,
+)
 from moshi_fl.subwords import SPECIALS, Subwords
 from moshi_fl.weights import Weights
 
@@ -86,6 +92,14 @@ class MocTask:
         rows = token_windows(cast("TokenCorpus", corpus), batch_size, seed=seed, start=start)
         return map(torch.from_numpy, rows)
 
+    def window_count(self, corpus: Corpus) -> int:
+        """Windows without a common token; what is left over at the end is in none."""
+        return window_count(cast("TokenCorpus", corpus))
+
+    def take(self, corpus: Corpus, numbers: NDArray[np.int64], *, seed: int) -> Tensor:
+        """These windows, (B, T + 1); nothing in them is random."""
+        return torch.from_numpy(take_windows(cast("TokenCorpus", corpus), numbers))
+
     def loss(self, module: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
         """Cross-entropy of each token given those before it, and the router's terms."""
         batch = batch.to(device_of(module))
@@ -99,6 +113,14 @@ class MocTask:
         texts = split.held_out if held_out else split.training
         size = BYTES_PER_TOKEN * self.config.max_seq_len
         return make_pool(texts, sequences, context=size, seed=seed)
+
+    def pool_size(self, pool: bytes) -> int:
+        """How many texts a pool has."""
+        return len(read_pool(pool))
+
+    def pick(self, pool: bytes, sequences: Sequence[int]) -> bytes:
+        """A pool of these texts of another, in this order."""
+        return pick_texts(pool, sequences)
 
     @torch.inference_mode()
     def evaluate(self, module: nn.Module, pool: bytes, device: torch.device) -> NDArray[np.float64]:

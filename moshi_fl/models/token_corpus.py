@@ -88,8 +88,25 @@ def token_windows(
         DataError: Less than two tokens.
     """
     count = corpus.num_examples
-    length = min(corpus.context + 1, len(corpus.tokens))
-    return _batches(corpus, batch_size, Shuffle(count, seed), length, start)
+    return _batches(corpus, batch_size, Shuffle(count, seed), _length(corpus), start)
+
+
+def window_count(corpus: TokenCorpus) -> int:
+    """How many windows without a common token there are."""
+    return len(corpus.tokens) // _length(corpus)
+
+
+def take_windows(corpus: TokenCorpus, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Windows (B, context + 1) by number; unlike those of an epoch, they share no token."""
+    length = _length(corpus)
+    rows = np.empty((len(numbers), length), np.int64)
+    for row, number in zip(rows, numbers.tolist(), strict=True):
+        row[:] = corpus.tokens.read(number * length, length)
+    return rows
+
+
+def _length(corpus: TokenCorpus) -> int:
+    return min(corpus.context + 1, len(corpus.tokens))
 
 
 def _batches(

@@ -89,9 +89,27 @@ class ObjectStore(StoreFolder):
 
     def read_many(self, commit: str, paths: Sequence[str], *, limit: int) -> list[bytes]:
         """The contents of several plain files of at most ``limit`` bytes each, in two processes."""
-        if not paths:
-            return []
-        found = self._plain_files(commit, paths, limit)
+        return self._contents(self._plain_files(commit, paths, limit)) if paths else []
+
+    def read_listed(
+        self, commit: str, limits: Mapping[str, int], *, at_most: int
+    ) -> dict[str, bytes]:
+        """The contents of those files at a tree's root that have a limit, by name.
+
+        Args:
+            commit: The commit.
+            limits: Name to largest size in bytes; what is not there is left out.
+            at_most: How many entries the tree may have.
+
+        Raises:
+            CorruptRecord: One of them is no plain file or too large, or there are more entries.
+        """
+        listed = [entry for entry in self.entries(commit, limit=at_most) if entry.path in limits]
+        found = [usable(entry, commit, entry.path, limits[entry.path]) for entry in listed]
+        contents = self._contents(found) if found else []
+        return {entry.path: data for entry, data in zip(found, contents, strict=True)}
+
+    def _contents(self, found: Sequence[TreeEntry]) -> list[bytes]:
         wanted = "".join(entry.oid + "\n" for entry in found).encode()
         total = sum((entry.size or 0) + 128 for entry in found)
         result = self._git(

@@ -123,7 +123,7 @@ class Engine:
         recipe, world = self.recipe, self.world
         rate, beta1 = recipe.pace(step)
         with world.together():
-            torch.manual_seed((recipe.seed * _STREAMS + step + (world.rank << 40)) % (1 << 63))
+            torch.manual_seed(self._seed(step))
             loss, gradients, unit, tokens = self._differentiate(batches)
         tokens = world.total(tokens)
         self._average(loss, gradients, unit / max(tokens, 1))
@@ -150,6 +150,10 @@ class Engine:
             self._require_finite(step)
             reports.append(Report(step.step, loss, norm, step.learning_rate, step.tokens))
         return reports
+
+    def _seed(self, step: int) -> int:
+        """Of what is random in a step, such as dropout."""
+        return (self.recipe.seed * _STREAMS + step + (self.world.rank << 40)) % (1 << 63)
 
     def _differentiate(self, batches: Iterable[Any]) -> tuple[Tensor, list[Tensor], int, int]:
         """Sum of losses, and of their gradients, each batch counting tokens/unit; unit, tokens."""

@@ -37,11 +37,14 @@ class Recipe:
     compile: bool = False
     seed: int = 0
     device: str = "cpu"
+    private: bool = False  # DP-SGD; then the two below hold
+    noise_multiplier: float = 1.0  # deviation of the noise, in clipping norms
+    max_gradient_norm: float = 1.0  # what one window's gradient is clipped to
 
     def __post_init__(self) -> None:
         for key in ("steps", "batch_size", "accumulation"):
             _require(self, key, getattr(self, key) >= 1, "must be at least 1")
-        for key in ("learning_rate", "gradient_clip"):
+        for key in ("learning_rate", "gradient_clip", "noise_multiplier", "max_gradient_norm"):
             _require(self, key, 0 < getattr(self, key) < math.inf, "must be above 0")
         for key in ("beta1", "beta2"):
             _require(self, key, 0 <= getattr(self, key) < 1, "must be from 0 to below 1")
@@ -50,6 +53,8 @@ class Recipe:
         _require(self, "warmup_fraction", 0 <= self.warmup_fraction <= 1, "must be from 0 to 1")
         _require(self, "precision", self.precision in PRECISIONS, "must be fp32, bf16 or auto")
         _require(self, "schedule", self.schedule in SCHEDULES, "must be one-cycle or cosine")
+        plain = self.precision == "fp32" and not self.compile
+        _require(self, "private", plain or not self.private, "needs fp32, uncompiled")
         _require(self, "seed", 0 <= self.seed < 1 << 53, "must be from 0 to 2**53 - 1")
 
     def settled(self) -> Recipe:

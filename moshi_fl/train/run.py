@@ -51,7 +51,7 @@ def train(
     """
     recipe = recipe.settled()
     module.to(recipe.device)
-    engine = Engine(module, task.loss, recipe)
+    engine = _engine(module, task, recipe)
     saver = _Saver(checkpoint, checkpoint_seconds, identity(module, corpus, recipe))
     first = saver.restore(engine)
     clock = Clock(first, recipe.steps)
@@ -72,8 +72,20 @@ def train(
     return clock.result()
 
 
+def _engine(module: nn.Module, task: Task, recipe: Recipe) -> Engine:
+    if not recipe.private:
+        return Engine(module, task.loss, recipe)
+    from moshi_fl.train.private import PrivateEngine
+
+    return PrivateEngine(module, task.loss, recipe)
+
+
 def _steps(task: Task, corpus: Corpus, recipe: Recipe, first: int) -> Iterator[list[Any]]:
-    """The batches of each step, from a step on."""
+    """The batches of each step, from a step on; of a private run, nobody can tell them again."""
+    if recipe.private:
+        from moshi_fl.train.private import poisson_steps
+
+        yield from poisson_steps(task, corpus, recipe)
     start = first * recipe.accumulation
     batches = task.batches(corpus, recipe.batch_size, seed=recipe.seed, start=start)
     while True:
@@ -111,7 +123,7 @@ def calibrate(
 ) -> int:
     """How many steps of this recipe fit into so many minutes, by timing a few on a copy."""
     recipe = recipe.settled()
-    engine = Engine(copy.deepcopy(module).to(recipe.device), task.loss, recipe)
+    engine = _engine(copy.deepcopy(module).to(recipe.device), task, recipe)
     steps = _steps(task, corpus, recipe, 0)
     seconds = []
     with engine.active():

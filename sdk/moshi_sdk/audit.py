@@ -1,7 +1,8 @@
 """Audit: recompute published rounds from their accepted contributions, bit for bit.
 
-Trusts neither the merger nor the hub: ids are compared with record contents, deltas with records,
-weights with the rules, and the recomputed model with the published digest.
+Trusts neither the merger nor the hub: ids are compared with record contents, signatures with the
+records' keys, deltas with records, weights with the rules, verdicts and ledger with attestations,
+and the recomputed model with the published digest.
 """
 
 from __future__ import annotations
@@ -11,12 +12,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from moshi_fl.errors import CorruptRecord, HubError, UntrustedHub
-from moshi_fl.history import read_contributions
+from moshi_fl.history import check_signatures, read_contributions
 from moshi_fl.records import Contribution, Location, Round
 from moshi_fl.replica import Replica
-from moshi_fl.restore import StrategyFinder, aggregate, delta_name, fetch_locations
-from moshi_fl.rules import contribution_weight
+from moshi_fl.restore import (
+    StrategyFinder,
+    aggregate,
+    delta_name,
+    fetch_locations,
+    median_norm,
+)
+from moshi_fl.rules import MEASURES_NORMS, Claim, owner_of, round_weights, running_norm
 from moshi_fl.snapshot import grow
+from moshi_fl.trusted import check_evaluation
 from moshi_fl.weights import Weights, weights_digest
 
 
@@ -61,6 +69,7 @@ class Auditor:
 
         Raises:
             HubError: The hub cannot be reached, or does not have these rounds.
+            SigningError: There is no ssh-keygen that can check signatures.
         """
         state = self._replica.look()
         if not 1 <= first <= last <= state.newest.round:
@@ -73,17 +82,20 @@ class Auditor:
         for base, record in itertools.pairwise(chain[: last - first + 2]):
             if self._on_round:
                 self._on_round(record.round)
-            finding, weights = self._audit_round(record, base.round, weights)
+            finding, weights = self._audit_round(record, base, weights)
             yield finding
 
     def _audit_round(
-        self, record: Round, base: int, at_hand: Weights | None
+        self, record: Round, base: Round, at_hand: Weights | None
     ) -> tuple[Finding, Weights | None]:
         count = len(record.contributions)
         try:
             contributions = read_contributions(self._replica.repo, self._main, record)
+            check_signatures(self._replica.repo, self._main, record, contributions)
             check_weights(record, contributions)
-            known = at_hand or self._replica.pull(base).load()
+            check_running_norm(record, base)
+            self._check_evaluation(record, base, contributions)
+            known = at_hand or self._replica.pull(base.round).load()
             weights = self._recompute(record, known, contributions)
         except (UntrustedHub, CorruptRecord) as error:
             return Finding(record.round, count, False, "", str(error)), None
@@ -94,6 +106,14 @@ class Auditor:
             problem = f"recomputed {found[:12]}, published {record.weights[:12]}"
             return Finding(record.round, count, False, found, problem), None
         return Finding(record.round, count, True, found), weights
+
+    def _check_evaluation(
+        self, record: Round, base: Round, contributions: dict[str, Contribution]
+    ) -> None:
+        """Verdicts and ledger must follow from the attestations that the hub keeps."""
+        repo = self._replica.repo
+        with self._replica.scratch() as scratch, self._replica.workspace() as files:
+            check_evaluation(repo, scratch, files, self._main, record, base, contributions)
 
     def _recompute(
         self, record: Round, base: Weights, contributions: dict[str, Contribution]
@@ -106,6 +126,7 @@ class Auditor:
                 entry = contributions[merged.id]
                 if recorded.get(delta_name(merged)) != entry.delta.files[0].sha256:
                     raise UntrustedHub(f"the delta of {merged.id[:12]} is not its contributor's.")
+            check_median_norm(record, median_norm(base, record, folder))
             weights = aggregate(base, record, folder, self._find_strategy)
             if record.growth:
                 characters, first = record.growth.characters, record.growth.byte_row
@@ -117,16 +138,49 @@ def check_weights(record: Round, contributions: dict[str, Contribution]) -> None
     """Insist that each contribution weighs what the round's own rule gives it.
 
     Raises:
-        UntrustedHub: One does not; names it.
+        UntrustedHub: One does not, or has another owner; names it.
     """
+    claims = []
     for merged in record.contributions:
         entry = contributions[merged.id]
-        age = record.round - 1 - entry.round
-        wanted = contribution_weight(record.weighting, entry.num_examples, age)
-        if (merged.base_round, merged.weight) != (entry.round, wanted):
+        claims.append(Claim(owner_of(entry), entry.num_examples, record.round - 1 - entry.round))
+    wanted = round_weights(record.weighting, claims)
+    for merged, claim, weight in zip(record.contributions, claims, wanted, strict=True):
+        if merged.owner != claim.owner:
             raise UntrustedHub(
-                f"contribution {merged.id[:12]} weighs {merged.weight}, by the rule {wanted}."
+                f"contribution {merged.id[:12]} is said to be {merged.owner[:60]!r}'s, "
+                f"by its record it is {claim.owner[:60]!r}'s."
             )
+        if (merged.base_round, merged.weight) != (contributions[merged.id].round, weight):
+            raise UntrustedHub(
+                f"contribution {merged.id[:12]} weighs {merged.weight}, by the rule {weight}."
+            )
+
+
+def check_running_norm(record: Round, previous: Round) -> None:
+    """Insist that a strategy that goes by norms of earlier rounds was given theirs.
+
+    Raises:
+        UntrustedHub: It was given others.
+    """
+    strategy = record.strategy
+    if strategy is None or strategy.name not in MEASURES_NORMS:
+        return
+    found, wanted = strategy.options.get("running_norm"), running_norm(previous)
+    if found != wanted:
+        raise UntrustedHub(f"its running norm is {found!r}, by the rule {wanted!r}.")
+
+
+def check_median_norm(record: Round, found: float | None) -> None:
+    """Insist on the median norm that the deltas have.
+
+    Raises:
+        UntrustedHub: The record states another.
+    """
+    if record.median_norm != found:
+        raise UntrustedHub(
+            f"its median norm is said to be {record.median_norm!r}; the deltas' is {found!r}."
+        )
 
 
 def _deltas(record: Round) -> Location:

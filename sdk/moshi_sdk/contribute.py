@@ -1,7 +1,7 @@
 """Contribute: train the global weights on local data, and send what was learned to the hub.
 
 Stages, each of which leaves its result on disk and is skipped when that is already there: plan,
-train (in a Flower ``ClientApp``), measure, encode, send.
+train (in a Flower ``ClientApp``), measure, encode, sign, send.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from msgspec import UnsetType
 
 import moshi_fl
 from moshi_fl.codec import get_codec
@@ -21,12 +22,17 @@ from moshi_fl.errors import Rejected, TrainingError
 from moshi_fl.history import DELTA_FILE, HubState
 from moshi_fl.hubfile import HubConfig
 from moshi_fl.models.family import Corpus, DataSummary, Task
-from moshi_fl.records import Contribution, File, Location, Metrics, dump
+from moshi_fl.policy import NO_DEMANDS, Policy
+from moshi_fl.records import Contribution, File, Location, Metrics, Privacy, dump
 from moshi_fl.replica import Replica, Snapshot
+from moshi_fl.signing import Signer, own_signer
 from moshi_fl.train import Progress, Recipe
 from moshi_fl.weights import Weights, open_weights, save_weights, sha256_bytes, write_atomic
 from moshi_sdk.feedback import Feedback
+from moshi_sdk.identity import before_sending, check_key, signature_of
 from moshi_sdk.planning import Options, make_plan, recipe_of
+from moshi_sdk.privacy import BUDGET, Account, run_name, stated
+from moshi_sdk.pull_request import forge_of, propose, pushing_to
 from moshi_sdk.runs import Run, RunPlan, Runs
 from moshi_sdk.submit import Sent, delta_commit, is_merged, submit
 from moshi_sdk.sync import SyncManager
@@ -67,12 +73,16 @@ class Outcome:
         sent: Where it went; None after a dry run.
         data: What was taken from the user's paths, when they were read this time.
         note: What the hub's having moved on meant for it, if it had.
+        url: Its pull request, or the page on which one can be opened; empty without a forge.
+        problem: Why there is no pull request, where there should be one.
     """
 
     contribution: Contribution
     sent: Sent | None
     data: DataSummary | None = None
     note: str = ""
+    url: str = ""
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,9 @@ class _Work:
     task: Task
     run: Run
     listener: Listener
+    signer: Signer
+    account: Account
+    budget: float  # most epsilon, of a run with differential privacy
     corpus: Corpus | None = field(default=None, repr=False)
 
     @property
@@ -118,40 +131,73 @@ def contribute(
         HubError: The hub cannot be reached or refuses.
         DataError: Nothing usable is in the data.
         TrainingError: Training failed; the last good checkpoint stays.
+        SigningError: The key cannot be used; nothing was sent.
     """
-    options, listener = options or Options(), listener or Silent()
-    manager = SyncManager(hub, home=home or default_home())
+    options, listener, home = options or Options(), listener or Silent(), home or default_home()
+    manager = SyncManager(hub, home=home, root=options.root, policy=options.policy)
+    signer = own_signer(home, options.key, interactive=options.interactive)
     snapshot = manager.pull()
     listener.stage("sync", _whence(snapshot))
     task = load_task(snapshot.state)
     paths = tuple(Path(path).expanduser().resolve() for path in data)
     corpus = task.read(paths, seed=0, max_bytes=options.max_bytes)
     listener.stage("data", describe(corpus.summary))
-    plan = make_plan(snapshot, task, corpus, paths, options)
-    run = Runs(manager.replica.folder / "runs").start(plan, snapshot)
-    return _finish(_Work(manager.replica, snapshot, task, run, listener, corpus), options.dry_run)
+    plan = make_plan(snapshot, task, corpus, paths, options, signer.public_key)
+    runs = Runs(manager.replica.folder / "runs")
+    for name, text in before_sending(runs.sent(), plan, signer):
+        listener.stage(name, text)
+    run = runs.start(plan, snapshot)
+    account = Account(home, snapshot.state.config.hub.id)
+    budget = options.privacy.budget if options.privacy else BUDGET
+    work = _Work(manager.replica, snapshot, task, run, listener, signer, account, budget, corpus)
+    return _finish(work, options.dry_run)
 
 
-def resume(
+def resume(  # noqa: PLR0913 - one parameter an option
     hub: str,
     *,
     home: Path | None = None,
     listener: Listener | None = None,
     dry_run: bool = False,
+    key: Path | None = None,
+    interactive: bool = False,
+    root: str = "",
+    policy: Policy = NO_DEMANDS,
+    privacy_budget: float = BUDGET,
 ) -> Outcome:
     """Continue the last unfinished contribution to ``hub``, as it was planned.
 
+    Args:
+        hub: Path or URL of the hub.
+        home: Folder of this user's moshi-fl data.
+        listener: Hears of stages and steps.
+        dry_run: Send nothing.
+        key: The contributor's own SSH key, if it was begun with one.
+        interactive: Whether ssh-keygen may ask on the terminal.
+        root: Fingerprint that the hub's root of trust must have; empty trusts the one it has.
+        policy: What else is demanded of the hub's newest round.
+        privacy_budget: Most epsilon, for a run with differential privacy that has not begun.
+
     Raises:
         MoshiError: There is none.
+        SigningError: The key cannot be used, or it is not the one that it was begun with.
     """
-    listener = listener or Silent()
-    manager = SyncManager(hub, home=home or default_home())
-    run = Runs(manager.replica.folder / "runs").resume()
+    listener, home = listener or Silent(), home or default_home()
+    manager = SyncManager(hub, home=home, root=root, policy=policy)
+    runs = Runs(manager.replica.folder / "runs")
+    run = runs.resume()
+    signer = own_signer(home, key, interactive=interactive)
+    check_key(run.plan, signer)
+    for name, text in before_sending(runs.sent(), run.plan, signer):
+        listener.stage(name, text)
     snapshot = manager.pull()
     listener.stage("sync", f"{_whence(snapshot)}; resuming from round {run.plan.base_round}")
     tokenizer = run.tokenizer.read_bytes() if run.tokenizer.exists() else None
     task = load_task(snapshot.state, tokenizer)
-    return _finish(_Work(manager.replica, snapshot, task, run, listener), dry_run)
+    account = Account(home, snapshot.state.config.hub.id)
+    shared = (manager.replica, snapshot, task, run, listener, signer)
+    work = _Work(*shared, account, privacy_budget)
+    return _finish(work, dry_run)
 
 
 def discard(hub: str, *, home: Path | None = None) -> RunPlan:
@@ -165,7 +211,8 @@ def discard(hub: str, *, home: Path | None = None) -> RunPlan:
 
 
 def _whence(snapshot: Snapshot) -> str:
-    text = f"round {snapshot.round}"
+    trust = "trusting from now on its root" if snapshot.first_contact else "signed under root"
+    text = f"round {snapshot.round}, {trust} {snapshot.root}"
     return text if snapshot.online else f"{text}, from the cache: {snapshot.problem}"
 
 
@@ -193,31 +240,61 @@ def _finish(work: _Work, dry_run: bool) -> Outcome:
         if dry_run:
             return Outcome(contribution, None, summary)
         contribution, note = _fit_to_present(work, contribution)
-        sent = submit(work.replica, work.state, contribution, work.run.delta)
+        signature = signature_of(work.run, contribution, work.signer)
+        forge = forge_of(work.replica)
+        to = pushing_to(forge, work.replica)
+        sent = submit(work.replica, work.state, contribution, signature, work.run.delta, to)
         _remember(work, contribution)
         work.run.mark_sent()
-    return Outcome(contribution, sent, summary, note)
+    proposal, problem = propose(forge, contribution)
+    url = proposal.url if proposal and proposal.has_page else ""
+    return Outcome(contribution, sent, summary, note, url, problem)
 
 
 def _train_and_encode(work: _Work) -> Contribution:
     corpus = work.corpus or _read_again(work)
-    recipe = recipe_of(work.run.plan)
+    recipe, plan = recipe_of(work.run.plan), work.run.plan
+    privacy = _spend(work)
     if not work.run.trained.exists():
         _train(work, corpus, recipe)
     base, trained = open_weights(work.run.base), open_weights(work.run.trained)
+    delta = {name: np.subtract(trained[name], base[name]) for name in base}
+    if privacy:  # losses and characters follow from data, and no accounting covers them
+        work.listener.stage("measure", "not measured: with --dp the record has no losses")
+        return _encode(work, delta, plan.base_round, plan.base, privacy=privacy)
+    metrics = _measure(work, corpus, base, trained, recipe.device)
+    proposed = corpus.summary.proposed_characters[:1000]
+    fields = {"metrics": metrics, "proposed_characters": proposed}
+    return _encode(work, delta, plan.base_round, plan.base, **fields)
+
+
+def _spend(work: _Work) -> Privacy | None:
+    """Enter a run with differential privacy in the ledger, before it learns anything."""
+    plan = work.run.plan
+    if isinstance(plan.privacy, UnsetType):
+        return None
+    privacy = stated(plan.privacy, plan.training.steps)
+    name = run_name(work.run.ledger_name)
+    ledger = work.account.spend(name, plan.base_round, privacy, work.budget)
+    work.listener.stage(
+        "privacy",
+        f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g} for each window of this data; "
+        f"{ledger.total:g} spent in all",
+    )
+    return privacy
+
+
+def _measure(work: _Work, corpus: Corpus, base: Weights, trained: Weights, device: str) -> Metrics:
     pool = work.task.pool(corpus, HELD_OUT_SEQUENCES, seed=0, held_out=True)
     metrics = Metrics(
-        held_out_before=_loss(work.task, base, pool, recipe.device),
-        held_out_after=_loss(work.task, trained, pool, recipe.device),
+        held_out_before=_loss(work.task, base, pool, device),
+        held_out_after=_loss(work.task, trained, pool, device),
     )
     work.listener.stage(
         "measure",
         f"loss on your held-out part {metrics.held_out_before:.4f} -> {metrics.held_out_after:.4f}",
     )
-    proposed = corpus.summary.proposed_characters[:1000]
-    delta = {name: np.subtract(trained[name], base[name]) for name in base}
-    number, digest = work.run.plan.base_round, work.run.plan.base
-    return _encode(work, delta, number, digest, metrics=metrics, proposed_characters=proposed)
+    return metrics
 
 
 def _read_again(work: _Work) -> Corpus:
@@ -267,8 +344,7 @@ def _encode(work: _Work, delta: Weights, number: int, base: str, **fields: Any) 
     """Encode a delta against a round, and make the record with these further fields."""
     rules, plan = work.config.delta, work.run.plan
     codec = get_codec(rules.codec, rules.options)
-    feedback = Feedback(work.replica.folder / "feedback")
-    carry = feedback.load(feedback.base(merged_test(work.replica, work.state)))
+    carry = _carry(work)
     entries, rest = encode_delta(delta, codec, carry)
     data = delta_bytes(entries, codec)
     save_weights(work.run.carry, rest)
@@ -280,6 +356,7 @@ def _encode(work: _Work, delta: Weights, number: int, base: str, **fields: Any) 
         family=plan.family,
         codec=rules.codec,
         contributor=plan.contributor,
+        key=plan.key,
         delta=locate(work, data, number),
         num_examples=plan.training.steps * plan.training.batch_size,
         training=plan.training,
@@ -289,6 +366,18 @@ def _encode(work: _Work, delta: Weights, number: int, base: str, **fields: Any) 
     write_atomic(work.run.record, dump(contribution))
     work.listener.stage("encode", f"{len(data):,} bytes as {rules.codec}")
     return contribution
+
+
+def _carry(work: _Work) -> Weights | None:
+    """What earlier contributions could not say, unless it would break a promise of privacy."""
+    feedback = Feedback(work.replica.folder / "feedback")
+    base = feedback.base(merged_test(work.replica, work.state))
+    if work.run.plan.is_private and not feedback.is_private(base):
+        work.listener.stage(
+            "privacy", "what the codec could not say of earlier contributions without --dp is left"
+        )
+        return None
+    return feedback.load(base)
 
 
 def locate(work: _Work, data: bytes, number: int) -> Location:
@@ -325,9 +414,16 @@ def _fit_to_present(work: _Work, contribution: Contribution) -> tuple[Contributi
     if is_merged(work.replica, work.state, contribution):
         return contribution, ""
     if age <= limit:
-        share = work.config.aggregation.staleness_discount**age
-        return contribution, f"the hub moved {age} round(s) on; it counts {share:.0%} for that"
+        return contribution, f"the hub moved {age} round(s) on{_discount(work.config, age)}"
     return _rebase(work, contribution, age)
+
+
+def _discount(config: HubConfig, age: int) -> str:
+    """What its age costs a contribution, where the strategy goes by weights at all."""
+    rules = config.aggregation
+    if rules.strategy not in {"fedavg", "flower:FedAvg"}:
+        return ""
+    return f"; it counts {rules.staleness_discount**age:.0%} for that"
 
 
 def _rebase(work: _Work, contribution: Contribution, age: int) -> tuple[Contribution, str]:
@@ -344,6 +440,7 @@ def _rebase(work: _Work, contribution: Contribution, age: int) -> tuple[Contribu
         delta,
         newest.round,
         newest.weights,
+        privacy=contribution.privacy,
         proposed_characters=contribution.proposed_characters,
         rebased_from=contribution.round,
     )
@@ -354,4 +451,5 @@ def _remember(work: _Work, contribution: Contribution) -> None:
     feedback = Feedback(work.replica.folder / "feedback")
     before = feedback.base(merged_test(work.replica, work.state))
     if work.run.carry.exists() and before != contribution.id:
-        feedback.sent(contribution.id, contribution.round, open_weights(work.run.carry), before)
+        carry, private = open_weights(work.run.carry), work.run.plan.is_private
+        feedback.sent(contribution.id, contribution.round, carry, before, private=private)

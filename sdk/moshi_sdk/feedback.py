@@ -2,6 +2,10 @@
 
 The carry belongs to a chain of contributions. When one of them never made it into a round, what it
 sent is not lost to the model alone: the carry from before it is used again.
+
+A carry is *private* when all that went into it had differential privacy. Then it is no more than a
+function of what that has given away, and so is what is made of it. No other carry may enter a delta
+with differential privacy: it would bring in what was never accounted for.
 """
 
 from __future__ import annotations
@@ -11,7 +15,9 @@ from pathlib import Path
 from typing import Literal
 
 from moshi_fl.records import ContributionId, Record, RoundNumber, dump, load
-from moshi_fl.weights import Weights, open_weights, save_weights, write_atomic
+from moshi_fl.weights import Weights, open_weights, read_header, save_weights, write_atomic
+
+PRIVATE = {"privacy": "dp-sgd"}
 
 Merged = Callable[[str, int], bool | None]
 """Whether a contribution (id, base round) is part of a round; None while that is still open."""
@@ -46,9 +52,26 @@ class Feedback:
             return None
         return open_weights(self._path(contribution_id))
 
-    def sent(self, contribution_id: str, number: int, carry: Weights, before: str | None) -> None:
-        """Remember the carry of a contribution that has just left this machine."""
-        save_weights(self._path(contribution_id), carry)
+    def is_private(self, contribution_id: str | None) -> bool:
+        """Whether there is no carry, or one that came of differential privacy alone."""
+        if contribution_id is None or not self._path(contribution_id).exists():
+            return True
+        return read_header(self._path(contribution_id)).metadata == PRIVATE
+
+    def sent(
+        self,
+        contribution_id: str,
+        number: int,
+        carry: Weights,
+        before: str | None,
+        *,
+        private: bool = False,
+    ) -> None:
+        """Remember the carry of a contribution that has just left this machine.
+
+        ``private``: it came of differential privacy alone.
+        """
+        save_weights(self._path(contribution_id), carry, PRIVATE if private else None)
         record = Carried(id=contribution_id, round=number, before=before)
         write_atomic(self._folder / "last.json", dump(record))
         for path in self._folder.glob("*.safetensors"):

@@ -3,11 +3,44 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
 
 from moshi_fl.config import Settings, ensure_home, load_settings
 from moshi_fl.errors import ConfigError
+from moshi_fl.policy import Policy
 from moshi_fl.store import redact
 from moshi_sdk.sync import SyncManager
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def root_option(function: F) -> F:
+    """``--root``: which root of trust the hub must have; its fingerprint, or empty."""
+
+    def parse(_: click.Context, __: click.Parameter, value: str | None) -> str:
+        from moshi_fl.signed.files import parse_pin
+
+        return parse_pin(value) if value else ""
+
+    return click.option(
+        "--root",
+        metavar="FINGERPRINT|FILE",
+        callback=parse,
+        help="Take the hub only under this root of trust. [default: the first one seen]",
+    )(function)
+
+
+def attestations_option(function: F) -> F:
+    """``--min-attestations``: how many independent evaluators must agree on a round."""
+    return click.option(
+        "--min-attestations",
+        type=click.IntRange(0, 100),
+        help="Take only rounds with so many agreeing attestations of others than the hub.",
+    )(function)
 
 
 def settings_for(**flags: object) -> Settings:
@@ -25,9 +58,26 @@ def settings_for(**flags: object) -> Settings:
     return settings
 
 
-def sync_manager(settings: Settings) -> SyncManager:
+def sync_manager(settings: Settings, root: str = "") -> SyncManager:
     """The hub's copy on this machine."""
-    return SyncManager(settings.hub, home=ensure_home(), keep_rounds=settings.keep_rounds)
+    return SyncManager(
+        settings.hub,
+        home=ensure_home(),
+        keep_rounds=settings.keep_rounds,
+        root=root,
+        policy=Policy(min_attestations=settings.min_attestations),
+    )
+
+
+FIRST_CONTACT = (
+    "First contact: from now on this hub must be signed under the root below. "
+    "Compare it with what its maintainer says; --root FINGERPRINT demands one."
+)
+
+
+def signing_key(settings: Settings) -> Path | None:
+    """The user's own SSH key; None when moshi-fl shall use the one it made for them."""
+    return Path(settings.signing_key).expanduser() if settings.signing_key else None
 
 
 def pick_device(name: str) -> str:

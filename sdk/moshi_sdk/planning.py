@@ -5,24 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from msgspec import UNSET, UnsetType
 
+from moshi_fl.errors import ConfigError
 from moshi_fl.models.family import Corpus, Task
 from moshi_fl.optimizer import BETA2
+from moshi_fl.policy import NO_DEMANDS, Policy
 from moshi_fl.records import Training
 from moshi_fl.replica import Snapshot
 from moshi_fl.train import Recipe, calibrate, steps_for_epochs
 from moshi_fl.weights import sha256_bytes
+from moshi_sdk.privacy import PrivacyOptions, PrivacyPlan
 from moshi_sdk.runs import RunPlan
 
 T = TypeVar("T")
+D = TypeVar("D")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a contributor may decide; None leaves it to the hub's recipe."""
+    """What a contributor may decide; None leaves it to the hub's recipe.
+
+    ``root`` is the fingerprint that the hub's root of trust must have; empty pins the first seen.
+    ``policy`` is what else is demanded of the round.
+    """
 
     steps: int | None = None
     minutes: float | None = None
@@ -35,12 +43,30 @@ class Options:
     contributor: str = "anonymous"
     max_bytes: int | None = None
     dry_run: bool = False
+    privacy: PrivacyOptions | None = None
+    key: Path | None = None
+    """The contributor's own SSH key; None uses the one that moshi-fl made for them."""
+    interactive: bool = False
+    """Whether ssh-keygen may ask on the terminal for what the key needs."""
+    root: str = ""
+    policy: Policy = NO_DEMANDS
 
 
 def make_plan(
-    snapshot: Snapshot, task: Task, corpus: Corpus, paths: Sequence[Path], options: Options
+    snapshot: Snapshot,
+    task: Task,
+    corpus: Corpus,
+    paths: Sequence[Path],
+    options: Options,
+    key: str,
 ) -> RunPlan:
-    """Settle everything that decides the result, so that a resumed run is the same run."""
+    """Settle everything that decides the result, so that a resumed run is the same run.
+
+    ``key`` is the public key that will sign.
+
+    Raises:
+        ConfigError: Differential privacy is asked for and cannot be had.
+    """
     rules = snapshot.state.config.training
     recipe = Recipe(
         steps=1,
@@ -52,10 +78,12 @@ def make_plan(
         beta2=rules.beta2,
         gradient_clip=rules.gradient_clip,
         warmup_fraction=rules.warmup_fraction,
-        precision=options.precision or rules.precision,
+        precision=_precision(options, rules.precision),
         seed=_seed(options, snapshot),
         device=options.device,
+        **_private_fields(options.privacy),
     ).settled()
+    privacy = _privacy(options.privacy, task, corpus, recipe)
     training = Training(
         steps=_steps(snapshot, task, corpus, recipe, options),
         batch_size=recipe.batch_size * recipe.accumulation,
@@ -69,6 +97,7 @@ def make_plan(
         data=tuple(map(str, paths)),
         fingerprint=corpus.fingerprint,
         contributor=options.contributor,
+        key=key,
         training=training,
         weight_decay=recipe.weight_decay,
         gradient_clip=recipe.gradient_clip,
@@ -79,6 +108,54 @@ def make_plan(
         accumulation=_unless(recipe.accumulation, 1),
         schedule=_unless(recipe.schedule, "one-cycle"),
         beta2=_unless(recipe.beta2, BETA2),
+        privacy=privacy,
+    )
+
+
+def _precision(options: Options, rule: str) -> str:
+    """Gradients are clipped and noised in float32, whatever the hub's recipe says."""
+    if options.privacy is None:
+        return options.precision or rule
+    if options.precision == "bf16":
+        raise ConfigError(
+            "differential privacy is computed in fp32; bf16 is asked for.",
+            hint="--precision fp32, or leave it out",
+        )
+    return "fp32"
+
+
+def _private_fields(chosen: PrivacyOptions | PrivacyPlan | None) -> dict[str, Any]:
+    if chosen is None:
+        return {}
+    return {
+        "private": True,
+        "noise_multiplier": chosen.noise_multiplier,
+        "max_gradient_norm": chosen.max_gradient_norm,
+    }
+
+
+def _privacy(
+    chosen: PrivacyOptions | None, task: Task, corpus: Corpus, recipe: Recipe
+) -> PrivacyPlan | UnsetType:
+    if chosen is None:
+        return UNSET
+    from moshi_fl.train.private import require_opacus, require_separable, sample_rate
+
+    require_opacus()
+    rate = sample_rate(task, corpus, recipe)
+    windows = round(recipe.batch_size * recipe.accumulation / rate)
+    if chosen.delta * windows >= 1:
+        raise ConfigError(
+            f"delta = {chosen.delta:g} means little for {windows:,} windows: one of them could be "
+            "given away entirely.",
+            hint=f"--dp-delta {0.1 / windows:.0e}",
+        )
+    require_separable(task.build(), task, corpus)
+    return PrivacyPlan(
+        noise_multiplier=chosen.noise_multiplier,
+        max_gradient_norm=chosen.max_gradient_norm,
+        delta=chosen.delta,
+        sample_rate=rate,
     )
 
 
@@ -124,8 +201,9 @@ def recipe_of(plan: RunPlan) -> Recipe:
         precision=training.precision,
         seed=training.seed,
         device=plan.device,
+        **_private_fields(_or(plan.privacy, None)),
     )
 
 
-def _or(value: T | UnsetType, default: T) -> T:
+def _or(value: T | UnsetType, default: D) -> T | D:
     return default if isinstance(value, UnsetType) else value

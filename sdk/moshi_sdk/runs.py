@@ -23,6 +23,7 @@ from moshi_fl.records import (
     Contribution,
     Count,
     Name,
+    PublicKey,
     Record,
     RoundNumber,
     Sha256,
@@ -34,6 +35,7 @@ from moshi_fl.records import (
 from moshi_fl.replica import Snapshot
 from moshi_fl.store.locking import LOCK_FILE, FolderLock
 from moshi_fl.weights import sha256_bytes, write_atomic
+from moshi_sdk.privacy import PrivacyPlan
 
 
 class RunPlan(Record, frozen=True, kw_only=True):
@@ -46,6 +48,7 @@ class RunPlan(Record, frozen=True, kw_only=True):
     data: tuple[str, ...]
     fingerprint: Sha256
     contributor: Text
+    key: PublicKey
     training: Training
     weight_decay: float
     gradient_clip: float
@@ -57,6 +60,12 @@ class RunPlan(Record, frozen=True, kw_only=True):
     accumulation: Annotated[int, Meta(ge=1)] | UnsetType = UNSET
     schedule: Name | UnsetType = UNSET
     beta2: float | UnsetType = UNSET
+    privacy: PrivacyPlan | UnsetType = UNSET
+
+    @property
+    def is_private(self) -> bool:
+        """Whether it trains with differential privacy."""
+        return not isinstance(self.privacy, UnsetType)
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,16 @@ class Run:
     def record(self) -> Path:
         """The contribution's record, once the delta is encoded."""
         return self.folder / "record.json"
+
+    @property
+    def ledger_name(self) -> Path:
+        """What this run is called in the ledger of privacy; another run has another name."""
+        return self.folder / "ledger-name"
+
+    @property
+    def signature(self) -> Path:
+        """The record's signature: not every key would make the same one again."""
+        return self.folder / "record.sig"
 
     def contribution(self) -> Contribution | None:
         """The record, if the run got that far."""
@@ -159,6 +178,10 @@ class Runs:
             if not (folder / "run.json").exists():
                 with suppress(MoshiError), _only_one(folder):
                     shutil.rmtree(folder, ignore_errors=True)
+
+    def sent(self) -> list[RunPlan]:
+        """Plans of what has left this machine, the newest first."""
+        return [run.plan for run in self if run.is_sent]
 
     def unfinished(self) -> Run | None:
         """The run that was worked on last and has not been sent."""

@@ -75,7 +75,7 @@ class Start:
 def from_preset(
     family: str = "char", preset: str = "tiny", *, model: Mapping[str, Any] | None = None
 ) -> Start:
-    """Start as a new hub of this family would.
+    """Start as a new hub of this family would, but with plain federated averaging.
 
     Args:
         family: Name of the model family.

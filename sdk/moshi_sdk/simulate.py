@@ -24,13 +24,13 @@ from moshi_fl.errors import DataError
 from moshi_fl.models import get_family
 from moshi_fl.models.common import load_weights
 from moshi_fl.models.family import Corpus, Task
+from moshi_fl.plot import Chart, Line
 from moshi_fl.rules import shapes_of
 from moshi_fl.train import Progress
 from moshi_fl.weights import Weights
 from moshi_sdk.client import job_config
 from moshi_sdk.grid import LocalGrid
 from moshi_sdk.partition import Share, partition
-from moshi_sdk.plot import Chart, Line
 from moshi_sdk.scenario import Options, Start, from_hub, from_preset, recipe, settle
 from moshi_sdk.virtual import Sent, Uplink, server
 

@@ -11,6 +11,7 @@ from moshi_fl.history import (
     HubState,
     contribution_branch,
     contribution_path,
+    signature_path,
 )
 from moshi_fl.records import Contribution, dump
 from moshi_fl.replica import Replica
@@ -46,14 +47,29 @@ def delta_commit(repo: HubRepo, ref: str, data: bytes) -> str:
     return repo.commit(tree, message=f"{ref}\n", author=DELTA_AUTHOR, when=0)
 
 
-def submit(replica: Replica, state: HubState, contribution: Contribution, delta: Path) -> Sent:
-    """Push a contribution's record and delta.
+def submit(
+    replica: Replica,
+    state: HubState,
+    contribution: Contribution,
+    signature: str,
+    delta: Path,
+    to: HubRepo,
+) -> Sent:
+    """Push a contribution's record, its signature and the delta.
+
+    Args:
+        replica: The hub's copy on this machine.
+        state: What the hub said last.
+        contribution: The record.
+        signature: Over its bytes.
+        delta: The file that it names.
+        to: Where to push: the replica's own store, or the same with a fork's address.
 
     Raises:
         HubError: The hub cannot be reached or refuses; the run stays and can be resumed.
         Rejected: It was sent before, and the hub dropped it.
     """
-    repo, number = replica.repo, contribution.round
+    repo, number = to, contribution.round
     branch = contribution_branch(number, contribution.id)
     record = dump(contribution)
     refs = (branch, contribution.delta.ref)
@@ -69,7 +85,7 @@ def submit(replica: Replica, state: HubState, contribution: Contribution, delta:
     if commit != contribution.delta.commit:
         raise HubError("the delta on disk is not the one in the record; start a new contribution.")
     updates = [
-        RefUpdate(branch, _record_commit(replica, contribution, record), None),
+        RefUpdate(branch, _record_commit(replica, contribution, signature.encode()), None),
         RefUpdate(contribution.delta.ref, commit, present.get(contribution.delta.ref)),
     ]
     try:
@@ -81,11 +97,13 @@ def submit(replica: Replica, state: HubState, contribution: Contribution, delta:
     return Sent(branch, refs, len(record), contribution.delta.bytes)
 
 
-def _record_commit(replica: Replica, contribution: Contribution, record: bytes) -> str:
-    """One commit on top of main that adds the record: what a pull request would show."""
+def _record_commit(replica: Replica, contribution: Contribution, signature: bytes) -> str:
+    """One commit on top of main that adds both files: what a pull request would show."""
     repo, main = replica.repo, replica.fetch_main()
-    path = contribution_path(contribution.round, contribution.id)
-    tree = repo.tree({path: repo.put(record)}, base=main)
+    place = contribution.round, contribution.id
+    record = repo.put(dump(contribution))
+    files = {contribution_path(*place): record, signature_path(*place): repo.put(signature)}
+    tree = repo.tree(files, base=main)
     message = f"Contribution {contribution.id[:12]} to round {contribution.round}\n"
     author = Author(contribution.contributor, NOREPLY)
     return repo.commit(tree, parents=(main,), message=message, author=author, when=0)

@@ -7,7 +7,11 @@ from pathlib import Path
 
 from moshi_fl.config import home as default_home
 from moshi_fl.errors import HubError, UntrustedHub
+from moshi_fl.history import read_contributions
+from moshi_fl.policy import NO_DEMANDS, Policy
+from moshi_fl.records import Round
 from moshi_fl.replica import Replica, Snapshot
+from moshi_fl.trusted import check_evaluation, external_attestations
 
 
 class SyncManager:
@@ -22,6 +26,8 @@ class SyncManager:
         home: Folder of this user's moshi-fl data; ``MOSHI_FL_HOME`` or ``~/.moshi-fl`` by default.
         keep_rounds: How many rounds' weights to keep on this machine.
         timeout: Seconds after which one Git operation is given up.
+        root: Fingerprint that the hub's root of trust must have; empty pins the first one seen.
+        policy: What else is demanded of a round.
 
     Example:
         >>> snapshot = SyncManager("hub.git").pull()
@@ -35,9 +41,17 @@ class SyncManager:
         home: Path | None = None,
         keep_rounds: int = 2,
         timeout: float = 600.0,
+        root: str = "",
+        policy: Policy = NO_DEMANDS,
     ) -> None:
         self.replica = Replica(
-            hub, home or default_home(), keep_rounds=keep_rounds, timeout=timeout
+            hub,
+            home or default_home(),
+            keep_rounds=keep_rounds,
+            timeout=timeout,
+            root=root,
+            policy=policy,
+            attestations=count_attestations,
         )
 
     def pull(self, number: int | None = None, *, offline: bool = False) -> Snapshot:
@@ -48,12 +62,13 @@ class SyncManager:
             offline: Do not ask the hub at all.
 
         Returns:
-            The verified round. When the hub does not answer, the newest one on this machine, with
-            ``online=False``, the reason in ``problem`` and the time of the last answer in
-            ``checked``.
+            The verified round. When the hub does not answer, or its signatures have expired, the
+            newest one on this machine, with ``online=False``, the reason in ``problem`` and the
+            time of the last good answer in ``checked``.
 
         Raises:
-            UntrustedHub: The hub went back, or contradicts its records. Nothing was changed.
+            UntrustedHub: The hub is not signed by whom this machine trusts, went back, or
+                contradicts its records; or the policy demands more. Nothing was changed.
             HubError: No answer, and nothing usable on this machine.
         """
         if offline:
@@ -74,3 +89,25 @@ class SyncManager:
                 hint=error.hint or "try again when the hub can be reached",
             ) from error
         return dataclasses.replace(snapshot, online=False, problem=str(error))
+
+
+def count_attestations(replica: Replica, record: Round) -> int:
+    """Agreeing attestations of independent evaluators that a round rests on.
+
+    The attestations themselves are fetched, and the round's verdicts derived from them again.
+
+    Raises:
+        UntrustedHub: They contradict each other.
+        HubError: The hub no longer keeps them.
+    """
+    if record.round == 0:
+        return 0
+    state = replica.look()
+    previous = replica.chain(state, record.round - 1)[0]
+    main = replica.fetch_main()
+    contributions = read_contributions(replica.repo, main, record)
+    with replica.scratch() as scratch, replica.workspace() as files:
+        verdicts = check_evaluation(
+            replica.repo, scratch, files, main, record, previous, contributions
+        )
+    return external_attestations(record, verdicts)

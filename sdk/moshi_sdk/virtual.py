@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from moshi_fl.aggregate import Step, Strategy, Update
+from moshi_fl.aggregate import Step, Update
+from moshi_fl.aggregate.centers import median
+from moshi_fl.aggregate.gram import norms
+from moshi_fl.aggregate.robust import next_running_norm
 from moshi_fl.codec.base import Codec
 from moshi_fl.codec.delta import Delta, delta_bytes, encode_delta
 from moshi_fl.errors import ConfigError, TrainingError
@@ -26,8 +29,8 @@ from moshi_fl.flower import (
     train_message,
 )
 from moshi_fl.hubfile import AggregationRules
-from moshi_fl.records import Weighting
-from moshi_fl.rules import Shapes, contribution_weight, shapes_of
+from moshi_fl.records import Scalar
+from moshi_fl.rules import MEASURES_NORMS, Shapes, contribution_weight, shapes_of, weighting
 from moshi_fl.strategies import find_strategy
 from moshi_fl.weights import Weights, open_weights, save_weights
 from moshi_sdk.grid import LocalGrid
@@ -48,18 +51,27 @@ class Server(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Stateless:
-    """A strategy as a hub uses it: every node that is online, and nothing to remember."""
+    """A strategy as a hub uses it: every node that is online.
 
-    strategy: Strategy
+    All that it may know of earlier rounds is their norms, as in the records of a hub.
+    """
+
+    name: str
+    options: Mapping[str, Scalar]
     shapes: Shapes
+    running_norm: float = 0.0
 
     def configure(self, grid: LocalGrid) -> Mapping[int, Mapping[str, Any]]:
         return {node: {} for node in grid.online}
 
     def aggregate(self, replies: Mapping[int, Reply]) -> Step:
-        return self.strategy.aggregate([reply.update for reply in replies.values()], self.shapes)
+        updates, options = [reply.update for reply in replies.values()], dict(self.options)
+        if self.name in MEASURES_NORMS:
+            options["running_norm"] = self.running_norm
+            self.running_norm = next_running_norm(median(norms(updates)), self.running_norm)
+        return find_strategy(self.name, options).aggregate(updates, self.shapes)
 
 
 def server(
@@ -75,7 +87,8 @@ def server(
     name = rules.strategy
     if name.startswith(PREFIX) and name.removeprefix(PREFIX) not in STATELESS:
         return FlowerRound(named_strategy(name, rules.options), shapes)
-    return _Stateless(find_strategy(name, rules.options), shapes)
+    find_strategy(name, rules.options)  # a mistake in it is said before anyone trains
+    return _Stateless(name, rules.options, shapes)
 
 
 @dataclass(frozen=True)
@@ -119,7 +132,7 @@ class Uplink:
         trained = arrays_in(answer)
         data = self._encode(node, {name: trained[name] - weights[name] for name in weights})
         delta = Delta.parse(data, shapes_of(weights), self.codec, f"client {node}")
-        weight = contribution_weight(self._weighting, int(str(figures["num-examples"])), 0)
+        weight = contribution_weight(weighting(self.rules), int(str(figures["num-examples"])), 0)
         update = Update(f"{node:06}", weight, delta)
         return Sent(Reply(update, float(str(figures["train-loss"]))), len(data))
 
@@ -138,7 +151,3 @@ class Uplink:
         entries, rest = encode_delta(delta, self.codec, carry)
         save_weights(path, rest)
         return delta_bytes(entries, self.codec)
-
-    @property
-    def _weighting(self) -> Weighting:
-        return Weighting(max_examples=self.rules.max_examples)

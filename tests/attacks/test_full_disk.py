@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -73,6 +74,7 @@ def test_every_amount_of_room_is_enough_or_said_to_be_too_little(
     }[command]
     hub.contribute("bob", seed=1)
     commands.run("moshi-fl", "config", "set", "contributor", "ann", home=home)
+    shutil.copytree(hub.home / "keys", home / "keys")
     ballast = Ballast(disk)
 
     def act() -> Ended:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from moshi_fl.signing import own_signer
 from tests.support.children import Ended, Nursery, nursery
 from tests.support.hubs import git
 from tests.support.simulator import HubSimulator, write_corpus
@@ -51,6 +52,10 @@ class Scene:
         words = (*command, "--hub", self.hub.url, "--json")
         return self.commands.run(*words, home=self.stage / who, **how)
 
+    def make_identity(self) -> None:
+        """Ann's key; each new one would make another contribution of the same work."""
+        own_signer(self.stage / "ann")
+
     def keep(self) -> None:
         """Remember the present state."""
         shutil.rmtree(self.folder / "kept", ignore_errors=True)
@@ -78,6 +83,7 @@ def push_of(ended: Ended) -> int:
 
 
 def test_a_contribution_killed_anywhere_is_the_same_contribution(scene: Scene) -> None:
+    scene.make_identity()
     scene.hub.sync("ann")  # deaths before that are told below
     scene.keep()
     whole = scene.contribute(trace=True)
@@ -94,6 +100,7 @@ def test_a_contribution_killed_anywhere_is_the_same_contribution(scene: Scene) -
 
 
 def test_a_contribution_killed_at_every_write_in_turn_gets_there(scene: Scene) -> None:
+    scene.make_identity()
     scene.keep()
     whole = scene.contribute()
     scene.reset()
@@ -108,6 +115,7 @@ def test_a_contribution_killed_at_every_write_in_turn_gets_there(scene: Scene) -
 
 @pytest.mark.parametrize("delay", [0.002, 0.01, 0.03])
 def test_a_contribution_killed_while_it_is_sent_arrives_once(scene: Scene, delay: float) -> None:
+    scene.make_identity()
     scene.keep()
     whole = scene.contribute(trace=True)
     refs = scene.hub.refs()

@@ -1,4 +1,8 @@
-"""A hub that lies: whatever it offers, a reader keeps the model it verified and is told why."""
+"""A hub that lies: whatever it offers, a reader keeps the model it verified and is told why.
+
+Here the lies are signed: they come from somebody who has all of the hub's keys. What a host
+without keys can try is told in ``test_signed_rounds.py``.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from moshi_fl.store import ANY, Author, RefUpdate
 from moshi_fl.strategies import find_strategy
 from moshi_fl.weights import sha256_bytes, weights_digest
 from moshi_hub.merge import Options, merge
-from moshi_hub.publish import commit_latest
+from moshi_hub.publish import commit_latest, latest_files
 from moshi_sdk.audit import Auditor, Finding
 from moshi_sdk.sync import SyncManager
 from tests.support.http_hub import Faults, serve
@@ -42,21 +46,13 @@ def state_of(hub: HubSimulator) -> HubState:
     return hub.replica.look()
 
 
-def offer(hub: HubSimulator, files: dict[str, bytes]) -> None:
-    """Make ``latest`` consist of these files."""
-    repo = hub.replica.repo
-    tree = repo.tree({name: repo.put(data) for name, data in files.items()})
-    commit = repo.commit(tree, message="x\n", author=LIAR, when=1)
-    repo.push([RefUpdate("refs/moshi/latest", commit, ANY)])
-
-
 def offer_rounds(hub: HubSimulator, *rounds: Round, tokenizer: bytes | None = None) -> None:
-    """Make ``latest`` name these rounds, in a manifest that is well-formed."""
-    state, repo = state_of(hub), hub.replica.repo
+    """A maintainer's keys sign a ``latest`` that names these rounds, in a well-formed manifest."""
+    state = state_of(hub)
     manifest = Manifest(hub=rounds[0].hub, rounds=rounds)
     used = state.tokenizer if tokenizer is None else tokenizer
-    commit = commit_latest(repo, manifest, state.hubfile.encode(), used, LIAR)
-    repo.push([RefUpdate("refs/moshi/latest", commit, ANY)])
+    files = latest_files(manifest, state.hubfile.encode(), used)
+    hub.offer(hub.signed(files, number=manifest.newest.round))
 
 
 def next_round(hub: HubSimulator, **fields: Any) -> Round:
@@ -126,6 +122,16 @@ def test_a_new_hub_at_the_old_address_is_refused(hub: HubSimulator, tmp_path: Pa
     hub.path.rename(tmp_path / "was.git")
     other.path.rename(hub.path)
     refused(hub, "another hub than before")
+
+
+def test_another_hub_with_the_same_keys_is_refused(hub: HubSimulator) -> None:
+    state, other = state_of(hub), "f" * 16
+    record = replace(state.manifest.rounds[0], hub=other)
+    manifest = Manifest(hub=other, rounds=(record,))
+    hubfile = state.hubfile.replace(state.config.hub.id, other).encode()
+    files = latest_files(manifest, hubfile, state.tokenizer)
+    hub.offer(hub.signed(files, number=0))
+    refused(hub, "another hub than before", f"({other}, was {state.config.hub.id})")
 
 
 def test_a_chain_with_a_gap_is_refused(hub: HubSimulator) -> None:
@@ -205,12 +211,12 @@ def test_a_model_of_enormous_size_is_refused_by_a_newcomer(tmp_path: Path) -> No
 def test_a_manifest_beyond_the_limit_is_not_read(hub: HubSimulator, size: int) -> None:
     state = state_of(hub)
     parts = {"hub.toml": state.hubfile.encode(), "tokenizer.json": state.tokenizer}
-    offer(hub, {MANIFEST_FILE: noise(size), **parts})
+    hub.offer({MANIFEST_FILE: noise(size), **parts})
     refused(hub, "bytes")
 
 
 def test_a_latest_without_its_parts_is_refused(hub: HubSimulator) -> None:
-    offer(hub, {"readme": b"hello"})
+    hub.offer({"readme": b"hello"})
     refused(hub, "manifest.json")
 
 
@@ -335,7 +341,8 @@ def publish_instead(hub: HubSimulator, record: Round) -> None:
     tree = repo.tree({"rounds/0003/round.json": repo.put(dump(record))}, base=branch)
     main = repo.commit(tree, parents=(hub.main(),), message="x\n", author=LIAR, when=1)
     manifest = Manifest(hub=record.hub, rounds=(*state.manifest.rounds, record))
-    latest = commit_latest(repo, manifest, state.hubfile.encode(), state.tokenizer, LIAR)
+    files = latest_files(manifest, state.hubfile.encode(), state.tokenizer)
+    latest = commit_latest(repo, manifest, hub.signed(files, number=record.round), LIAR)
     repo.push([RefUpdate(MAIN, main, ANY), RefUpdate("refs/moshi/latest", latest, ANY)])
 
 

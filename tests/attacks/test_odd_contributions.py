@@ -9,10 +9,17 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from moshi_fl.history import DELTA_FILE, contribution_branch, contribution_path
+from moshi_fl.history import (
+    DELTA_FILE,
+    contribution_branch,
+    contribution_path,
+    signature_path,
+)
 from moshi_fl.records import Contribution, File, Location, dump
+from moshi_fl.signing import CONTRIBUTION_NAMESPACE
 from moshi_fl.store import ANY, Author, HubRepo, RefUpdate
 from tests.support.hubs import git
+from tests.support.keys import signature_by, signer_of
 from tests.support.simulator import HubSimulator
 
 EVE = Author("eve", "eve@example.org")
@@ -28,7 +35,11 @@ def push_branch(hub: HubSimulator, record: Contribution, number: int) -> str:
     """Push a record as if it were made on that round."""
     replica = hub.person("eve")
     repo, main = replica.repo, replica.fetch_main()
-    tree = repo.tree({contribution_path(number, record.id): repo.put(dump(record))}, base=main)
+    data = dump(record)
+    signature = signature_by(record.contributor, data, CONTRIBUTION_NAMESPACE).encode()
+    files = {contribution_path: data, signature_path: signature}
+    blobs = {path(number, record.id): repo.put(content) for path, content in files.items()}
+    tree = repo.tree(blobs, base=main)
     commit = repo.commit(tree, parents=(main,), message="x\n", author=EVE, when=0)
     branch = contribution_branch(number, record.id)
     repo.push([RefUpdate(branch, commit, ANY)])
@@ -41,7 +52,8 @@ def push_with_delta(hub: HubSimulator, honest: Contribution, oid: str) -> Contri
     ref = f"refs/moshi/delta/{honest.round}/{sha256[:32]}"
     file = File(name=DELTA_FILE, bytes=100, sha256=sha256)
     place = Location(ref=ref, commit=oid, files=(file,))
-    record = msgspec.structs.replace(honest, delta=place, contributor="eve")
+    key = signer_of("eve").public_key
+    record = msgspec.structs.replace(honest, delta=place, contributor="eve", key=key)
     hub.person("eve").repo.push([RefUpdate(ref, oid, ANY)])
     push_branch(hub, record, record.round)
     return record

@@ -22,7 +22,16 @@ from moshi_fl.weights import weights_digest
 
 # The matrix is longer than a block of the aggregation, so that blocks have to fit together.
 SHAPES = {"bias": (384,), "embedding": (40, 96), "scalar": (), "weight": (600, 120)}
-STRATEGIES = [("fedavg", {}), ("median", {}), ("trimmed-mean", {"trim": 0.2})]
+STRATEGIES = [
+    ("fedavg", {}),
+    ("median", {}),
+    ("trimmed-mean", {"trim": 0.2}),
+    ("geometric-median", {}),
+    ("centered-clipping", {}),
+    ("krum", {}),
+    ("multi-krum", {}),
+    ("robust", {"running_norm": 0.1}),
+]
 every_strategy = pytest.mark.parametrize(("name", "options"), STRATEGIES)
 
 
@@ -196,7 +205,7 @@ def test_mistakes_of_the_caller_are_not_averaged():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("mean", {}, "unknown strategy 'mean'; known: fedavg, median, trimmed-mean."),
+        ("mean", {}, f"unknown strategy 'mean'; known: {', '.join(n for n, _ in STRATEGIES)}."),
         ("fedavg", {"x": 1}, "strategy fedavg: unknown option 'x'; it takes: none."),
         (
             "trimmed-mean",

@@ -225,3 +225,9 @@ def test_a_hub_in_a_folder_is_kept_with_its_whole_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert set_value("hub", ["./hub.git"]) == str(tmp_path / "hub.git")
     assert set_value("hub", ["git@example.org:hub.git"]) == "git@example.org:hub.git"
+
+
+def test_the_key_is_kept_with_its_whole_path_and_its_flag_has_a_short_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert set_value("signing_key", ["id_ed25519"]) == str(tmp_path / "id_ed25519")
+    assert load_settings(signing_key="other").origin("signing_key") == "--key"

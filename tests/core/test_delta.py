@@ -282,3 +282,13 @@ def test_the_header_alone_can_be_written_without_the_tensors():
     whole = b"".join(serialize(delta))
     entries = {name: ("F32", shape) for name, shape in SHAPES.items()}
     assert whole.startswith(header_bytes(entries))
+
+
+def test_a_header_longer_than_the_model_can_have_is_not_even_parsed() -> None:
+    codec = get_codec("f32", {})
+    header = b"[" + b"[]," * 2000 + b"0]"
+    data = len(header).to_bytes(8, "little") + header
+    shapes = {"a": (4096,)}
+    with pytest.raises(DeltaProblem, match="its header has more than") as caught:
+        Delta.parse(data, shapes, codec, "delta")
+    assert caught.value.code == "not-safetensors"

@@ -22,7 +22,7 @@ from moshi_fl.restore import open_deltas
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 folder, codec = Path(sys.argv[1]), get_codec("f32", {})
 data = delta_bytes(encode_delta({"w": np.ones(3, np.float32)}, codec)[0], codec)
-merged = tuple(Merged(id=f"{n:032x}", base_round=0, weight=1) for n in range(300))
+merged = tuple(Merged(id=f"{n:032x}", owner="a", base_round=0, weight=1) for n in range(300))
 for entry in merged:
     (folder / f"{entry.id}.safetensors").write_bytes(data)
 place = Location(ref="refs/moshi/update/1", commit="0" * 40, files=())

@@ -52,7 +52,10 @@ def test_the_core_does_not_know_the_family_by_itself() -> None:
 
 
 def test_a_whole_round_with_it(
-    tmp_path: Path, library: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    library: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     hub = tmp_path / "hub.git"
     made = run(
@@ -60,10 +63,12 @@ def test_a_whole_round_with_it(
     )
     assert made["model"] == "bytes-mlp/tiny"
     for package in ("http", "email"):
-        run(
-            capsys, command, "contribute", "--hub", hub, "--data", library / package,
-            "--steps", 20, "--contributor", package,
-        )  # fmt: skip
+        with monkeypatch.context() as person:
+            person.setenv("MOSHI_FL_HOME", str(tmp_path / package))
+            run(
+                capsys, command, "contribute", "--hub", hub, "--data", library / package,
+                "--steps", 20, "--contributor", package,
+            )  # fmt: skip
     merged = run(capsys, hub_command, "merge", "--hub", hub, "--publish")
     assert merged["contributions"] == 2
     assert merged["held_out_after"] < merged["held_out_before"] - 1

@@ -91,5 +91,5 @@ def test_settings_that_differ_are_named_with_the_commands_that_repair_them(exami
 def test_a_path_without_a_repository_is_one_clear_failure(examine, tmp_path):
     status, checks = examine(tmp_path)
     assert status == 1
-    assert list(checks) == ["hub"]
+    assert list(checks) == ["ssh-keygen", "hub"]
     assert "there is no hub" in checks["hub"]["found"]

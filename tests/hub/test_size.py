@@ -66,7 +66,12 @@ def history(update: int, rounds: int) -> Iterator[Manifest]:
             keyframe=place("keyframe", number, KEYFRAME) if whole else None,
             update=Update(kind="deltas", location=place("update", number, update), codec="topk"),
             contributions=(
-                Merged(id=sha256_bytes(b"%d" % number)[:32], base_round=number - 1, weight=100),
+                Merged(
+                    id=sha256_bytes(b"%d" % number)[:32],
+                    owner="ann",
+                    base_round=number - 1,
+                    weight=100,
+                ),
             ),
             created=first.created,
             software="test",
@@ -148,7 +153,7 @@ def test_age_costs_nothing_to_those_who_start_or_follow(
     root = tmp_path / "served"
     young = shutil.copytree(lived.path, root / "young.git")
     old = shutil.copytree(young, root / "old.git")
-    grow_old(old, Replica(str(old), tmp_path / "ageing"), 1000)
+    grow_old(old, Replica(str(old), lived.home), 1000)
     with counted(root) as wire:
         start, again = pulled(wire, "young", tmp_path)
         late_start, late_again = pulled(wire, "old", tmp_path)

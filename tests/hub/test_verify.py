@@ -158,46 +158,32 @@ def test_a_delta_on_another_ref_is_refused(hub: HubSimulator) -> None:
     moved = msgspec.structs.replace(honest.delta, ref="refs/moshi/keyframe/0")
     repo = hub.replica.repo
     record = msgspec.structs.replace(honest, delta=moved)
-    push_record(hub, record)
+    hub.push_record(record)
     assert hub.verdicts()[record.id].findings[0].code == "wrong-ref"
     assert repo.remote_refs("refs/moshi/keyframe/0")
 
 
-def push_record(
-    hub: HubSimulator, record, *, extra: dict[str, bytes] | None = None, data: bytes | None = None
-) -> str:
-    """Push a record's branch by hand, with more files, or with other bytes in its place."""
-    repo, main = hub.replica.repo, hub.replica.fetch_main()
-    files = {contribution_path(record.round, record.id): data or dump(record)} | (extra or {})
-    tree = repo.tree({path: repo.put(content) for path, content in files.items()}, base=main)
-    author = Author("eve", "eve@example.org")
-    commit = repo.commit(tree, parents=(main,), message="x\n", author=author, when=0)
-    branch = contribution_branch(record.round, record.id)
-    repo.push([RefUpdate(branch, commit, ANY)])
-    return branch
-
-
 def test_a_branch_that_changes_more_is_refused(hub: HubSimulator) -> None:
     record = hub.contribute("ann")
-    push_record(hub, record, extra={"hub.toml": b"[hub]\n"})
+    hub.push_record(record, extra={"hub.toml": b"[hub]\n"})
     assert hub.codes() == ["extra-files"]
 
 
 def test_a_record_in_another_spelling_is_refused(hub: HubSimulator) -> None:
     record = hub.contribute("ann")
-    push_record(hub, record, data=dump(record).replace(b": ", b":  ", 1))
+    hub.push_record(record, data=dump(record).replace(b": ", b":  ", 1))
     assert hub.codes() == ["bad-record"]
 
 
 def test_a_record_under_another_id_is_refused(hub: HubSimulator) -> None:
     record, other = hub.contribute("ann"), hub.contribute("bob", seed=2)
-    push_record(hub, record, data=dump(other))
+    hub.push_record(record, data=dump(other))
     assert hub.codes() == ["wrong-id"]
 
 
 def test_an_enormous_record_is_not_even_read(hub: HubSimulator) -> None:
     record = hub.contribute("ann")
-    push_record(hub, record, data=b"{" + b" " * 100_000 + b"}")
+    hub.push_record(record, data=b"{" + b" " * 100_000 + b"}")
     assert hub.codes() == ["oversize"]
 
 
@@ -290,7 +276,7 @@ def test_a_delta_announced_as_huge_is_never_fetched(hub: HubSimulator) -> None:
     delta = msgspec.structs.replace(honest.delta, files=(file,))
     hub.contribute("eve", seed=3)
     record = msgspec.structs.replace(honest, delta=delta)
-    push_record(hub, record)
+    hub.push_record(record)
     assert hub.verdicts()[record.id].findings[0].code == "oversize"
 
 

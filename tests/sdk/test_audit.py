@@ -8,14 +8,18 @@ import msgspec
 import numpy as np
 import pytest
 
-from moshi_fl.errors import HubError
-from moshi_fl.records import Merged
+from moshi_fl.errors import HubError, SigningError
+from moshi_fl.history import MAIN, accepted_signature_path, contribution_branch
+from moshi_fl.records import dump
+from moshi_fl.signing import CONTRIBUTION_NAMESPACE
 from moshi_fl.snapshot import encode_step
+from moshi_fl.store import ANY, Author, RefUpdate
 from moshi_fl.strategies import find_strategy
 from moshi_fl.weights import weights_digest
 from moshi_hub import merge as merging
 from moshi_hub.propose import Proposal
 from moshi_sdk.audit import Auditor, Finding
+from tests.support.keys import signature_by, signer_of
 from tests.support.simulator import HubSimulator
 
 
@@ -122,7 +126,7 @@ def test_a_favoured_contributor_is_found(
         hub.merge()
     (finding,) = audit(hub)
     assert finding.identical is False
-    assert "by the rule 12" in finding.problem
+    assert "by the rule 1000000" in finding.problem
 
 
 def test_a_contribution_that_nobody_made_is_found(
@@ -134,8 +138,8 @@ def test_a_contribution_that_nobody_made_is_found(
     def falsify(proposal: Proposal) -> Proposal:
         first, second = proposal.record.contributions
         swapped = (
-            Merged(id=first.id, base_round=0, weight=second.weight),
-            Merged(id=second.id, base_round=0, weight=first.weight),
+            msgspec.structs.replace(first, weight=second.weight),
+            msgspec.structs.replace(second, weight=first.weight),
         )
         a, b = proposal.delta_files
         content = a.read_bytes()
@@ -148,3 +152,63 @@ def test_a_contribution_that_nobody_made_is_found(
     (finding,) = audit(hub)
     assert finding.identical is False
     assert "is not its contributor's" in finding.problem
+
+
+def tamper(hub: HubSimulator, change: Callable[[dict[str, str]], None]) -> None:
+    """A maintainer rewrites files of main by a new commit; the weights stay right."""
+    repo, main = hub.replica.repo, hub.replica.fetch_main()
+    files: dict[str, str] = {}
+    change(files)
+    gone = [path for path, content in files.items() if not content]
+    blobs = {path: repo.put(text.encode()) for path, text in files.items() if text}
+    tree = repo.tree(blobs, base=main, remove=gone)
+    author = Author("m", "m@example.org")
+    commit = repo.commit(tree, parents=(main,), message="x\n", author=author, when=0)
+    repo.push([RefUpdate(MAIN, commit, main)])
+
+
+def test_a_signature_by_another_key_is_found(hub: HubSimulator) -> None:
+    record = hub.contribute("ann")
+    hub.merge()
+    forged = signature_by("maintainer", dump(record), CONTRIBUTION_NAMESPACE)
+    path = accepted_signature_path(1, record.id)
+    tamper(hub, lambda files: files.update({path: forged}))
+    (finding,) = audit(hub)
+    assert finding.identical is False
+    assert f"contribution {record.id[:12]} is not signed by its key" in finding.problem
+
+
+def test_a_signature_that_is_gone_is_found(hub: HubSimulator) -> None:
+    record = hub.contribute("ann")
+    hub.merge()
+    path = accepted_signature_path(1, record.id)
+    tamper(hub, lambda files: files.update({path: ""}))
+    (finding,) = audit(hub)
+    assert finding.identical is False
+    assert "a signature of round 1 is missing" in finding.problem
+
+
+def test_a_contribution_made_up_in_somebodys_name_is_found(
+    hub: HubSimulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All else about it is right: the id, the delta, the weight, the digest."""
+    from moshi_hub import verify as gate
+
+    with monkeypatch.context() as blind:
+        blind.setattr(gate, "check_signature", lambda *_: None)  # a merger who does not look
+        record = hub.contribute("maintainer", key="maintainer")
+        claimed = msgspec.structs.replace(record, key=signer_of("ann").public_key)
+        hub.replica.repo.push([RefUpdate(contribution_branch(0, record.id), None, ANY)])
+        hub.push_record(claimed, key="maintainer")
+        hub.merge()
+    (finding,) = audit(hub)
+    assert finding.identical is False
+    assert "made with another key than the record names" in finding.problem
+
+
+def test_an_audit_without_ssh_keygen_is_no_verdict(hub: HubSimulator, monkeypatch) -> None:
+    hub.rounds(1)
+    with monkeypatch.context() as patch:
+        patch.setattr("moshi_fl.signing.SSH_KEYGEN", "ssh-keygen-that-is-not-there")
+        with pytest.raises(SigningError, match="cannot be run"):
+            audit(hub)

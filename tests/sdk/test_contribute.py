@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,15 +10,26 @@ import msgspec
 import numpy as np
 import pytest
 
-from moshi_fl.errors import DataError, HubError, MoshiError, Rejected, TrainingError
+from moshi_fl.errors import (
+    DataError,
+    HubError,
+    MoshiError,
+    Rejected,
+    SigningError,
+    TrainingError,
+)
+from moshi_fl.history import accepted_signature_path, check_signature
 from moshi_fl.records import Contribution, dump
+from moshi_fl.signing import Signer, fingerprint
 from moshi_fl.train import Progress
 from moshi_fl.weights import open_weights
+from moshi_sdk.cli import main
 from moshi_sdk.contribute import Options, contribute, discard, load_task, resume
 from moshi_sdk.feedback import Feedback
 from moshi_sdk.planning import make_plan, recipe_of
 from moshi_sdk.runs import Runs
 from moshi_sdk.sync import SyncManager
+from tests.support.keys import key_file, signer_of
 from tests.support.simulator import HubSimulator, write_corpus
 
 
@@ -111,12 +123,13 @@ def test_a_dry_run_sends_nothing_and_can_be_sent_later(hub: HubSimulator, corpus
 def test_an_interrupted_contribution_ends_with_the_same_id(
     hub: HubSimulator, corpus: Path, after: int
 ) -> None:
-    whole = send(hub, corpus, "whole", steps=6, contributor="ann", dry_run=True)
-    options = Options(seed=1, steps=6, contributor="ann")
+    key = key_file("ann")
+    whole = send(hub, corpus, "whole", steps=6, contributor="ann", dry_run=True, key=key)
+    options = Options(seed=1, steps=6, contributor="ann", key=key)
     home = hub.folder / "ann"
     with pytest.raises(Stop):
         contribute(hub.url, [corpus], options, home=home, listener=Stopper(after))
-    resumed = resume(hub.url, home=home)
+    resumed = resume(hub.url, home=home, key=key)
     assert resumed.contribution.id == whole.id
 
 
@@ -146,13 +159,15 @@ def test_a_contribution_survives_an_unreachable_hub(hub: HubSimulator, corpus: P
 def test_the_hub_moved_on_a_little_and_the_delta_counts_less(
     hub: HubSimulator, corpus: Path
 ) -> None:
+    hub.edit_settings('strategy = "robust"', 'strategy = "fedavg"')
+    hub.rounds(1)
     dry = send(hub, corpus, dry_run=True)
     hub.rounds(1)
     outcome = resume(hub.url, home=hub.folder / "ann")
     assert outcome.contribution.id == dry.id
     assert "counts 50%" in outcome.note
     record = hub.merge().proposal.record
-    assert [merged.weight for merged in record.contributions] == [6]
+    assert [merged.weight for merged in record.contributions] == [500_000]
 
 
 def test_the_hub_moved_on_a_lot_and_the_delta_is_rebased(hub: HubSimulator, corpus: Path) -> None:
@@ -283,11 +298,109 @@ def test_a_hubs_schedule_and_accumulation_decide_and_the_record_has_the_whole_ba
     asking = replace(snapshot, state=replace(snapshot.state, config=config))
     task = load_task(asking.state)
     data = task.read([corpus], seed=0)
-    plan = make_plan(asking, task, data, [corpus], Options(steps=2, seed=1))
+    key = signer_of("ann").public_key
+    plan = make_plan(asking, task, data, [corpus], Options(steps=2, seed=1), key)
     assert (plan.training.batch_size, plan.schedule, plan.accumulation) == (6, "cosine", 2)
     assert plan.training.precision in {"fp32", "bf16"}
     recipe = recipe_of(plan)
     assert (recipe.batch_size, recipe.accumulation, recipe.schedule) == (3, 2, "cosine")
-    plain = make_plan(snapshot, task, data, [corpus], Options(steps=2, seed=1))
+    plain = make_plan(snapshot, task, data, [corpus], Options(steps=2, seed=1), key)
     assert b'"schedule"' not in dump(plain)
     assert recipe_of(plain).schedule == "one-cycle"
+
+
+class Hearing:
+    """A listener that remembers what was said."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[str, str]] = []
+
+    def stage(self, name: str, text: str) -> None:
+        """Remember."""
+        self.said.append((name, text))
+
+    def step(self, progress: Progress) -> None:
+        """Ignore."""
+
+    def about(self, name: str) -> list[str]:
+        return [text for stage, text in self.said if stage == name]
+
+
+def test_the_contributors_key_signs_and_its_signature_stays_on_disk(
+    hub: HubSimulator, corpus: Path
+) -> None:
+    record = send(hub, corpus)
+    assert record.key == Signer(hub.folder / "ann" / "identity").public_key
+    (run,) = runs_of(hub, hub.folder / "ann")
+    check_signature(record, run.signature.read_bytes())
+    hub.merge()
+    kept = hub.replica.repo.read(
+        hub.replica.fetch_main(), accepted_signature_path(1, record.id), limit=10**4
+    )
+    assert kept == run.signature.read_bytes()
+
+
+def test_a_key_that_signs_anew_each_time_still_sends_the_same_bytes(
+    hub: HubSimulator, corpus: Path
+) -> None:
+    """ECDSA draws a number for each signature; hardware keys count."""
+    key, home = key_file("ann", "ecdsa", 256), hub.folder / "ann"
+    send(hub, corpus, dry_run=True, key=key)
+    hub.path.rename(hub.folder / "away")
+    with pytest.raises(HubError):
+        resume(hub.url, home=home, key=key)
+    (run,) = runs_of(hub, home)
+    first = run.signature.read_bytes()
+    (hub.folder / "away").rename(hub.path)
+    resume(hub.url, home=home, key=key)
+    assert run.signature.read_bytes() == first
+    assert hub.codes() == []
+
+
+def test_what_was_begun_with_one_key_is_not_sent_with_another(
+    hub: HubSimulator, corpus: Path
+) -> None:
+    home = hub.folder / "ann"
+    send(hub, corpus, dry_run=True)
+    with pytest.raises(SigningError, match="begun with the key SHA256:") as caught:
+        resume(hub.url, home=home, key=key_file("eve"))
+    assert "--key" in caught.value.hint
+    assert resume(hub.url, home=home).sent
+
+
+def test_before_the_first_is_sent_it_is_said_that_it_stays_for_ever(
+    hub: HubSimulator, corpus: Path
+) -> None:
+    home, first, second = hub.folder / "ann", Hearing(), Hearing()
+    one = contribute(hub.url, [corpus], Options(seed=1), home=home, listener=first)
+    (said,) = first.about("public")
+    assert "permanent" in said
+    assert fingerprint(one.contribution.key) in said
+    hub.merge()
+    contribute(hub.url, [corpus], Options(seed=1), home=home, listener=second)
+    assert second.about("public") == second.about("again") == []
+
+
+def test_a_second_one_on_the_same_round_is_warned_of(hub: HubSimulator, corpus: Path) -> None:
+    home, hearing = hub.folder / "ann", Hearing()
+    contribute(hub.url, [corpus], Options(seed=1), home=home)
+    contribute(hub.url, [corpus], Options(seed=2), home=home, listener=hearing)
+    assert "one per key and round" in hearing.about("again")[0]
+    assert hub.codes() == ["one-per-round"]
+
+
+def test_the_command_shows_who_signs_before_anything_is_sent(
+    hub: HubSimulator, corpus: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    monkeypatch.setenv("MOSHI_FL_HOME", str(hub.folder / "ann"))
+    key, before = key_file("ann", "ecdsa", 256), hub.refs()
+    argv = ["contribute", "--hub", hub.url, "--data", str(corpus), "--steps", "1", "--json"]
+    assert main([*argv, "--key", str(key), "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["key"] == Signer(key).fingerprint
+    assert "permanent" in err
+    assert hub.refs() == before
+    assert main(["config", "set", "signing_key", str(key)]) == 0
+    assert main(["contribute", "--resume", "--hub", hub.url]) == 0
+    assert hub.codes() == []
+    assert not (hub.folder / "ann" / "identity").exists()

@@ -32,6 +32,16 @@ def test_a_healthy_machine_without_a_hub(examine):
     assert checks["hub"]["next"] == "moshi-fl config set hub URL"
 
 
+def test_who_signs_is_shown_and_a_machine_that_cannot_sign_is_told(examine, monkeypatch):
+    _, checks = examine()
+    assert checks["signing"]["found"].startswith("SHA256:")
+    monkeypatch.setattr("moshi_fl.signing.SSH_KEYGEN", "ssh-keygen-that-is-not-there")
+    status, checks = examine()
+    assert status == 1
+    assert checks["signing"]["status"] == "fail"
+    assert "Install OpenSSH" in checks["signing"]["next"]
+
+
 def test_a_missing_hub_fails_and_says_why(examine, tmp_path):
     status, checks = examine("--hub", str(tmp_path / "nothing"))
     assert status == 1

@@ -13,8 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from moshi_fl.codec.delta import encode_delta
+from moshi_fl.aggregate import Update
+from moshi_fl.codec import get_codec
+from moshi_fl.codec.delta import Delta, delta_bytes, encode_delta
 from moshi_fl.errors import ConfigError, DataError, TrainingError
+from moshi_fl.flower import Reply
+from moshi_fl.hubfile import AggregationRules
 from moshi_sdk.cli import main
 from moshi_sdk.simulate import (
     Federation,
@@ -23,6 +27,7 @@ from moshi_sdk.simulate import (
     from_hub,
     simulate,
 )
+from moshi_sdk.virtual import server
 from tests.support.simulations import QUICK, losses, tiny_start, write_code
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -270,3 +275,17 @@ def test_it_starts_from_a_hub_and_sends_nothing(code, hub, tmp_path, capsys):
     assert same(federation.weights, begun.weights)
     assert json.loads(out)["loss_before"] == federation.evaluate(begun.weights)
     assert {path: path.read_bytes() for path in hub.path.rglob("*") if path.is_file()} == files
+
+
+def test_simulated_robust_rounds_remember_how_long_deltas_were() -> None:
+    codec, shapes = get_codec("f32", {}), {"w": (4,)}
+
+    def reply(length: float) -> Reply:
+        data = delta_bytes({"w": np.full(4, length / 2, np.float32)}, codec)
+        return Reply(Update("a", 1, Delta.parse(data, shapes, codec, "delta")), 0.0)
+
+    robust = server(AggregationRules(strategy="robust"), shapes)
+    steps = [dict(robust.aggregate({1: reply(length)}))["w"] for length in (1.0, 8.0, 8.0)]
+    lengths = [float(np.sqrt((step**2).sum())) for step in steps]
+    # Clipped to twice what it was before; that then rises by a fifth.
+    assert lengths == pytest.approx([1.0, 2.0, 2.4])

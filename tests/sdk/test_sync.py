@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -131,7 +133,9 @@ def test_a_rewound_hub_is_refused(hub: HubSimulator) -> None:
     repo = hub.person("reader").repo
     back = [RefUpdate(ref, earlier[ref], ANY) for ref in (MAIN, "refs/moshi/latest")]
     hub.replica.repo.push(back)
-    with pytest.raises(UntrustedHub, match="rewound: it offers round 1, but round 2"):
+    with pytest.raises(
+        UntrustedHub, match=r"rewound: it offers version 2 of timestamp.json, but version 3"
+    ):
         hub.sync()
     assert repo
     assert hub.sync(offline=True).round == reader.round == 2
@@ -166,3 +170,49 @@ def test_syncing_imports_neither_torch_nor_flower(hub: HubSimulator) -> None:
     )
     argv = [sys.executable, "-c", script, hub.url, str(hub.folder / "lean")]
     assert subprocess.run(argv, check=False).returncode == 0
+
+
+def test_a_sync_that_finds_nothing_new_loads_no_tuf(hub: HubSimulator) -> None:
+    script = (
+        "import sys; from pathlib import Path; from moshi_sdk.sync import SyncManager; "
+        "SyncManager(sys.argv[1], home=Path(sys.argv[2])).pull(); "
+        "sys.exit(any(name in sys.modules for name in ('tuf', 'cryptography', 'urllib3')))"
+    )
+    argv = [sys.executable, "-c", script, hub.url, str(hub.folder / "lean")]
+    statuses = [subprocess.run(argv, check=False).returncode for _ in range(2)]
+    assert statuses == [1, 0]
+
+
+def test_the_commands_show_the_root_and_take_only_the_one_demanded(
+    hub: HubSimulator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from moshi_sdk.cli import main
+
+    def run(*words: str, home: str = "ann") -> tuple[int, dict, str]:
+        monkeypatch.setenv("MOSHI_FL_HOME", str(hub.folder / home))
+        capsys.readouterr()
+        status = main([*words, "--hub", hub.url, "--json"])
+        out, err = capsys.readouterr()
+        return status, json.loads(out), err
+
+    status, first, said = run("sync")
+    assert status == 0
+    assert "First contact: from now on this hub must be signed under the root" in said
+    assert "First contact" not in run("sync")[2]
+    assert run("status")[1]["root"] == run("status", "--offline")[1]["root"] == first["root"]
+    file = hub.folder / "1.root.json"
+    file.write_bytes(hub.latest()["1.root.json"])
+    whole = hashlib.sha256(file.read_bytes()).hexdigest()
+    for number, root in enumerate((first["root"], whole, whole[:32].upper(), str(file))):
+        assert run("sync", "--root", root, home=f"bob{number}")[1]["root"] == first["root"]
+    status, document, _ = run("sync", "--root", "0" * 32, home="carl")
+    assert status == 1
+    assert "not the one demanded" in document["error"]["message"]
+    status, document, _ = run("sync", "--root", "no such file", home="carl")
+    assert status == 1
+    assert "neither a fingerprint" in document["error"]["message"]
+    assert run("sync", "--min-attestations", "1", home="carl")[0] == 0  # round 0 is exempt
+    hub.rounds(1)
+    status, document, _ = run("sync", "--min-attestations", "1", home="carl")
+    assert status == 1
+    assert "you demand 1" in document["error"]["message"]

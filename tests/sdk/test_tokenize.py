@@ -98,7 +98,9 @@ def test_a_file_that_is_no_tokenizer_is_named(
     assert not (code / "d").exists()
 
 
-def test_the_trainer_learns_from_the_shards(code: Path) -> None:
+def test_the_trainer_learns_from_the_shards_and_what_it_left_generates(
+    code: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data, folder = code.parent / "data", code.parent
     assert fl_main(["tokenize", "shards", str(code), "--out", str(data)]) == 0
     config = folder / "config.yaml"
@@ -112,6 +114,15 @@ def test_the_trainer_learns_from_the_shards(code: Path) -> None:
     losses = [json.loads(line)["loss/main"] for line in lines if "loss/main" in line]
     assert losses[-1] < losses[0] - 0.5
     assert any("expert" in name for name in json.loads(lines[0]))
+    words = ["generate", "def area(", "--weights", str(folder / "out" / "final")]
+    capsys.readouterr()
+    assert fl_main([*words, "--max-tokens", "8", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out.startswith("def area(")
+    assert fl_main([*words, "--tokenizer", str(tokenizer_for(code))]) == 1
+    assert "vocab_size" in capsys.readouterr().err
+    assert fl_main(["generate", "x", "--weights", str(folder)]) == 1
+    assert "best or out_dir/final" in capsys.readouterr().err
+    assert fl_main([*words, "--round", "1"]) == 2
 
 
 def test_a_round_of_moc_with_a_tokenizer_of_its_own(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +14,31 @@ import numpy as np
 
 from moshi_fl.codec import get_codec
 from moshi_fl.codec.delta import delta_bytes, encode_delta
-from moshi_fl.history import DELTA_FILE, MAIN, contribution_branch, contribution_path
+from moshi_fl.history import (
+    DELTA_FILE,
+    MAIN,
+    contribution_branch,
+    contribution_path,
+    read_latest,
+    signature_path,
+)
+from moshi_fl.hubfile import TrustRules
 from moshi_fl.models import get_preset
 from moshi_fl.models.family import Preset
 from moshi_fl.records import Contribution, File, Location, Training, dump
 from moshi_fl.replica import Replica, Snapshot
+from moshi_fl.signing import CONTRIBUTION_NAMESPACE
 from moshi_fl.store import ANY, Author, RefUpdate
 from moshi_fl.strategies import find_strategy
 from moshi_fl.weights import Weights, sha256_bytes
 from moshi_hub.create import Plan, create
+from moshi_hub.keys import KeyStore
 from moshi_hub.merge import OpenRound, Options, Outcome, look, merge
+from moshi_hub.metadata import Desk, utc_now
 from moshi_hub.verify import Verdict
 from moshi_sdk.submit import DELTA_AUTHOR
 from moshi_sdk.sync import SyncManager
+from tests.support.keys import signature_by, signer_of
 
 MODEL = {"n_layer": 1, "n_head": 2, "d_model": 16, "d_ff": 32, "context": 32}
 TEXT = "def area(width, height):\n    return width * height\n\n\nprint(area(3, 4))\n"
@@ -78,6 +92,38 @@ class HubSimulator:
         """Someone else's copy of the hub."""
         return Replica(self.url, self.folder / name)
 
+    def maintainer(self, name: str) -> Replica:
+        """Another maintainer's copy of the hub, with all of its keys."""
+        shutil.copytree(self.home / "keys", self.folder / name / "keys", dirs_exist_ok=True)
+        return self.person(name)
+
+    def desk(self, **rules: int) -> Desk:
+        """Where the hub's keys sign, on top of what is there now; dates may lie in the past."""
+        state = self.replica.look()
+        keys = KeyStore(self.home, state.config.hub.id)
+        now = utc_now() + timedelta(days=rules.pop("days", 0))
+        return Desk(self.replica.trust.load(), keys, TrustRules(**rules), now)
+
+    def signed(self, files: Mapping[str, bytes], *, number: int, **rules: int) -> dict[str, bytes]:
+        """These files with metadata that the hub's own keys have signed, whatever they say."""
+        desk = self.desk(**rules)
+        targets = desk.sign_targets(desk.draft_targets(files, number))
+        return {**files, **desk.publish(targets)}
+
+    def offer(self, files: Mapping[str, bytes]) -> str:
+        """Make ``latest`` consist of these files, as whoever rules the repository can."""
+        repo = self.replica.repo
+        tree = repo.tree({name: repo.put(data) for name, data in files.items()})
+        commit = repo.commit(tree, message="x\n", author=Author("Liar", "liar@x"), when=1)
+        repo.push([RefUpdate("refs/moshi/latest", commit, ANY)])
+        return commit
+
+    def latest(self) -> dict[str, bytes]:
+        """The files of ``latest``."""
+        repo = self.replica.repo
+        commit = repo.fetch({"refs/moshi/latest": "refs/test/latest"})["refs/test/latest"]
+        return read_latest(repo, commit)
+
     def sync(self, name: str = "reader", **how: Any) -> Snapshot:
         """Someone brings the newest round to their machine."""
         return SyncManager(self.url, home=self.folder / name).pull(**how)
@@ -91,6 +137,7 @@ class HubSimulator:
         on: Snapshot | None = None,
         mutate: Callable[[bytes], bytes] = lambda data: data,
         tree: Callable[[Replica, str], dict[str, str]] | None = None,
+        key: str | None = None,
         **fields: Any,
     ) -> Contribution:
         """Submit a made-up delta; every part of it can be falsified.
@@ -102,9 +149,11 @@ class HubSimulator:
             on: The round it is based on; the newest by default.
             mutate: Changes the delta file's bytes.
             tree: Gives other files for the branch than the record, path to blob.
+            key: Whose key signs; that of ``name`` by default. Equal names are one identity.
             fields: Fields of the record to overwrite.
         """
         replica = self.person(name)
+        replica.repo.prepare()
         base = on or replica.pull()
         rules = base.state.config.delta
         codec = get_codec(rules.codec, rules.options)
@@ -118,6 +167,7 @@ class HubSimulator:
             family="char",
             codec=rules.codec,
             contributor=name,
+            key=signer_of(key or name).public_key,
             delta=place,
             num_examples=12,
             training=Training(
@@ -126,8 +176,18 @@ class HubSimulator:
             software="test",
         )
         record = msgspec.structs.replace(record, **fields)
-        self._push(replica, record, commit, tree)
+        self._push(replica, record, commit, tree or self._signed(record, key or name))
         return record
+
+    def _signed(self, record: Contribution, key: str) -> Callable[[Replica, str], dict[str, str]]:
+        place, data = (record.round, record.id), dump(record)
+        signature = signature_by(key, data, CONTRIBUTION_NAMESPACE).encode()
+
+        def tree(replica: Replica, path: str) -> dict[str, str]:
+            put = replica.repo.put
+            return {path: put(data), signature_path(*place): put(signature)}
+
+        return tree
 
     def _place(self, replica: Replica, base: Snapshot, data: bytes) -> tuple[Location, str]:
         repo, sha256 = replica.repo, sha256_bytes(data)
@@ -142,17 +202,52 @@ class HubSimulator:
         replica: Replica,
         record: Contribution,
         commit: str,
-        tree: Callable[[Replica, str], dict[str, str]] | None,
+        tree: Callable[[Replica, str], dict[str, str]],
     ) -> None:
         repo, main = replica.repo, replica.fetch_main()
         path = contribution_path(record.round, record.id)
-        files = {path: repo.put(dump(record))} if tree is None else tree(replica, path)
+        files = tree(replica, path)
         author = Author(record.contributor, "noreply@moshi-fl.invalid")
         new = repo.commit(
             repo.tree(files, base=main), parents=(main,), message="x\n", author=author, when=0
         )
         branch = contribution_branch(record.round, record.id)
         repo.push([RefUpdate(branch, new, ANY), RefUpdate(record.delta.ref, commit, ANY)])
+
+    def push_record(
+        self,
+        record: Contribution,
+        *,
+        key: str | None = None,
+        data: bytes | None = None,
+        signature: bytes | None = None,
+        extra: Mapping[str, bytes] | None = None,
+    ) -> str:
+        """Push a record's branch by hand; the delta's ref stays as it is.
+
+        Args:
+            record: What to push; its branch is named after it.
+            key: Who signs; its contributor by default.
+            data: Other bytes in the record's place.
+            signature: Other bytes in the signature's place; empty leaves the file out.
+            extra: More files, path to content.
+        """
+        replica = self.person("stranger")
+        replica.repo.prepare()
+        repo, main = replica.repo, replica.fetch_main()
+        place, said = (record.round, record.id), dump(record)
+        if signature is None:
+            by = key or record.contributor
+            signature = signature_by(by, said, CONTRIBUTION_NAMESPACE).encode()
+        files = {contribution_path(*place): said if data is None else data, **(extra or {})}
+        if signature:
+            files[signature_path(*place)] = signature
+        tree = repo.tree({path: repo.put(content) for path, content in files.items()}, base=main)
+        author = Author("eve", "eve@example.org")
+        commit = repo.commit(tree, parents=(main,), message="x\n", author=author, when=0)
+        branch = contribution_branch(*place)
+        repo.push([RefUpdate(branch, commit, ANY)])
+        return branch
 
     def look(self) -> OpenRound:
         """Judge what is open."""

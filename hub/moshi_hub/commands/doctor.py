@@ -16,11 +16,13 @@ from moshi_fl.checkup import Check, advise, attempt, report, require
 from moshi_fl.cli import output_options
 from moshi_fl.console import Console
 from moshi_fl.errors import MoshiError
-from moshi_fl.history import MAIN, HubState, fetch_latest, read_state
+from moshi_fl.history import MAIN, SIGNED_FILES, HubState, fetch_latest, read_latest, read_state
 from moshi_fl.records import Location
+from moshi_fl.signing import check_ssh_keygen
 from moshi_fl.store import HUB_SETTINGS, HubRepo, hub_settings, is_local, local_path
 from moshi_fl.text import Duration, Moment, Size
 
+SOON = 14 * 86400.0  # seconds
 LITTLE_SPACE = 5 * 10**9  # bytes
 _LIMIT = "receive.maxInputSize"
 
@@ -35,6 +37,7 @@ def doctor(console: Console, hub: str) -> None:
 
 
 def _checks(repo: HubRepo, hub: str) -> Iterator[Check]:
+    yield attempt("ssh-keygen", _ssh_keygen)
     start = time.monotonic()
     try:
         refs = repo.remote_refs()
@@ -49,14 +52,21 @@ def _checks(repo: HubRepo, hub: str) -> Iterator[Check]:
     yield require(MAIN in refs, "main", refs.get(MAIN, "absent"), f"moshi-hub init {hub}")
     try:
         repo.prepare()
-        state = read_state(repo, *fetch_latest(repo))
+        refs_found, commit = fetch_latest(repo)
+        state = read_state(repo, refs_found, commit)
     except MoshiError as error:
         yield Check("rounds", "fail", str(error), error.hint)
         return
     yield _rounds(state)
+    yield attempt("signatures", lambda: _signatures(repo, commit))
     yield _weights(state, refs)
     waiting = sum(ref.startswith("refs/heads/contribute/") for ref in refs)
     yield Check("contributions", "ok", f"{waiting} on the hub")
+
+
+def _ssh_keygen() -> Check:
+    check_ssh_keygen()
+    return Check("ssh-keygen", "ok", "tells right signatures from wrong ones")
 
 
 def _settings(folder: Path) -> Check:
@@ -77,6 +87,23 @@ def _space(folder: Path) -> Check:
     free = shutil.disk_usage(folder).free
     found = f"{Size(used)} used, {Size(free)} free"
     return advise(free >= LITTLE_SPACE, "disk", found, "Pushes fail on a full disk; make room.")
+
+
+def _signatures(repo: HubRepo, commit: str) -> Check:
+    """Whether a newcomer would take the hub's signatures, and for how long."""
+    from moshi_fl.signed.client import Offer, verify
+
+    files = read_latest(repo, commit)
+    with tempfile.TemporaryDirectory(dir=repo.path) as folder:
+        offer = Offer(repo.shown_url, files, SIGNED_FILES, repo.path)
+        trust = verify(offer, {}, Path(folder))
+    left = trust.expires - time.time()
+    return advise(
+        left > SOON,
+        "signatures",
+        f"root {trust.root}, valid for {Duration(left)}",
+        "moshi-hub keys list   (shows what expires; keys refresh and keys renew sign it again)",
+    )
 
 
 def _rounds(state: HubState) -> Check:

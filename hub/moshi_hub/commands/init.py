@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import click
@@ -9,6 +11,7 @@ import click
 from moshi_fl.cli import output_options
 from moshi_fl.config import ensure_home
 from moshi_fl.console import Console
+from moshi_fl.errors import ConfigError
 from moshi_fl.history import PREFIXES
 from moshi_fl.store import redact
 from moshi_fl.text import Size
@@ -37,6 +40,8 @@ from moshi_hub.options import maintainer
     is_flag=True,
     help=f"Keep weights under {PREFIXES[1]}, for hosts that take only branches and tags.",
 )
+@click.option("--passphrase", is_flag=True, help="Ask for a passphrase for the hub's keys.")
+@click.option("--passphrase-env", metavar="NAME", help="Take it from this variable.")
 @output_options
 def init(  # noqa: PLR0913 - one parameter an option
     console: Console,
@@ -49,6 +54,8 @@ def init(  # noqa: PLR0913 - one parameter an option
     eval_data: tuple[Path, ...],
     tokenizer: Path | None,
     branches_only: bool,
+    passphrase: bool,
+    passphrase_env: str | None,
 ) -> None:
     r"""Create a hub, or fill an empty repository, and publish round 0: random weights.
 
@@ -60,6 +67,7 @@ def init(  # noqa: PLR0913 - one parameter an option
     """
     from moshi_fl.subwords import start_of
     from moshi_hub.create import Plan, create
+    from moshi_hub.keys import KeyStore
 
     plan = Plan(
         url=hub,
@@ -71,6 +79,7 @@ def init(  # noqa: PLR0913 - one parameter an option
         eval_data=eval_data,
         maintainer=maintainer(),
         tokenizer=start_of(tokenizer) if tokenizer else None,
+        passphrase=_passphrase(passphrase, passphrase_env),
     )
     snapshot = create(plan, ensure_home())
     record, shown = snapshot.record, redact(hub)
@@ -81,7 +90,23 @@ def init(  # noqa: PLR0913 - one parameter an option
         parameters=record.parameters,
         keyframe=Size(record.keyframe.bytes if record.keyframe else 0),
         weights=record.weights,
+        root=snapshot.root,
+        keys=KeyStore(ensure_home(), snapshot.state.config.hub.id).folder,
     )
+    console.note("Whoever has these keys speaks for the hub: keep a copy of them in a safe place.")
     if not eval_data:
         console.note("No held-out data: merges will not be measured. (--eval-data DIR)")
     console.hint(f"moshi-fl contribute --hub {shown} --data PATH   (anyone can, from now on)")
+
+
+def _passphrase(ask: bool, variable: str | None) -> bytes:
+    if variable:
+        if not (value := os.environ.get(variable)):
+            raise ConfigError(f"--passphrase-env: {variable} is not set.")
+        return value.encode()
+    if not ask:
+        return b""
+    if not sys.stdin.isatty():
+        raise ConfigError("--passphrase asks, and nobody is there.", hint="--passphrase-env NAME")
+    text = click.prompt("Passphrase", hide_input=True, confirmation_prompt=True, err=True)
+    return str(text).encode()

@@ -8,11 +8,13 @@ from pathlib import Path
 import click
 
 from moshi_fl.cli import hub_option, output_options
+from moshi_fl.config import ensure_home
 from moshi_fl.console import Console
+from moshi_fl.hubfile import changed_settings
 from moshi_fl.records import Round
 from moshi_fl.strategies import find_strategy
 from moshi_fl.text import Percent, Size
-from moshi_hub.options import maintainer, replica_for
+from moshi_hub.options import maintainer, passphrase_from, passphrase_option, replica_for
 
 
 @click.command()
@@ -26,16 +28,21 @@ from moshi_hub.options import maintainer, replica_for
     type=click.Path(exists=True, path_type=Path),
     help="Held-out files to measure this and later merges on; they stay on this machine.",
 )
+@click.option("--accept", multiple=True, metavar="ID", help="Take this disputed contribution.")
 @click.option("--dry-run", is_flag=True, help="Compute and report; push nothing.")
+@passphrase_option
 @output_options
-def merge(
+def merge(  # noqa: PLR0913 - one parameter an option
     console: Console,
+    *,
     hub: str | None,
     publish: bool,
     strategy: str | None,
     exclude: tuple[str, ...],
     eval_data: tuple[Path, ...],
+    accept: tuple[str, ...],
     dry_run: bool,
+    passphrase_env: str,
 ) -> None:
     r"""Verify the open contributions, aggregate the accepted ones, and make the next round.
 
@@ -47,6 +54,7 @@ def merge(
       moshi-hub merge --hub ./hub.git --publish
       moshi-hub merge --dry-run --strategy median
     """
+    from moshi_hub.evaluation import gate_for
     from moshi_hub.heldout import evaluator_for, store_pool
     from moshi_hub.merge import Options, Outcome
     from moshi_hub.merge import merge as run
@@ -55,11 +63,21 @@ def merge(
     if eval_data:
         state = replica.look()
         store_pool(replica, state.config, state.tokenizer, eval_data)
-    options = Options(publish, dry_run, strategy, exclude, maintainer())
+    options = Options(publish, dry_run, strategy, exclude, accept, maintainer())
     outcome: Outcome = run(
-        replica, options, evaluator=evaluator_for(replica), find_strategy=find_strategy
+        replica,
+        options,
+        evaluator=evaluator_for(replica),
+        find_strategy=find_strategy,
+        passphrase=passphrase_from(passphrase_env),
+        gate=gate_for(replica, ensure_home(), console.note),
     )
+    if outcome.open_round.arrivals.problem:
+        console.warn(outcome.open_round.arrivals.problem)
     _contributions(console, outcome)
+    published = outcome.open_round.snapshot.state.config
+    for change in changed_settings(published, outcome.open_round.rules.config):
+        console.warn(f"main's hub.toml is not the one last signed: {change}")
     record = outcome.built.record if outcome.built else outcome.proposal.record
     done = {True: "Published", False: "Proposed"}[publish] if not dry_run else "Computed"
     console.done(
@@ -113,6 +131,8 @@ def _contributions(console: Console, outcome: object) -> None:
     for verdict in outcome.open_round.verdicts:
         if not verdict.accepted:
             name = verdict.contribution.id[:12] if verdict.contribution else verdict.branch
-            rows.append({"contribution": name, "verdict": verdict.findings[0].code})
+            finding = verdict.findings[0]
+            rows.append({"contribution": name, "verdict": finding.code})
+            console.note(f"{name}: {finding.code}: {finding.message}")
     shown = ["contribution", "contributor", "base", "examples", "share", "own_loss", "size"]
     console.table(rows, [*shown, "verdict"], name="table")

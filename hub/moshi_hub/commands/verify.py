@@ -11,16 +11,20 @@ import click
 from moshi_fl.cli import hub_option, output_options
 from moshi_fl.console import Console
 from moshi_fl.errors import Exit, HubError
+from moshi_fl.signing import fingerprint
 from moshi_fl.text import Size
-from moshi_hub.options import replica_for
+from moshi_hub.options import maintainer, replica_for
 from moshi_hub.verify import Verdict
 
 
 @click.command()
 @click.argument("ids", nargs=-1, metavar="[ID]...")
 @hub_option
+@click.option(
+    "--record", is_flag=True, help="Put on the hub which contributions were seen first; push it."
+)
 @output_options
-def verify(console: Console, ids: tuple[str, ...], hub: str | None) -> int:
+def verify(console: Console, ids: tuple[str, ...], hub: str | None, record: bool) -> int:
     r"""Check open contributions against the hub's rules, without running any of them.
 
     Without an ID, all of them. The status is 3 when one is rejected.
@@ -29,8 +33,11 @@ def verify(console: Console, ids: tuple[str, ...], hub: str | None) -> int:
     Examples:
       moshi-hub verify --hub ./hub.git
       moshi-hub verify 4f1c09 --json
+      moshi-hub verify --record
     """
+    from moshi_hub.intake import publish_intake
     from moshi_hub.merge import look
+    from moshi_hub.publish import author
 
     replica = replica_for(hub)
     replica.folder.mkdir(parents=True, exist_ok=True)
@@ -39,6 +46,12 @@ def verify(console: Console, ids: tuple[str, ...], hub: str | None) -> int:
         found = look(replica, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    if found.arrivals.problem:
+        console.warn(found.arrivals.problem)
+    if record:
+        names, intake = found.snapshot.state.refs, found.arrivals.intake
+        publish_intake(replica, names, intake, author(maintainer()))
+        console.note(f"On record: {len(intake.seen)} open, in the order of first sight.")
     verdicts = [verdict for verdict in found.verdicts if _asked(verdict, ids)]
     if ids and not verdicts:
         raise HubError(
@@ -72,6 +85,7 @@ def _row(verdict: Verdict) -> dict[str, object]:
     return {
         "contribution": _name(verdict),
         "contributor": record.contributor if record else None,
+        "key": fingerprint(record.key) if record and verdict.signature else None,
         "base": record.round if record else None,
         "size": Size(record.delta.bytes) if record else None,
         "norm": None if verdict.norm is None else round(verdict.norm, 4),

@@ -63,7 +63,8 @@ class Step:
         start: Tokens before this call, of the item that has most: the index of the first token's
             weights where they differ by step.
         positions: Of each token, (B or 1, T).
-        turns: Of rotary positions, (B or 1, T, 1, D / 2) complex.
+        turns: Of rotary positions, (B or 1, T, H / G + 2, 1, D / 2) complex: the same for each
+            group of G heads of queries and for the keys, and none for the values, which are last.
         halves: Whether rotary pairs are halves of a head instead of neighbours.
         blocks: Of queries, in order.
         placement: Of the tokens in the rings; None outside streaming.
@@ -78,39 +79,32 @@ class Step:
 
 
 class Ring(State):
-    """The last keys, turned, and values of one layer: (B, G, capacity, D) each.
+    """The last keys, turned, and values of one layer: (B, 2 G, capacity, D), keys first.
 
     The token at position p lies in slot p mod capacity.
     """
 
     def __init__(self, batch: int, shape: tuple[int, int, int], like: Tensor) -> None:
         super().__init__(batch, like.device)
-        self.keys = torch.zeros(batch, *shape, dtype=like.dtype, device=like.device)
-        self.values = torch.zeros_like(self.keys)
+        self.held = torch.zeros(batch, *shape, dtype=like.dtype, device=like.device)
 
     def reset(self, mask: Tensor) -> None:
         """Put items of ``mask`` (B,) back to the start."""
         super().reset(mask)
-        self.clear(self.keys, mask)
-        self.clear(self.values, mask)
+        self.clear(self.held, mask)
 
-    def extend(self, k: Tensor, v: Tensor, placement: Placement) -> tuple[Tensor, Tensor]:
-        """Keys and values of the past and of now, (B, G, L, D), for new ones (B, G, T, D)."""
-        keys, values = self.keys[:, :, : placement.filled], self.values[:, :, : placement.filled]
+    def extend(self, new: Tensor, placement: Placement) -> Tensor:
+        """Keys and values of the past and of now (B, 2 G, L, D), for new ones (B, 2 G, T, D)."""
+        seen = self.held[:, :, : placement.filled]
         if not placement.before:
-            keys, values = torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
-        last = placement.slots.shape[2]
-        index = placement.slots.expand(-1, k.shape[1], -1, k.shape[3])
-        self._write(self.keys, k[:, :, -last:], index)
-        self._write(self.values, v[:, :, -last:], index)
-        return keys, values
-
-    def _write(self, ring: Tensor, new: Tensor, index: Tensor) -> None:
-        new = new.detach().to(ring.dtype)
+            seen = torch.cat([seen, new], dim=2)
+        new = new.detach()[:, :, -placement.slots.shape[2] :].to(self.held.dtype)
+        index = placement.slots.expand_as(new)
         if not self.all_active:
             active = self.active[:, None, None, None]
-            new = torch.where(active, new, ring.gather(2, index))
-        ring.scatter_(2, index, new)
+            new = torch.where(active, new, self.held.gather(2, index))
+        self.held.scatter_(2, index, new)
+        return seen
 
 
 class StreamingAttention(StreamingModule):
@@ -134,7 +128,7 @@ class StreamingAttention(StreamingModule):
 
     def initial_state(self, batch: int) -> Ring:
         """An empty ring in the dtype of the weights."""
-        return Ring(batch, (self.kv_heads, self.capacity, self.head_width), floating(self))
+        return Ring(batch, (2 * self.kv_heads, self.capacity, self.head_width), floating(self))
 
     def forward(self, x: Tensor, step: Step, sets: list[int] | None = None) -> Tensor:
         """``x``: (B, T, C), the same back.
@@ -146,14 +140,14 @@ class StreamingAttention(StreamingModule):
         """
         B, T, _ = x.shape
         H, G = self.heads, self.kv_heads
-        qkv = by_set(self.in_projs, x, sets).view(B, T, H + 2 * G, -1)  # (B, T, H + 2 G, D)
-        qk, v = qkv[:, :, : H + G], qkv[:, :, H + G :]
+        qkv = by_set(self.in_projs, x, sets).view(B, T, -1, G, self.head_width)
         if step.turns is not None:
-            qk = rotate(qk, step.turns, halves=step.halves)
-        q, k, v = (y.transpose(1, 2) for y in (qk[:, :, :H], qk[:, :, H:], v))  # (B, H, T, D)
+            qkv = rotate(qkv, step.turns, halves=step.halves)  # (B, T, H / G + 2, G, D)
+        q, kv = qkv.flatten(2, 3).transpose(1, 2).split_with_sizes([H, 2 * G], dim=1)
         if step.placement is not None:
-            k, v = cast("Ring", self.state()).extend(k, v, step.placement)
-            q = q.to(k.dtype)  # autocast
+            kv = cast("Ring", self.state()).extend(kv, step.placement)
+            q = q.to(kv.dtype)  # autocast
+        k, v = kv.chunk(2, dim=1)  # (B, G, L, D)
         y = attend(q, k, v, step.blocks)
         return by_set(self.out_projs, y.transpose(1, 2).reshape(B, T, -1), sets)
 

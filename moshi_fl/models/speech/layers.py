@@ -113,7 +113,7 @@ def rotation(positions: Tensor, rates: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, turns: Tensor, *, halves: bool = False) -> Tensor:
-    """Rotary positions (Su et al. 2021): ``x`` (B, T, H, D) turned by ``turns`` (B, T, 1, D / 2).
+    """Rotary positions (Su et al. 2021): ``x`` (B, T, ..., D) by ``turns`` (B, T, ..., D / 2).
 
     Columns 2i and 2i + 1 are a pair, or i and i + D / 2 with ``halves``; in float32 at least.
     """

@@ -131,8 +131,8 @@ class StreamingTransformerLayer(nn.Module):
 
     def forward(self, x: Tensor, step: Step, sets: list[int] | None = None) -> Tensor:
         """``x``: (B, T, C), the same back; ``sets``: the weights of each token, or None."""
-        x = _add(x, self.layer_scale_1(self.self_attn(self.norm1(x), step, sets)))
-        return _add(x, self.layer_scale_2(self.feed_forward(self.norm2(x), sets)))
+        x = _add(x, self.self_attn(self.norm1(x), step, sets), self.layer_scale_1)
+        return _add(x, self.feed_forward(self.norm2(x), sets), self.layer_scale_2)
 
     def feed_forward(self, x: Tensor, sets: list[int] | None) -> Tensor:
         """``x``: (B, T, C), the same back."""
@@ -147,8 +147,12 @@ class StreamingTransformerLayer(nn.Module):
         return torch.stack([gates[i](row) for i, row in rows], dim=1)
 
 
-def _add(x: Tensor, update: Tensor) -> Tensor:
-    return x.to(update.dtype) + update
+def _add(x: Tensor, update: Tensor, scale: nn.Module) -> Tensor:
+    """The sum in the dtype of the update, which a ``LayerScale`` multiplies first."""
+    x = x.to(update.dtype)
+    if isinstance(scale, LayerScale):
+        return torch.addcmul(x, scale.scale, update)
+    return x + update
 
 
 class Progress(State):
@@ -303,8 +307,11 @@ class StreamingTransformer(StreamingModule):
         return rotation_rates(width, self.config.max_period, device)
 
     def _turns(self, positions: Tensor, rates: Tensor) -> Tensor | None:
-        plain = self.config.positional_embedding in {"none", "sin"}
-        return None if plain else rotation(positions, rates)
+        if self.config.positional_embedding in {"none", "sin"}:
+            return None
+        turns = rotation(positions, rates)[:, :, None]  # (B, T, 1, 1, D / 2)
+        groups = [turns] * (self.config.kv_repeat + 1)
+        return torch.cat([*groups, torch.ones_like(turns)], dim=2)
 
     def _sets(self, start: int, count: int) -> list[int] | None:
         sets = self.config.sets

@@ -19,7 +19,8 @@ from moshi_sdk.options import settings_for, sync_manager
 def audit(console: Console, hub: str | None, number: int | None, everything: bool) -> int:
     r"""Recompute rounds from the accepted contributions and compare them bit for bit.
 
-    Without an option, the newest round is audited. The status is 1 when a round differs.
+    Also checks that each contribution is signed by the key that it names. Without an option, the
+    newest round is audited. The status is 1 when a round differs.
 
     \b
     Examples:

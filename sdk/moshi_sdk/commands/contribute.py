@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -11,11 +13,30 @@ from moshi_fl.cli import hub_option, output_options
 from moshi_fl.config import ensure_home
 from moshi_fl.console import Console
 from moshi_fl.errors import ConfigError
+from moshi_fl.policy import Policy
 from moshi_fl.progress import Progress
+from moshi_fl.signing import fingerprint
 from moshi_fl.text import Size
-from moshi_sdk.options import hub_flag, pick_device, settings_for, use_threads
+from moshi_sdk.options import (
+    attestations_option,
+    hub_flag,
+    pick_device,
+    root_option,
+    settings_for,
+    signing_key,
+    use_threads,
+)
 
-LABELS = {"sync": "Model", "data": "Data", "measure": "Result", "encode": "Delta"}
+LABELS = {
+    "sync": "Model",
+    "data": "Data",
+    "measure": "Result",
+    "encode": "Delta",
+    "privacy": "Privacy",
+    "public": "Note",
+    "again": "Note",
+}
+DP = {"dp_clip": "max_gradient_norm", "dp_noise": "noise_multiplier", "dp_delta": "delta"}
 
 
 @click.command()
@@ -39,17 +60,41 @@ LABELS = {"sync": "Model", "data": "Data", "measure": "Result", "encode": "Delta
 )
 @click.option("--seed", type=click.IntRange(0), help="Seed of batches and dropout.")
 @click.option("--contributor", help="Your name in the record; public.")
+@click.option(
+    "--key",
+    "signing_key",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Sign with this SSH key; the .pub of one that ssh-agent holds will do.",
+)
 @click.option("--max-bytes", type=click.IntRange(1), help="Take at most so much data.")
+@click.option("--dp", is_flag=True, help="Train with differential privacy.")
+@click.option(
+    "--dp-clip", type=click.FloatRange(0, min_open=True), help="Largest gradient of a window (1)."
+)
+@click.option("--dp-noise", type=click.FloatRange(0.3), help="Noise, in units of --dp-clip (1).")
+@click.option(
+    "--dp-delta",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Chance with which the promise may fail (1e-5).",
+)
+@click.option(
+    "--dp-budget",
+    type=click.FloatRange(0, min_open=True),
+    help="Most epsilon for all contributions to this hub (8).",
+)
 @click.option("--dry-run", is_flag=True, help="Train and show what would be sent; send nothing.")
 @click.option("--resume", is_flag=True, help="Continue the last unfinished contribution.")
 @click.option("--discard", is_flag=True, help="Drop the last unfinished contribution.")
+@root_option
+@attestations_option
 @output_options
 def contribute(console: Console, resume: bool, discard: bool, dry_run: bool, **flags: Any) -> None:
     r"""Train the hub's model on your data and send the weight delta.
 
     The source tree is read with respect for .gitignore; binaries, vendored and oversized files and
-    whatever looks like a secret stay out. Only the delta and a small public record leave this
-    machine. Interrupted work continues with --resume; doing the same twice sends it once.
+    whatever looks like a secret stay out. Only the delta and a small public record with its
+    signature leave this machine. Interrupted work continues with --resume; doing the same twice
+    sends it once.
 
     \b
     Examples:
@@ -63,7 +108,9 @@ def contribute(console: Console, resume: bool, discard: bool, dry_run: bool, **f
     amounts = [name for name in ("steps", "minutes", "epochs") if flags[name] is not None]
     if len(amounts) > 1:
         raise click.UsageError(f"--{amounts[0]} and --{amounts[1]} exclude each other.")
-    own = {name: flags[name] for name in ("hub", "data", "device", "precision", "contributor")}
+    privacy = _privacy(flags, resume=resume)
+    names = ("hub", "data", "device", "precision", "contributor", "signing_key", "min_attestations")
+    own = {name: flags[name] for name in names}
     settings = settings_for(**own)
     use_threads(settings.threads)
     console.resume_command = f"moshi-fl contribute{hub_flag(settings)} --resume"
@@ -76,10 +123,18 @@ def contribute(console: Console, resume: bool, discard: bool, dry_run: bool, **f
     with _Listener(console) as listener:
         if resume:
             outcome = work.resume(
-                settings.hub, home=ensure_home(), listener=listener, dry_run=dry_run
+                settings.hub,
+                home=ensure_home(),
+                listener=listener,
+                dry_run=dry_run,
+                key=signing_key(settings),
+                interactive=sys.stdin.isatty(),
+                root=flags["root"],
+                policy=Policy(min_attestations=settings.min_attestations),
+                **({"privacy_budget": flags["dp_budget"]} if flags["dp_budget"] else {}),
             )
         else:
-            options = _options(flags, settings, dry_run)
+            options = replace(_options(flags, settings, dry_run), privacy=privacy)
             if not settings.data:
                 raise ConfigError("no data is given.", hint="--data PATH (a file or a folder)")
             outcome = work.contribute(
@@ -88,17 +143,43 @@ def contribute(console: Console, resume: bool, discard: bool, dry_run: bool, **f
     _report(console, outcome, hub_flag(settings))
 
 
+def _privacy(flags: dict[str, Any], *, resume: bool) -> Any:
+    """What the flags of differential privacy ask for; None without ``--dp``."""
+    given = [name for name in (*DP, "dp_budget") if flags[name] is not None]
+    if not flags["dp"]:
+        alone = [name for name in given if not (resume and name == "dp_budget")]
+        if alone:
+            raise click.UsageError(f"--{alone[0].replace('_', '-')} needs --dp.")
+        return None
+    from moshi_sdk.privacy import PrivacyOptions
+
+    names = DP | {"dp_budget": "budget"}
+    return PrivacyOptions(**{names[name]: flags[name] for name in given})
+
+
 def _options(flags: dict[str, Any], settings: Any, dry_run: bool) -> Any:
     from moshi_sdk.planning import Options
 
     precision = settings.precision if settings.origin("precision") != "default" else None
-    names = ("steps", "minutes", "epochs", "learning_rate", "batch_size", "seed", "max_bytes")
+    names = (
+        "root",
+        "steps",
+        "minutes",
+        "epochs",
+        "learning_rate",
+        "batch_size",
+        "seed",
+        "max_bytes",
+    )
     return Options(
         **{name: flags[name] for name in names},
         device=pick_device(settings.device),
         precision=precision,
         contributor=settings.contributor,
+        policy=Policy(min_attestations=settings.min_attestations),
         dry_run=dry_run,
+        key=signing_key(settings),
+        interactive=sys.stdin.isatty(),
     )
 
 
@@ -140,9 +221,11 @@ def _report(console: Console, outcome: Any, hub: str) -> None:
         "contribution": record.id,
         "round": record.round,
         "contributor": record.contributor,
+        "key": fingerprint(record.key),
         "examples": record.num_examples,
         "loss_before": record.metrics.held_out_before,
         "loss_after": record.metrics.held_out_after,
+        "epsilon": record.privacy.epsilon if record.privacy else None,
         "delta": Size(record.delta.bytes),
     }
     if outcome.note:
@@ -154,6 +237,8 @@ def _report(console: Console, outcome: Any, hub: str) -> None:
     sent = outcome.sent
     what = "The hub already had it" if sent.again else "Sent"
     facts |= {"record": Size(sent.record_bytes), "branch": sent.branch, "sent": True}
-    console.done(what, **facts)
-    console.note("That record and that delta are all that left this machine; Git keeps them.")
+    console.done(what, **facts, pull_request=outcome.url or None)
+    if outcome.problem:
+        console.warn(f"the branch is pushed, but there is no pull request: {outcome.problem}")
+    console.note("That record, signed, and that delta are all that left; Git keeps them.")
     console.hint(f"moshi-fl status{hub}   (shows when a maintainer has merged it into a round)")

@@ -24,8 +24,10 @@ from moshi_fl.cli import hub_option, output_options
 from moshi_fl.config import ensure_home, home, load_settings
 from moshi_fl.console import Console
 from moshi_fl.errors import HubError
+from moshi_fl.signing import check_ssh_keygen, own_signer
 from moshi_fl.store.locking import LOCK_FILE
 from moshi_fl.text import Duration, Size
+from moshi_sdk.options import signing_key
 
 OLDEST_PYTHON = (3, 11)
 OLDEST_GIT = (2, 34)
@@ -49,6 +51,7 @@ def _checks(hub: str | None) -> Iterator[Check]:
     yield _python()
     yield Check("system", "ok", f"{platform.system()} {platform.release()} {platform.machine()}")
     yield _git()
+    yield attempt("signing", _signing)
     yield from _torch()
     yield _flower()
     yield attempt("home", _home)
@@ -78,6 +81,13 @@ def _git() -> Check:
     new_enough = version is not None and (int(version[1]), int(version[2])) >= OLDEST_GIT
     found = version[0] if version else answer.stdout.strip()
     return require(new_enough, "git", found, needed)
+
+
+def _signing() -> Check:
+    """Whether ssh-keygen works, and who signs."""
+    check_ssh_keygen()
+    signer = own_signer(ensure_home(), signing_key(load_settings()))
+    return Check("signing", "ok", f"{signer.fingerprint} ({signer.key_path})")
 
 
 def _torch() -> Iterator[Check]:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import click
 
 from moshi_fl.cli import hub_option, output_options
+from moshi_fl.config import Settings, ensure_home
 from moshi_fl.console import Console
+from moshi_fl.errors import CorruptRecord
 from moshi_fl.history import HubState, contribution_branch
 from moshi_fl.replica import Replica, Snapshot
+from moshi_fl.signing import own_signer
 from moshi_fl.store import redact
 from moshi_fl.text import Moment, Size
-from moshi_sdk.options import hub_flag, settings_for, sync_manager
+from moshi_fl.trusted import read_ledger
+from moshi_sdk.options import FIRST_CONTACT, hub_flag, settings_for, signing_key, sync_manager
+from moshi_sdk.privacy import Account
 from moshi_sdk.runs import Run, Runs
 
 SHOWN_ROUNDS = 10
@@ -33,13 +38,17 @@ def status(console: Console, hub: str | None, offline: bool) -> None:
     snapshot = manager.pull(offline=offline)
     if not snapshot.online and not offline:
         console.warn(f"{snapshot.problem} This is what was last seen.")
+    if snapshot.first_contact:
+        console.note(FIRST_CONTACT)
     _show_hub(console, settings.hub, snapshot)
     console.table(_rounds(snapshot.state), name="rounds")
     resume = f"moshi-fl contribute{hub_flag(settings)} --resume"
+    _show_privacy(console, snapshot)
     runs = _runs(manager.replica)
     rows = [_contribution(run, manager.replica, snapshot) for run in runs]
     if rows:
         console.table(rows, name="contributions")
+        _show_credit(console, manager.replica, snapshot, settings)
         if not all(run.is_sent for run in runs):
             console.hint(f"{resume}   (continues or sends the newest unfinished one)")
     else:
@@ -55,7 +64,19 @@ def _show_hub(console: Console, hub: str, snapshot: Snapshot) -> None:
         model=f"{config.family}, {record.parameters:,} parameters",
         round=record.round,
         online=snapshot.online,
+        root=snapshot.root,
     )
+
+
+def _show_privacy(console: Console, snapshot: Snapshot) -> None:
+    try:
+        ledger = Account(ensure_home(), snapshot.state.config.hub.id).read()
+    except CorruptRecord as error:
+        console.warn(f"{error} Until it is mended or removed, nothing can be sent with --dp.")
+        return
+    if ledger.runs:
+        row = {"epsilon": ledger.total, "delta": ledger.delta, "runs": len(ledger.runs)}
+        console.table([row | {"newest_run": ledger.runs[-1].epsilon}], name="privacy")
 
 
 def _rounds(state: HubState) -> list[dict[str, object]]:
@@ -100,3 +121,19 @@ def _state(run: Run, replica: Replica, snapshot: Snapshot) -> str:
             return f"in round {record.round}"
     branch = contribution_branch(contribution.round, contribution.id)
     return "open" if replica.repo.remote_refs(branch) else "not taken"
+
+
+def _show_credit(
+    console: Console, replica: Replica, snapshot: Snapshot, settings: Settings
+) -> None:
+    """The sum of measured gains that this machine's key has earned so far."""
+    if not snapshot.online:
+        return
+    key = own_signer(ensure_home(), signing_key(settings)).public_key
+    main = replica.fetch_main()
+    rounds = replica.chain(snapshot.state, 0)
+    ledgers = (read_ledger(replica.repo, main, record) for record in rounds)
+    entries = [e for ledger in ledgers if ledger for e in ledger.entries if e.key == key]
+    console.result(
+        merged=len(entries), credit=round(sum(entry.credit for entry in entries) / 1e6, 6)
+    )

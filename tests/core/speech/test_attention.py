@@ -187,10 +187,10 @@ def test_rings_are_allocated_once() -> None:
     model, x = build(), sequence()
     with torch.no_grad(), model.streaming(2):
         state = model.layers[0].self_attn.state()
-        before = state.keys.data_ptr()
+        before = state.held.data_ptr()
         stream(model, x, 1, 20)
-        assert state.keys.data_ptr() == before
-        assert state.keys.shape[2] == 13
+        assert state.held.data_ptr() == before
+        assert state.held.shape[2] == 13
 
 
 def test_context_changes_at_run_time() -> None:
@@ -295,7 +295,7 @@ def test_half_precision_caches_in_its_own_dtype() -> None:
     model = build().bfloat16()
     with torch.no_grad(), model.streaming(2):
         y = stream(model, sequence().bfloat16(), 3)
-        assert y.dtype == model.layers[0].self_attn.state().keys.dtype == torch.bfloat16
+        assert y.dtype == model.layers[0].self_attn.state().held.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ class Chart:
         subtitle: Under what circumstances, in a line.
         description: What it shows, in a sentence, for who cannot see it.
         x: Name of the horizontal axis, whose marks are whole numbers.
-        y: Name of the vertical axis.
+        y: Name of the vertical axis; empty where the title says it.
         lines: At most two.
     """
 
@@ -64,8 +64,11 @@ class Chart:
     y: str
     lines: Sequence[Line]
 
-    def svg(self) -> str:
-        """The SVG document.
+    def svg(self, name: str = "chart") -> str:
+        """The SVG document, or a part of an HTML page.
+
+        Args:
+            name: Begins the ids in it, so that a page may hold several.
 
         Raises:
             ValueError: There is no finite point, or there are more than two lines.
@@ -83,9 +86,9 @@ class Chart:
         )
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-            'width="100%" role="img" aria-labelledby="title description">\n'
-            f'<title id="title">{_text(self.title)}</title>\n'
-            f'<desc id="description">{_text(self.description)}</desc>\n'
+            f'width="100%" role="img" aria-labelledby="{name}-title {name}-description">\n'
+            f'<title id="{name}-title">{_text(self.title)}</title>\n'
+            f'<desc id="{name}-description">{_text(self.description)}</desc>\n'
             f"<style>{_STYLE}</style>\n"
             f'<rect class="paper" width="{WIDTH}" height="{HEIGHT}"/>\n'
             f'<text class="heading" x="{LEFT}" y="34">{_text(self.title)}</text>\n'
@@ -150,8 +153,9 @@ def _axes(frame: _Frame, x_name: str, y_name: str) -> list[str]:
         parts.append(_label(x, bottom + 25, f"{value:g}", anchor="middle", kind="tick"))
     parts.append(f'<line class="axis" x1="{LEFT}" y1="{bottom}" x2="{right}" y2="{bottom}"/>')
     parts.append(_label((LEFT + right) / 2, HEIGHT - 14, x_name, anchor="middle"))
-    turn = f'transform="rotate(-90 20 {(TOP + bottom) / 2})"'
-    parts.append(_label(20, (TOP + bottom) / 2, y_name, anchor="middle", extra=turn))
+    if y_name:
+        turn = f'transform="rotate(-90 20 {(TOP + bottom) / 2})"'
+        parts.append(_label(20, (TOP + bottom) / 2, y_name, anchor="middle", extra=turn))
     return parts
 
 

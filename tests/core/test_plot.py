@@ -8,7 +8,7 @@ from xml.etree import ElementTree as ET
 import numpy as np
 import pytest
 
-from moshi_sdk.plot import Chart, Line, ticks
+from moshi_fl.plot import Chart, Line, ticks
 
 SVG = "{http://www.w3.org/2000/svg}"
 

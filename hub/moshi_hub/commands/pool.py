@@ -1,0 +1,93 @@
+"""``moshi-hub pool``: the sealed held-out data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from moshi_fl.cli import hub_option, output_options
+from moshi_fl.console import Console
+from moshi_fl.text import Size
+from moshi_hub.options import maintainer, replica_for
+
+
+@click.group(invoke_without_command=True)
+@hub_option
+@output_options
+def pool(console: Console, hub: str | None) -> None:
+    r"""Show, make, pass on or retire the sealed held-out data that contributions are measured on.
+
+    \b
+    Examples:
+      moshi-hub pool
+      moshi-hub pool new --eval-data ~/held-out
+      moshi-hub pool export pool.json
+      moshi-hub pool import pool.json
+      moshi-hub pool retire
+    """
+    if click.get_current_context().invoked_subcommand is None:
+        from moshi_fl.weights import sha256_bytes
+        from moshi_hub.heldout import read_pool_file
+
+        data = read_pool_file(replica_for(hub))
+        console.result(pool=sha256_bytes(data), size=Size(len(data)))
+
+
+@pool.command()
+@hub_option
+@click.option(
+    "--eval-data",
+    multiple=True,
+    required=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="Held-out files; they stay on this machine.",
+)
+@output_options
+def new(console: Console, hub: str | None, eval_data: tuple[Path, ...]) -> None:
+    """Draw a new pool from files; the one before stays in use until then."""
+    from moshi_hub.heldout import store_pool
+
+    replica = replica_for(hub)
+    state = replica.look()
+    sha256 = store_pool(replica, state.config, state.tokenizer, eval_data)
+    console.done("Drew a held-out pool; it stays on this machine", pool=sha256)
+
+
+@pool.command()
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@hub_option
+@output_options
+def export(console: Console, hub: str | None, file: Path) -> None:
+    """Write the pool to FILE, for an appointed evaluator. Whoever has it can train on it."""
+    from moshi_fl.weights import sha256_bytes, write_atomic
+    from moshi_hub.heldout import read_pool_file
+
+    data = read_pool_file(replica_for(hub))
+    write_atomic(file, data)
+    file.chmod(0o600)
+    console.done(f"Wrote {file}", pool=sha256_bytes(data), size=Size(len(data)))
+
+
+@pool.command("import")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@hub_option
+@output_options
+def import_(console: Console, hub: str | None, file: Path) -> None:
+    """Keep the pool in FILE, which a maintainer exported, to evaluate on it."""
+    from moshi_hub.heldout import import_pool
+
+    console.done("Kept the pool", pool=import_pool(replica_for(hub), file))
+
+
+@pool.command()
+@hub_option
+@output_options
+def retire(console: Console, hub: str | None) -> None:
+    """Publish the pool on the hub and stop using it: everybody can then measure again."""
+    from moshi_hub.heldout import retire_pool
+
+    replica = replica_for(hub)
+    sha256 = retire_pool(replica, replica.look().refs, maintainer())
+    console.done("Published the pool; nothing is measured on it any more", pool=sha256)
+    console.hint("moshi-hub pool new --eval-data PATH   (draws the next)")

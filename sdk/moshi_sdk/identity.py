@@ -1,0 +1,70 @@
+"""Who contributes: the key of a run, its signature, and what to say before it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+
+from moshi_fl.errors import BadSignature, SigningError
+from moshi_fl.history import check_signature
+from moshi_fl.records import Contribution, dump
+from moshi_fl.signing import CONTRIBUTION_NAMESPACE, Signer, fingerprint
+from moshi_fl.weights import write_atomic
+from moshi_sdk.runs import Run, RunPlan
+
+
+def before_sending(sent: Sequence[RunPlan], plan: RunPlan, signer: Signer) -> list[tuple[str, str]]:
+    """What a contributor should know first: what cannot be undone, what the hub will not take.
+
+    Args:
+        sent: Plans of what has left this machine for this hub.
+        plan: What is to be sent.
+        signer: Who will sign it.
+
+    Returns:
+        Names of stages (``public``, ``privacy``, ``again``) and texts.
+    """
+    said = []
+    if not sent:
+        who = f"{signer.fingerprint} ({signer.key_path})"
+        promise = "" if plan.is_private else "; without --dp no privacy is claimed"
+        text = f"what you send is public and, in Git, permanent; it is signed by {who}{promise}"
+        said.append(("public", text))
+    if plan.is_private and not all(other.is_private for other in sent):
+        text = "earlier ones were sent without --dp: what they told, no accounting covers"
+        said.append(("privacy", text))
+    place, others = (plan.base_round, plan.key), [other for other in sent if other != plan]
+    if any((other.base_round, other.key) == place for other in others):
+        text = f"you have sent another one on round {place[0]}; a hub takes one per key and round"
+        said.append(("again", text))
+    return said
+
+
+def check_key(plan: RunPlan, signer: Signer) -> None:
+    """Insist that a run goes on with the key that it was begun with.
+
+    Raises:
+        SigningError: It is another one.
+    """
+    if signer.public_key != plan.key:
+        raise SigningError(
+            f"this contribution was begun with the key {fingerprint(plan.key)}, "
+            f"and {signer.key_path} is {signer.fingerprint}.",
+            hint="--key FILE   (the key it was begun with), or --discard it",
+        )
+
+
+def signature_of(run: Run, contribution: Contribution, signer: Signer) -> str:
+    """The signature on disk, if it is one over this record; else a new one, kept there.
+
+    Raises:
+        SigningError: The key cannot be used.
+    """
+    if run.signature.exists():
+        kept = run.signature.read_bytes()
+        with suppress(BadSignature):
+            check_signature(contribution, kept)
+            return kept.decode()
+    armoured = signer.sign(dump(contribution), CONTRIBUTION_NAMESPACE)
+    write_atomic(run.signature, armoured.encode())
+    return armoured

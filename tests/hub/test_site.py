@@ -1,0 +1,106 @@
+"""The static site: whole, harmless whatever contributors call themselves, readable as it is."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from moshi_hub.cli import main
+from tests.support.simulator import HubSimulator
+
+HOSTILE = '<script>alert(1)</script>"\u202e'
+
+
+class Page(HTMLParser):
+    """Counts tags, and collects links and ids."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            assert not name.startswith("on")
+            if name in {"href", "src", "xlink:href"}:
+                self.links.append(value or "")
+            elif name == "id":
+                self.ids.append(value or "")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    os.environ["MOSHI_FL_HOME"] = str(folder / "home")
+    try:
+        hub = HubSimulator(folder)
+        for number in range(3):
+            hub.contribute("ann", seed=2 * number + 1)
+            hub.contribute(HOSTILE, seed=2 * number + 2)
+            hub.merge()
+        words = ["report", "--hub", str(hub.path), "--out", str(folder / "site"), "--json"]
+        assert main([*words, "--link", "https://git.example.org/team/model"]) == 0
+        assert main([*words, "--link", "javascript:alert(1)"]) == 2
+    finally:
+        del os.environ["MOSHI_FL_HOME"]
+    return folder / "site"
+
+
+def test_every_round_has_a_page_and_every_link_leads_somewhere(site: Path) -> None:
+    assert sorted(path.name for path in (site / "rounds").iterdir()) == [
+        "0000.html",
+        "0001.html",
+        "0002.html",
+        "0003.html",
+    ]
+    for path in site.rglob("*.html"):
+        page = Page(path)
+        assert len(page.ids) == len(set(page.ids))
+        for link in page.links:
+            if link.startswith("#"):
+                assert link[1:] in page.ids
+            elif not link.startswith("https://git.example.org/team/model"):
+                assert (path.parent / link).is_file()
+
+
+def test_names_are_text_and_nothing_is_loaded_or_run(site: Path) -> None:
+    for path in site.rglob("*.html"):
+        page = Page(path)
+        assert not {"script", "iframe", "img", "link", "form", "object"} & set(page.tags)
+        text = path.read_text(encoding="utf-8")
+        assert "\u202e" not in text
+        assert not re.search(r"url\(|@import", text)
+    assert "&lt;script&gt;" in (site / "index.html").read_text(encoding="utf-8")
+
+
+def test_a_screen_reader_finds_its_way(site: Path) -> None:
+    text = (site / "index.html").read_text(encoding="utf-8")
+    assert '<html lang="en">' in text
+    assert text.index('class="skip"') < text.index('id="content"')
+    assert text.count('role="img"') == text.count("<desc") == 2
+    assert text.count("<caption>") == text.count("<table>")
+    assert 'scope="col"' in text
+    assert 'scope="row"' in text
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_it_without_overflow(site: Path, tmp_path: Path, width: int) -> None:
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium here: pages are not looked at")
+    shot = tmp_path / "shot.png"
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    flags += ["--disable-background-networking", f"--user-data-dir={tmp_path / 'profile'}"]
+    flags += [f"--window-size={width},900", f"--screenshot={shot}"]
+    page = (site / "index.html").as_uri()
+    subprocess.run([browser, *flags, page], check=True, capture_output=True, timeout=120)
+    assert shot.stat().st_size > 10_000
