@@ -206,7 +206,8 @@ def by_set(linears: nn.ModuleList, x: Tensor, sets: list[int] | None) -> Tensor:
         return cast("Tensor", linears[0](x))
     if len(sets) == 1:
         return cast("Tensor", linears[sets[0]](x))
-    return torch.stack([linears[i](x[:, t]) for t, i in enumerate(sets)], dim=1)
+    rows = zip(sets, x.unbind(1), strict=True)  # the gradient of slices would be summed up, T times
+    return torch.stack([linears[i](row) for i, row in rows], dim=1)
 
 
 def floating(module: nn.Module) -> Tensor:

@@ -189,7 +189,7 @@ class LMModel(StreamingModule):
         steps = [self.depth_input(c, hidden, tokens[:, c]) for c in range(self.config.dep_q)]
         x = torch.stack(steps, dim=2).flatten(0, 1)  # (B T, dep_q, D)
         y = self.depformer(x)
-        heads = [self.depth_head(c, y[:, c]) for c in range(self.config.dep_q)]
+        heads = [self.depth_head(c, row) for c, row in enumerate(y.unbind(1))]
         return torch.stack(heads, dim=1).view(B, T, len(heads), -1).transpose(1, 2)
 
     def depth_input(self, step: int, hidden: Tensor, token: Tensor) -> Tensor:

@@ -143,7 +143,8 @@ class StreamingTransformerLayer(nn.Module):
         gates = cast("nn.ModuleList", self.gating)
         if len(sets) == 1:
             return cast("Tensor", gates[sets[0]](x))
-        return torch.stack([gates[i](x[:, t]) for t, i in enumerate(sets)], dim=1)
+        rows = zip(sets, x.unbind(1), strict=True)
+        return torch.stack([gates[i](row) for i, row in rows], dim=1)
 
 
 def _add(x: Tensor, update: Tensor, scale: nn.Module) -> Tensor:
