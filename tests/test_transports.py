@@ -109,6 +109,7 @@ def test_a_wrong_password_loses_nothing(address: Address, call: Call, tmp_path: 
     again = call("ann", "moshi-fl", "contribute", "--hub", address.push, "--resume")
     assert again[0] == 0, again[2]
     assert "Training" not in again[2]
-    fresh = call("twin", "moshi-fl", "contribute", "--hub", address.push, *args)
+    key = tmp_path / "ann" / "identity"
+    fresh = call("twin", "moshi-fl", "contribute", "--hub", address.push, *args, "--key", key)
     assert fresh[1]["contribution"] == again[1]["contribution"]
     assert "The hub already had it" in fresh[2]
