@@ -35,7 +35,7 @@ def settle(verdicts: Sequence[Verdict], branches: Mapping[str, str], waiting: se
 
     Args:
         verdicts: What the gate said of every open contribution.
-        branches: Branch to the commit that was judged.
+        branches: Branch to the commit that was judged; only these are the hub's to delete.
         waiting: Ids of accepted contributions that the round did not take.
     """
     done, deltas, kept = {}, set(), set()
@@ -44,7 +44,8 @@ def settle(verdicts: Sequence[Verdict], branches: Mapping[str, str], waiting: se
         if record and (record.id in waiting or not verdict.is_settled):
             kept.add(record.delta.ref)
         elif verdict.is_settled:
-            done[verdict.branch] = branches[verdict.branch]
+            if verdict.branch in branches:
+                done[verdict.branch] = branches[verdict.branch]
             deltas |= {record.delta.ref} if record else set()
     return Settled(done, frozenset(deltas), frozenset(kept))
 

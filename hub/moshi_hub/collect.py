@@ -27,6 +27,7 @@ from moshi_fl.rules import Shapes, shapes_before_growth
 from moshi_fl.signing import MAX_SIGNATURE_BYTES
 from moshi_fl.store import HubRepo
 from moshi_fl.weights import write_atomic
+from moshi_hub.offers import Place
 from moshi_hub.verify import (
     MAX_CONTRIBUTION_BYTES,
     Base,
@@ -40,14 +41,8 @@ from moshi_hub.verify import (
     verify,
 )
 
-BRANCHES = "refs/heads/contribute/"
 MAX_BRANCH_PACK = 1 << 20
 PACK_OVERHEAD = 1 << 16
-
-
-def open_branches(refs: Mapping[str, str]) -> dict[str, str]:
-    """Branches that claim to be contributions, with their commits, in order of name."""
-    return {ref: refs[ref] for ref in sorted(refs) if ref.startswith(BRANCHES)}
 
 
 def make_rules(
@@ -77,10 +72,9 @@ def make_rules(
 
 
 def judge(
-    repo: HubRepo,
+    places: Mapping[str, Place],
     scratch: HubRepo,
     main: str,
-    refs: Mapping[str, str],
     rules: Rules,
     out: Path,
     order: Sequence[str],
@@ -88,11 +82,11 @@ def judge(
     """Collect and verify each open contribution, one after the other.
 
     Args:
-        repo: The replica's store, which holds main.
+        places: Branch to the repository that has it, and that one's refs, listed before main was
+            fetched: whoever pushed one of these branches knew no newer main. Their stores are the
+            replica's, which holds main.
         scratch: A throw-away store for deltas.
         main: Commit of main.
-        refs: The hub's refs, listed before main was fetched: whoever pushed one of these branches
-            knew no newer main.
         rules: What the open round accepts.
         out: Folder for the delta files, one per contribution.
         order: The branches, the one seen first first: of equal deltas, and of contributions by one
@@ -101,17 +95,18 @@ def judge(
     seen, taken = dict(rules.seen), dict(rules.taken)
     scratch.prepare()
     for branch in order:
-        now, commit = replace(rules, seen=seen, taken=taken), refs[branch]
+        now, place = replace(rules, seen=seen, taken=taken), places[branch]
+        commit = place.refs[branch]
         submission = Submission(branch, "", ())
         if not check_branch(branch, now):
-            submission = _fetch_branch(repo, main, branch, commit)
+            submission = _fetch_branch(place.repo, main, branch, commit)
         verdict = precheck(submission, now)
         if verdict.accepted and verdict.contribution:
             target = out / f"{verdict.contribution.id}.safetensors"
             limit = delta_limit(now, verdict.contribution.round)
-            place = verdict.contribution.delta
-            submission = replace(submission, delta_commit=refs.get(place.ref))
-            submission = _fetch_delta(scratch, submission, place, limit, target)
+            delta = verdict.contribution.delta
+            submission = replace(submission, delta_commit=place.refs.get(delta.ref))
+            submission = _fetch_delta(place.beside(scratch), submission, delta, limit, target)
             verdict = verify(submission, now, verdict)
         record = verdict.contribution
         # What could not be fetched this time keeps its place: a copy must not win by that.

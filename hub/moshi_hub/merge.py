@@ -17,13 +17,15 @@ from moshi_fl.rules import owner_of, shapes_of, strategy_options
 from moshi_fl.signed.files import TARGETS
 from moshi_fl.signing import check_ssh_keygen
 from moshi_fl.store import HubRepo
+from moshi_hub.announce import propose_round, tell_round, tell_verdicts
 from moshi_hub.cleanup import clean_up, settle
-from moshi_hub.collect import judge, known_deltas, known_keys, make_rules, open_branches
+from moshi_hub.collect import judge, known_deltas, known_keys, make_rules
 from moshi_hub.intake import Arrivals, arrivals
 from moshi_hub.judging import Decided, held, without_gain
 from moshi_hub.keys import KeyStore, Passphrase, passphrase_from_environment
 from moshi_hub.likeness import likeness
 from moshi_hub.metadata import Desk, utc_now
+from moshi_hub.offers import Offers, forge_for, open_offers
 from moshi_hub.propose import Evaluator, Proposal, propose
 from moshi_hub.publish import (
     Built,
@@ -61,7 +63,9 @@ class OpenRound:
     rules: Rules
     verdicts: tuple[Verdict, ...]
     branches: Mapping[str, str]
+    """The hub's own branches among them, with their commits."""
     arrivals: Arrivals
+    offers: Offers
 
     @property
     def accepted(self) -> list[Contribution]:
@@ -96,6 +100,8 @@ class Outcome:
     keyframe_bytes: int
     leftovers: str = ""
     """Why the clean-up after publishing is not complete; empty when it is."""
+    page: str = ""
+    """The pull request of a proposed round; empty where there is no forge."""
 
 
 def look(replica: Replica, folder: Path) -> OpenRound:
@@ -115,15 +121,16 @@ def look(replica: Replica, folder: Path) -> OpenRound:
     main = replica.fetch_main()
     config = settings_on(replica.repo, main)
     rules = rules_of(replica, snapshot, main, config)
-    branches, names = open_branches(refs), snapshot.state.refs
+    offers, names = open_offers(replica, refs, forge_for(replica)), snapshot.state.refs
+    branches = offers.branches
     if branches:
         check_ssh_keygen()  # else it would look as if nobody had signed
     came = arrivals(replica, config.hub.id, names, refs, branches)
     deltas = folder / "deltas"
     deltas.mkdir(parents=True)
     with replica.scratch() as scratch:
-        verdicts = tuple(judge(replica.repo, scratch, main, refs, rules, deltas, came.order))
-    return OpenRound(snapshot, main, rules, verdicts, branches, came)
+        verdicts = tuple(judge(offers.places, scratch, main, rules, deltas, came.order))
+    return OpenRound(snapshot, main, rules, verdicts, offers.on(replica.repo), came, offers)
 
 
 def settings_on(repo: HubRepo, main: str) -> HubConfig:
@@ -331,13 +338,33 @@ def _push(
     present = repo.remote_refs(f"{state.refs.prefix}*", round_branch(built.record.round))
     if not options.publish:
         push_proposed(repo, state, built, present)
-        return _outcome(found, proposal, built, waiting)
+        page, problem = propose_round(forge_for(replica), built.record, report)
+        return replace(_outcome(found, proposal, built, waiting, problem), page=page)
     push_published(repo, state, built, present)
-    leftovers = _clean_up(replica, found, {c.id for c in waiting})
+    leftovers = _clean_up(replica, found, {c.id for c in waiting}, built.record)
     return _outcome(found, proposal, built, waiting, leftovers)
 
 
-def _clean_up(replica: Replica, found: OpenRound, waiting: set[str]) -> str:
+def _clean_up(replica: Replica, found: OpenRound, waiting: set[str], record: Round) -> str:
+    """Delete what the round has settled, and tell contributors on a forge; what went wrong."""
+    told = announce(replica, found, record)
+    return " ".join(filter(None, [_delete(replica, found, waiting), *told]))
+
+
+def announce(replica: Replica, found: OpenRound, record: Round | None = None) -> list[str]:
+    """Tell contributors on a forge the verdicts, and what a round took; what went wrong."""
+    numbers = found.offers.pull_requests
+    if not numbers:
+        return []
+    forge, commits = forge_for(replica), found.offers.branches
+    problems = tell_verdicts(forge, found.verdicts, numbers, commits)
+    if record:
+        branches = {v.contribution.id: v.branch for v in found.verdicts if v.contribution}
+        problems += tell_round(forge, record, branches, numbers)
+    return problems
+
+
+def _delete(replica: Replica, found: OpenRound, waiting: set[str]) -> str:
     try:
         state = replica.pull().state
     except MoshiError as error:  # the round is published, whatever else goes wrong
@@ -396,4 +423,4 @@ def publish_round(
         taken = {merged.id for merged in record.contributions}
         dropped = _select(found, found.intake, folder / "deltas").dropped
         waiting = {entry.id for entry in found.accepted} - taken - set(dropped)
-        return record, _clean_up(replica, found, waiting)
+        return record, _clean_up(replica, found, waiting, record)

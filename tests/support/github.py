@@ -27,6 +27,8 @@ class FakeGitHub:
     Attributes:
         tokens: Token to login.
         writers: Logins that may push to the upstream repository.
+        web: Where Git finds repositories; the API's own address when empty.
+        commit_of: What an owner's branch points to; a made-up commit when None.
         refusals: Answers given instead, in order, to whatever comes next: status, headers, body.
     """
 
@@ -38,6 +40,8 @@ class FakeGitHub:
     keys: dict[str, list[str]] = field(default_factory=dict)
     refusals: list[tuple[int, dict[str, str], Any]] = field(default_factory=list)
     url: str = ""
+    web: str = ""
+    commit_of: Callable[[str, str], str] | None = None
 
     def __post_init__(self) -> None:
         self.problems: list[str] = []
@@ -64,7 +68,7 @@ class FakeGitHub:
         found.update(
             name=name,
             full_name=slug,
-            clone_url=f"{self.url}/{slug}.git",
+            clone_url=f"{self.web or self.url}/{slug}.git",
             permissions={"admin": False, "push": may, "pull": True},
         )
         found["owner"]["login"] = owner
@@ -84,10 +88,11 @@ class FakeGitHub:
             user=self.user(login),
             html_url=f"{self.url}/{self.owner}/{self.name}/pull/{number}",
         )
-        pull["head"].update(ref=branch, label=f"{owner}:{branch}", sha=f"{number:040x}")
+        commit = self.commit_of(owner, branch) if self.commit_of else f"{number:040x}"
+        pull["head"].update(ref=branch, label=f"{owner}:{branch}", sha=commit)
         pull["head"]["repo"] = {
             **self.description.sample("repository"),
-            "clone_url": f"{self.url}/{owner}/{self.name}.git",
+            "clone_url": f"{self.web or self.url}/{owner}/{self.name}.git",
         }
         pull["base"]["ref"] = body["base"]
         self.pulls.append(pull)
@@ -215,7 +220,7 @@ def _add_labels(hub: FakeGitHub, at: dict[str, str], login: str, _: Any, body: A
     if pull is None or login not in hub.writers:
         return 404, {"message": "Not Found"}
     present = {label["name"] for label in pull["labels"]}
-    example = hub.description.sample("label")
+    example = {**hub.description.sample("label"), "description": ""}
     pull["labels"] += [{**example, "name": n} for n in body["labels"] if n not in present]
     return 200, pull["labels"]
 

@@ -90,11 +90,11 @@ def merge(  # noqa: PLR0913 - one parameter an option
         update=Size(outcome.update_bytes),
         keyframe=Size(outcome.keyframe_bytes) if outcome.keyframe_bytes else None,
         weights=record.weights,
+        pull_request=outcome.page or None,
     )
     if outcome.leftovers:
-        console.warn(
-            f"the round is published, but the clean-up is not complete: {outcome.leftovers}"
-        )
+        done = "published, but not all is cleaned up" if publish else "proposed, but not shown"
+        console.warn(f"the round is {done}: {outcome.leftovers}")
     if not publish and not dry_run:
         where = f" --hub {shlex.quote(hub)}" if hub else ""
         console.hint(f"moshi-hub publish{where}   (after review: makes it the current round)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -23,8 +24,11 @@ from moshi_hub.verify import Verdict
 @click.option(
     "--record", is_flag=True, help="Put on the hub which contributions were seen first; push it."
 )
+@click.option("--comment", is_flag=True, help="Say the verdicts on their pull requests.")
 @output_options
-def verify(console: Console, ids: tuple[str, ...], hub: str | None, record: bool) -> int:
+def verify(
+    console: Console, ids: tuple[str, ...], hub: str | None, record: bool, comment: bool
+) -> int:
     r"""Check open contributions against the hub's rules, without running any of them.
 
     Without an ID, all of them. The status is 3 when one is rejected.
@@ -33,10 +37,10 @@ def verify(console: Console, ids: tuple[str, ...], hub: str | None, record: bool
     Examples:
       moshi-hub verify --hub ./hub.git
       moshi-hub verify 4f1c09 --json
-      moshi-hub verify --record
+      moshi-hub verify --record --comment
     """
     from moshi_hub.intake import publish_intake
-    from moshi_hub.merge import look
+    from moshi_hub.merge import announce, look
     from moshi_hub.publish import author
 
     replica = replica_for(hub)
@@ -48,6 +52,9 @@ def verify(console: Console, ids: tuple[str, ...], hub: str | None, record: bool
         shutil.rmtree(folder, ignore_errors=True)
     if found.arrivals.problem:
         console.warn(found.arrivals.problem)
+    told = announce(replica, found) if comment else []
+    for problem in (*found.offers.problems, *told):
+        console.warn(problem)
     if record:
         names, intake = found.snapshot.state.refs, found.arrivals.intake
         publish_intake(replica, names, intake, author(maintainer()))
@@ -60,7 +67,8 @@ def verify(console: Console, ids: tuple[str, ...], hub: str | None, record: bool
         )
     if not verdicts:
         console.note(f"No open contributions to round {found.rules.round}.")
-    rows = [_row(verdict) for verdict in verdicts]
+    numbers = found.offers.pull_requests
+    rows = [_row(verdict, numbers) for verdict in verdicts]
     console.table(
         rows, ["contribution", "contributor", "base", "size", "norm", "verdict"], name="verdicts"
     )
@@ -80,7 +88,7 @@ def _name(verdict: Verdict) -> str:
     return verdict.contribution.id[:12] if verdict.contribution else verdict.branch
 
 
-def _row(verdict: Verdict) -> dict[str, object]:
+def _row(verdict: Verdict, numbers: Mapping[str, int]) -> dict[str, object]:
     record = verdict.contribution
     return {
         "contribution": _name(verdict),
@@ -91,5 +99,6 @@ def _row(verdict: Verdict) -> dict[str, object]:
         "norm": None if verdict.norm is None else round(verdict.norm, 4),
         "verdict": "accepted" if verdict.accepted else verdict.findings[0].code,
         "branch": verdict.branch,
+        "pull_request": numbers.get(verdict.branch),
         "findings": [{"code": f.code, "message": f.message} for f in verdict.findings],
     }

@@ -1,0 +1,134 @@
+"""Where open contributions lie: on branches of the hub, and of forks with an open pull request.
+
+A forge says which forks to look at; whether a fork holds what its pull request showed is checked
+here, and everything else by the gate, as for any branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from moshi_fl.config import load_settings
+from moshi_fl.errors import HubError
+from moshi_fl.forge import Forge, GitHub, Proposal, open_forge
+from moshi_fl.replica import Replica
+from moshi_fl.store import HubRepo
+from moshi_hub.verify import branch_place
+
+HEADS = "refs/heads/"
+PREFIX = "contribute/"
+MAX_FORKS = 500
+"""Forks that one look visits; the rest waits until some of these are merged."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A repository with open contributions, and what it had when it was listed."""
+
+    repo: HubRepo
+    refs: Mapping[str, str]
+    numbers: Mapping[str, int] = field(default_factory=dict)
+    """Branch to the number of its pull request."""
+
+    def beside(self, scratch: HubRepo) -> HubRepo:
+        """A throw-away store that fetches from here."""
+        if scratch.url == self.repo.url:
+            return scratch
+        return HubRepo(scratch.path, self.repo.url, timeout=scratch.timeout)
+
+
+@dataclass(frozen=True)
+class Offers:
+    """Open contributions of all places.
+
+    Attributes:
+        places: Branch to the place that holds it.
+        problems: Why a fork could not be looked at.
+    """
+
+    places: Mapping[str, Place]
+    problems: tuple[str, ...] = ()
+
+    @property
+    def branches(self) -> dict[str, str]:
+        """Branches with their commits, in order of name."""
+        return {branch: self.places[branch].refs[branch] for branch in sorted(self.places)}
+
+    def on(self, repo: HubRepo) -> dict[str, str]:
+        """Those of the branches, with their commits, that lie in this repository."""
+        return {
+            branch: place.refs[branch]
+            for branch, place in sorted(self.places.items())
+            if place.repo.url == repo.url
+        }
+
+    @property
+    def pull_requests(self) -> dict[str, int]:
+        """Branch to the number of its pull request, where it has one."""
+        found = {branch: place.numbers.get(branch, 0) for branch, place in self.places.items()}
+        return {branch: number for branch, number in found.items() if number}
+
+
+def forge_for(replica: Replica) -> Forge:
+    """The forge of a hub, by its address and the setting ``github_api``."""
+    return open_forge(replica.repo, load_settings().github_api)
+
+
+def open_offers(replica: Replica, refs: Mapping[str, str], forge: Forge) -> Offers:
+    """Find the open contributions.
+
+    Args:
+        replica: The hub's copy on this machine.
+        refs: The hub's own refs, as listed.
+        forge: Tells the open pull requests.
+
+    A forge that does not answer hides forks; the hub's own branches are judged all the same.
+    """
+    proposals, problems = _proposals(forge)
+    numbers = {HEADS + entry.branch: entry.number for entry in proposals}
+    own = Place(replica.repo, refs, numbers)
+    places = {ref: own for ref in refs if ref.startswith(HEADS + PREFIX)}
+    for url, entries in _by_fork(proposals, forge).items():
+        try:
+            place = _fork(replica, url, entries)
+        except HubError as error:
+            problems.append(str(error))
+            continue
+        for branch in place.numbers:
+            places.setdefault(branch, place)
+    return Offers(places, tuple(problems))
+
+
+def _proposals(forge: Forge) -> tuple[list[Proposal], list[str]]:
+    if not isinstance(forge, GitHub):
+        return [], []
+    try:
+        return list(forge.proposals(PREFIX)), []
+    except HubError as error:
+        return [], [f"pull requests from forks are not seen: {error} {error.hint}".strip()]
+
+
+def _by_fork(proposals: list[Proposal], forge: Forge) -> dict[str, list[Proposal]]:
+    """Pull requests by the repository that holds their branches, oldest first; not the hub's."""
+    if not isinstance(forge, GitHub):
+        return {}
+    found: dict[str, list[Proposal]] = {}
+    for entry in proposals:
+        url = entry.clone_url or ""
+        # The forge names addresses on itself; anything else is not asked.
+        if url in {"", forge.repository.clone_url} or branch_place(HEADS + entry.branch) is None:
+            continue
+        if url.startswith(f"{forge.repository.web}/") and (url in found or len(found) < MAX_FORKS):
+            found.setdefault(url, []).append(entry)
+    return found
+
+
+def _fork(replica: Replica, url: str, entries: list[Proposal]) -> Place:
+    repo = HubRepo(replica.repo.path, url, timeout=replica.timeout)
+    refs = repo.remote_refs()
+    shown = {HEADS + entry.branch: entry for entry in entries}
+    numbers = {
+        branch: entry.number for branch, entry in shown.items() if refs.get(branch) == entry.commit
+    }
+    return Place(repo, refs, numbers)

@@ -1,0 +1,149 @@
+"""A hub on GitHub: contributions from forks, verdicts as comments, rounds as pull requests.
+
+Git is served over loopback HTTP; the API is held to GitHub's published description of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import moshi_hub.cli
+import moshi_sdk.cli
+from tests.support.github import FakeGitHub, serving
+from tests.support.http_hub import serve
+from tests.support.hubs import git
+from tests.support.openapi import description
+from tests.support.simulator import write_corpus
+
+CLIS = {"moshi-fl": moshi_sdk.cli.main, "moshi-hub": moshi_hub.cli.main}
+LITTLE = ("--steps", "2", "--batch-size", "2")
+Call = Callable[..., tuple[int, dict[str, Any], str]]
+
+
+@pytest.fixture
+def github(tmp_path: Path) -> Iterator[FakeGitHub]:
+    served = tmp_path / "served"
+    hub = served / "hub" / "model.git"
+    git(tmp_path, "init", "--quiet", "--bare", str(hub))
+    git(hub, "config", "http.receivepack", "true")
+    tokens = {"t-ann": "ann", "t-bob": "bob", "t-carol": "carol"}
+    fake = FakeGitHub(description(), tokens=tokens, writers={"carol"})
+    fake.commit_of = lambda owner, branch: git(
+        served / owner / "model.git", "rev-parse", f"refs/heads/{branch}"
+    ).strip()
+    with serve(served) as base, serving(fake):
+        fake.web = base
+        yield fake
+    assert fake.problems == []
+
+
+@pytest.fixture
+def call(
+    github: FakeGitHub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Call:
+    """Someone gives a command; its exit status, its document, and what it said."""
+    monkeypatch.setenv("MOSHI_FL_GITHUB_API", github.url)
+    monkeypatch.setenv("MOSHI_FL_HUB", f"{github.web}/hub/model.git")
+
+    def run(who: str, command: str, *args: str | Path) -> tuple[int, dict[str, Any], str]:
+        monkeypatch.setenv("MOSHI_FL_HOME", str(tmp_path / who))
+        monkeypatch.setenv("GH_TOKEN", f"t-{who}")
+        capsys.readouterr()
+        status = CLIS[command]([*map(str, args), "--json"])
+        out, err = capsys.readouterr()
+        return status, json.loads(out), err
+
+    return run
+
+
+def fork(github: FakeGitHub, owner: str, tmp_path: Path) -> Path:
+    path = tmp_path / "served" / owner / "model.git"
+    git(tmp_path, "clone", "--quiet", "--bare", str(tmp_path / "served/hub/model.git"), str(path))
+    git(path, "config", "http.receivepack", "true")
+    github.forks[f"{owner}/model"] = 0
+    return path
+
+
+def test_a_round_from_forks(github: FakeGitHub, call: Call, tmp_path: Path) -> None:
+    data = write_corpus(tmp_path / "data")
+    status, _, said = call("carol", "moshi-hub", "init", f"{github.web}/hub/model.git")
+    assert status == 0, said
+    fork(github, "ann", tmp_path)
+    status, sent, said = call("ann", "moshi-fl", "contribute", "--data", data, *LITTLE)
+    assert status == 0, said
+    assert sent["pull_request"] == github.pulls[0]["html_url"]
+    assert "contribute" not in git(tmp_path / "served/hub/model.git", "for-each-ref")
+    status, judged, said = call("carol", "moshi-hub", "verify", "--comment")
+    assert status == 0, said
+    (row,) = judged["verdicts"]
+    assert (row["pull_request"], row["verdict"]) == (1, "accepted")
+    (comment,) = github.comments[1]
+    assert comment["body"].startswith("<!-- moshi-fl:verdict -->\n**Accepted**")
+    assert [label["name"] for label in github.pulls[0]["labels"]] == ["accepted"]
+    status, merged, said = call("carol", "moshi-hub", "merge", "--publish")
+    assert (status, merged["contributions"]) == (0, 1), said
+    assert github.pulls[0]["state"] == "closed"
+    assert "Included in round 1" in github.comments[1][-1]["body"]
+    status, seen, said = call("ann", "moshi-fl", "status")
+    assert [entry["state"] for entry in seen["contributions"]] == ["in round 1"], said
+
+
+def test_a_round_is_proposed_as_a_pull_request(
+    github: FakeGitHub, call: Call, tmp_path: Path
+) -> None:
+    assert call("carol", "moshi-hub", "init", f"{github.web}/hub/model.git")[0] == 0
+    data = write_corpus(tmp_path / "data")
+    assert call("carol", "moshi-fl", "contribute", "--data", data, *LITTLE)[0] == 0
+    status, proposed, said = call("carol", "moshi-hub", "merge")
+    assert status == 0, said
+    pull = github.pulls[1]
+    assert proposed["pull_request"] == pull["html_url"]
+    assert pull["head"]["ref"] == "round/1"
+    assert pull["body"].startswith("# Round 1")
+    status, published, said = call("carol", "moshi-hub", "publish")
+    assert (status, published["round"]) == (0, 1), said
+    assert github.pulls[0]["state"] == "closed"
+
+
+def test_a_fork_that_moved_after_it_was_shown_is_not_taken(
+    github: FakeGitHub, call: Call, tmp_path: Path
+) -> None:
+    assert call("carol", "moshi-hub", "init", f"{github.web}/hub/model.git")[0] == 0
+    path = fork(github, "ann", tmp_path)
+    data = write_corpus(tmp_path / "data")
+    assert call("ann", "moshi-fl", "contribute", "--data", data, *LITTLE)[0] == 0
+    branch = github.pulls[0]["head"]["ref"]
+    git(path, "update-ref", f"refs/heads/{branch}", git(path, "rev-parse", "main").strip())
+    status, judged, said = call("carol", "moshi-hub", "verify")
+    assert (status, judged["verdicts"]) == (0, []), said
+
+
+def test_an_address_outside_of_the_forge_is_not_asked(
+    github: FakeGitHub, call: Call, tmp_path: Path
+) -> None:
+    assert call("carol", "moshi-hub", "init", f"{github.web}/hub/model.git")[0] == 0
+    fork(github, "ann", tmp_path)
+    data = write_corpus(tmp_path / "data")
+    assert call("ann", "moshi-fl", "contribute", "--data", data, *LITTLE)[0] == 0
+    github.pulls[0]["head"]["repo"]["clone_url"] = str(tmp_path / "served" / "ann" / "model.git")
+    assert call("carol", "moshi-hub", "verify")[1]["verdicts"] == []
+
+
+def test_without_the_forge_the_hub_itself_is_still_judged(
+    github: FakeGitHub, call: Call, tmp_path: Path
+) -> None:
+    assert call("carol", "moshi-hub", "init", f"{github.web}/hub/model.git")[0] == 0
+    data = write_corpus(tmp_path / "data")
+    assert call("carol", "moshi-fl", "contribute", "--data", data, *LITTLE)[0] == 0
+    github.refusals += [(500, {}, {})] * 3 + [(401, {}, {"message": "Bad credentials"})]
+    status, judged, said = call("carol", "moshi-hub", "verify")
+    assert (status, len(judged["verdicts"])) == (0, 1)
+    assert "pull requests from forks are not seen" in said
