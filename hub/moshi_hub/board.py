@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -47,8 +48,13 @@ class FolderBoard:
 
     def read(self) -> dict[str, Signed]:
         """All records that are complete."""
-        paths = [*self.folder.glob("*.json"), *self.folder.glob("*.sig")]
-        return board_of({path.name: path.read_bytes() for path in sorted(paths)})
+        found = {}
+        for path in sorted([*self.folder.glob("[!.]*.json"), *self.folder.glob("[!.]*.sig")]):
+            with suppress(
+                FileNotFoundError
+            ):  # replaced at this moment: it comes with the next look
+                found[path.name] = path.read_bytes()
+        return board_of(found)
 
     def post(self, name: str, signed: Signed, *, instead: Signed | None = None) -> bool:
         """Put up a record; it appears with its signature, or not at all."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,24 @@ def test_a_squatter_gives_way_to_whose_place_it_is(hub: HubSimulator, paper: Pap
     assert not mine.post(name, paper.board[name])
     assert mine.post(name, paper.board[name], instead=there)
     assert board.read()[name] == paper.board[name]
+
+
+def test_a_folder_with_records_being_written_and_replaced_is_read_as_it_is(tmp_path: Path) -> None:
+    board, stop = FolderBoard(tmp_path), threading.Event()
+    records = [Signed(f"{n}\n".encode(), f"signature {n}\n") for n in range(2)]
+    assert board.post("opening", records[0])
+
+    def churn() -> None:
+        turn = 0
+        while not stop.is_set():
+            board.post("opening", records[(turn + 1) % 2], instead=records[turn % 2])
+            turn += 1
+
+    writer = threading.Thread(target=churn)
+    writer.start()
+    try:
+        for _ in range(300):
+            assert set(board.read()) <= {"opening"}
+    finally:
+        stop.set()
+        writer.join()

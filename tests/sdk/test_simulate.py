@@ -195,7 +195,7 @@ def test_the_chart_is_xml_and_holds_the_data(code, start):
     tips = {tip.text for tip in root.iter(SVG + "title")}
     for entry in result.rounds:
         assert f"held-out part, round {entry.round}: {entry.held_out_loss:.4f}" in tips
-        assert f"round {entry.round}: {entry.held_out_loss:.4f}" in named["description"]
+        assert f"round {entry.round}: {entry.held_out_loss:.4f}" in named["chart-description"]
     assert f"clients' mean, round 2: {result.rounds[2].client_loss:.4f}" in tips
     assert "prefers-color-scheme: dark" in root.find(SVG + "style").text
     assert "http" not in result.svg().replace(SVG[1:-1], "")
