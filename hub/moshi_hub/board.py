@@ -50,9 +50,7 @@ class FolderBoard:
         """All records that are complete."""
         found = {}
         for path in sorted([*self.folder.glob("[!.]*.json"), *self.folder.glob("[!.]*.sig")]):
-            with suppress(
-                FileNotFoundError
-            ):  # replaced at this moment: it comes with the next look
+            with suppress(FileNotFoundError):  # replaced at this very moment
                 found[path.name] = path.read_bytes()
         return board_of(found)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-from benchmarks.attacks.proofs import PROOFS, ROOT
+from benchmarks.attacks.proofs import PROOFS
+
+ROOT = Path(__file__).parents[2]
 
 
 def functions(path: Path) -> set[str]:
