@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -70,7 +71,7 @@ def merge(  # noqa: PLR0913 - one parameter an option
         evaluator=evaluator_for(replica),
         find_strategy=find_strategy,
         passphrase=passphrase_from(passphrase_env),
-        gate=gate_for(replica, ensure_home(), console.note),
+        gate=gate_for(replica, ensure_home(), _measured(console)),
     )
     if outcome.open_round.arrivals.problem:
         console.warn(outcome.open_round.arrivals.problem)
@@ -90,7 +91,7 @@ def merge(  # noqa: PLR0913 - one parameter an option
         update=Size(outcome.update_bytes),
         keyframe=Size(outcome.keyframe_bytes) if outcome.keyframe_bytes else None,
         weights=record.weights,
-        pull_request=outcome.page or None,
+        **({"pull_request": outcome.page} if outcome.page else {}),
     )
     if outcome.leftovers:
         done = "published, but not all is cleaned up" if publish else "proposed, but not shown"
@@ -98,6 +99,16 @@ def merge(  # noqa: PLR0913 - one parameter an option
     if not publish and not dry_run:
         where = f" --hub {shlex.quote(hub)}" if hub else ""
         console.hint(f"moshi-hub publish{where}   (after review: makes it the current round)")
+
+
+def _measured(console: Console) -> Callable[[str], None]:
+    """Of an evaluation's steps, those that take time; `moshi-hub evaluate` tells all."""
+
+    def tell(step: str) -> None:
+        if "measured" in step:
+            console.note(step)
+
+    return tell
 
 
 def _gain(record: Round) -> str:

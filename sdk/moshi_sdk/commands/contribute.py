@@ -225,9 +225,10 @@ def _report(console: Console, outcome: Any, hub: str) -> None:
         "examples": record.num_examples,
         "loss_before": record.metrics.held_out_before,
         "loss_after": record.metrics.held_out_after,
-        "epsilon": record.privacy.epsilon if record.privacy else None,
         "delta": Size(record.delta.bytes),
     }
+    if record.privacy:
+        facts["epsilon"] = record.privacy.epsilon
     if outcome.note:
         console.note(f"Note    {outcome.note}")
     if outcome.sent is None:
@@ -237,7 +238,9 @@ def _report(console: Console, outcome: Any, hub: str) -> None:
     sent = outcome.sent
     what = "The hub already had it" if sent.again else "Sent"
     facts |= {"record": Size(sent.record_bytes), "branch": sent.branch, "sent": True}
-    console.done(what, **facts, pull_request=outcome.url or None)
+    if outcome.url:
+        facts["pull_request"] = outcome.url
+    console.done(what, **facts)
     if outcome.problem:
         console.warn(f"the branch is pushed, but there is no pull request: {outcome.problem}")
     console.note("That record, signed, and that delta are all that left; Git keeps them.")
