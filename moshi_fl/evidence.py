@@ -98,6 +98,7 @@ class Opening(Record, frozen=True, kw_only=True):
     sequences: Annotated[int, Meta(ge=2, le=10_000)]
     private_sequences: Annotated[int, Meta(ge=0, le=10_000)]
     precision: Precision
+    share: Annotated[float, Meta(gt=0, le=1)]
     quorum: Annotated[int, Meta(ge=1, le=6)]
     hours: Annotated[float, Meta(gt=0, le=10_000)]
     created: Moment

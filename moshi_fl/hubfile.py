@@ -86,6 +86,7 @@ class EvaluationRules(_Table, frozen=True, kw_only=True):
     sequences: Annotated[int, Meta(ge=2, le=10_000)] = 256
     private_sequences: Annotated[int, Meta(ge=0, le=1000)] = 32
     precision: Literal["float64", "float32"] = "float64"
+    share: Annotated[float, Meta(gt=0, le=1)] = 0.25
     gate: bool = True
     evaluators: Literal["local", "appointed"] = "local"
     quorum: Annotated[int, Meta(ge=1, le=6)] = 2

@@ -17,9 +17,12 @@ from moshi_fl.aggregate.centers import median
 from moshi_fl.aggregate.gram import gram
 from moshi_fl.aggregate.robust import next_running_norm
 from moshi_fl.codec.delta import Delta
+from moshi_fl.hubfile import EvaluationRules
 from moshi_fl.records import Scalar
 from moshi_fl.weights import Weights
 from moshi_hub.selection import Candidate, without_copies
+
+MEASURED_SHARE = EvaluationRules().share
 
 TOLERATED = 3
 """What strategies are told to tolerate of ten: floor((n - 1) / 3), as the default does."""
@@ -112,7 +115,8 @@ class Default:
     def _losses_with(self, weights: Weights, entry: Sent) -> Losses:
         world = self._world
         delta = world.decoded(entry.data)
-        after = apply_step(weights, ((n, d.astype(np.float64)) for n, d in delta.items()))
+        step = ((n, d.astype(np.float64)) for n, d in delta.items())
+        after = apply_step(weights, step, MEASURED_SHARE)
         return world.losses(after, world.verdict_pool)
 
     def _step(self, sent: Sequence[Sent]) -> Step:

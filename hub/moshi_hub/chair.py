@@ -163,6 +163,7 @@ class Chair:
             sequences=shared,
             private_sequences=private,
             precision=rules.precision,
+            share=rules.share,
             quorum=rules.quorum,
             hours=rules.hours,
             created=utc_now(),
@@ -218,7 +219,8 @@ class Chair:
         return self._post(board, f"sealing/{stage}", record, f"sealed stage {stage}")
 
     def _decide(self, board: Board, session: Session) -> str:
-        meter = Meter(self.desk, session.opening.precision)
+        opening = session.opening
+        meter = Meter(self.desk, opening.precision, opening.share)
         decisions = decide_all(session, referee(meter))
         if more := to_escalate(session, decisions):
             self._post_draw(board, session, session.seed, more, 2)

@@ -143,7 +143,7 @@ class Evaluator:
                 hint="moshi-hub pool import FILE   (the hub's maintainer exports it)",
             )
         sequences = session.sequences
-        meter = Meter(desk, session.opening.precision)
+        meter = Meter(desk, session.opening.precision, session.opening.share)
         bases, results = measure(meter, wanted, sequences.shared, sequences.private(self.id))
         found = Attestation(draw=draw, key=self.signer.public_key, bases=bases, results=results)
         self._keep(path, dump(found))

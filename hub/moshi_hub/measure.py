@@ -77,8 +77,8 @@ class Desk:
         """Weights of a round that contributions build on."""
         return open_weights(self.bases[number].path)
 
-    def after(self, contribution: Contribution) -> Weights:
-        """The base plus the contribution's own delta.
+    def after(self, contribution: Contribution, share: float) -> Weights:
+        """The base plus this share of the contribution's own delta.
 
         Raises:
             MoshiError: A weight would not be finite.
@@ -88,7 +88,7 @@ class Desk:
         path = self.deltas / f"{contribution.id}.safetensors"
         delta = Delta.open(path, shapes_of(base), codec)
         step = ((name, delta.decode(name).astype(np.float64)) for name in delta.names)
-        return apply_step(base, step)
+        return apply_step(base, step, share)
 
 
 class Meter:
@@ -97,10 +97,12 @@ class Meter:
     Args:
         desk: What to measure, and on what.
         precision: Of all arithmetic.
+        share: Of a delta that is measured. In a round it is one of several that are averaged, and
+            late in training a whole delta often does harm where a part of it helps.
     """
 
-    def __init__(self, desk: Desk, precision: Precision) -> None:
-        self.desk, self.precision = desk, precision
+    def __init__(self, desk: Desk, precision: Precision, share: float = 1.0) -> None:
+        self.desk, self.precision, self.share = desk, precision, share
         self._tasks: dict[int, Task] = {}
         self._bases: dict[int, nn.Module] = {}
         self._last: tuple[str, nn.Module | None] | None = None
@@ -122,7 +124,7 @@ class Meter:
         return self._evaluate(number, self._bases[number], sequences)
 
     def after_losses(self, entry: Contribution, sequences: Sequence[int]) -> list[int]:
-        """Losses of a contribution's base plus its delta; the largest where that is not finite."""
+        """Losses of a base plus a share of the delta; the largest where that is not finite."""
         if self._last is None or self._last[0] != entry.id:
             self._last = entry.id, self._module_after(entry)
         module = self._last[1]
@@ -132,7 +134,7 @@ class Meter:
 
     def _module_after(self, entry: Contribution) -> nn.Module | None:
         try:
-            weights = self.desk.after(entry)
+            weights = self.desk.after(entry, self.share)
         except CorruptRecord:
             raise
         except MoshiError:  # a weight would be infinite

@@ -268,6 +268,7 @@ class Paper:
             sequences=6,
             private_sequences=2,
             precision="float64",
+            share=0.25,
             quorum=2,
             hours=1.0,
             created=WHEN,

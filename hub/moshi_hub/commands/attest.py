@@ -95,7 +95,8 @@ def _print(console: Console, replica: Replica, start: str) -> None:
         found = look(replica, folder)
         entry = named(found.accepted, start)
         desk = desk_for(replica, found, folder / "deltas")
-        meter = Meter(desk, found.rules.config.evaluation.precision)
+        rules = found.rules.config.evaluation
+        meter = Meter(desk, rules.precision, rules.share)
         everything = list(range(meter.size()))
         before = np.array(meter.base_losses(entry.round, everything))
         after = np.array(meter.after_losses(entry, everything))
