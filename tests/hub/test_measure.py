@@ -108,7 +108,7 @@ def test_a_submission_is_its_base_plus_its_own_delta(tmp_path: Path) -> None:
     meter = Meter(mine, "float64")
     bases, results = measure(meter, [entry.id, "f" * 32], [0, 3], [5])
     assert (len(bases), len(results)) == (1, 1)
-    after = mine.after(entry)
+    after = mine.after(entry, 1.0)
     assert all(
         np.array_equal(after[n], (a.astype(np.float64) + delta[n]).astype(np.float32))
         for n, a in snapshot.load().items()
