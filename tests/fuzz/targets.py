@@ -579,7 +579,7 @@ TARGETS: dict[str, Target] = {
     "header": Target(
         make_header,
         lambda made: said(partial(parse_header, made, len(made), name="file")),
-        8 * MAX_HEADER_BYTES,  # as objects; that of a stranger's delta is bounded by its model
+        12 * MAX_HEADER_BYTES,  # as objects; that of a stranger's delta is bounded by its model
         5,
     ),
     "snapshot": Target(make_snapshot, run_snapshot, MAX_FILE_BYTES, 2),
