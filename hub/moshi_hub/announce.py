@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from moshi_fl.errors import HubError
-from moshi_fl.forge import Forge, Offer, Status
+from moshi_fl.forge import Forge, Offer, Proposal, Status
 from moshi_fl.history import round_branch
 from moshi_fl.records import Round
+from moshi_fl.signing import fingerprint, keys_match
 from moshi_fl.text import Size, markdown
 from moshi_hub.verify import REASONS, Verdict
 
@@ -23,7 +24,7 @@ ACCEPTED, REJECTED = "accepted", "rejected"
 def tell_verdicts(
     forge: Forge,
     verdicts: Iterable[Verdict],
-    pull_requests: Mapping[str, int],
+    pull_requests: Mapping[str, Proposal],
     commits: Mapping[str, str],
 ) -> list[str]:
     """Comment on, label and mark each judged pull request.
@@ -31,7 +32,7 @@ def tell_verdicts(
     Args:
         forge: Where they are.
         verdicts: What the gate says.
-        pull_requests: Branch to number.
+        pull_requests: Those there are, by branch.
         commits: Branch to the commit that was judged.
 
     Returns:
@@ -39,23 +40,30 @@ def tell_verdicts(
     """
     problems: list[str] = []
     for verdict in verdicts:
-        number = pull_requests.get(verdict.branch)
-        if number and verdict.is_settled:
-            _tell(forge, verdict, number, commits[verdict.branch], problems)
+        proposal = pull_requests.get(verdict.branch)
+        if proposal and verdict.is_settled:
+            _tell(forge, verdict, proposal, commits[verdict.branch], problems)
     return problems
 
 
-def _tell(forge: Forge, verdict: Verdict, number: int, commit: str, problems: list[str]) -> None:
+def _tell(
+    forge: Forge, verdict: Verdict, proposal: Proposal, commit: str, problems: list[str]
+) -> None:
+    number = proposal.number
     word, other = (ACCEPTED, REJECTED) if verdict.accepted else (REJECTED, ACCEPTED)
     first = "passes the gate" if verdict.accepted else verdict.findings[0].code
     status = Status(CHECK, "success" if verdict.accepted else "failure", first)
     _try(problems, lambda: forge.set_status(commit, status))
-    _try(problems, lambda: forge.say(number, verdict_text(verdict), marker=VERDICT))
+    signer = _signer(forge, verdict, proposal.author, problems)
+    _try(problems, lambda: forge.say(number, verdict_text(verdict, signer), marker=VERDICT))
     _try(problems, lambda: forge.label(number, [word], remove=[other]))
 
 
 def tell_round(
-    forge: Forge, record: Round, branches: Mapping[str, str], pull_requests: Mapping[str, int]
+    forge: Forge,
+    record: Round,
+    branches: Mapping[str, str],
+    pull_requests: Mapping[str, Proposal],
 ) -> list[str]:
     """Close the pull requests of a round's contributions.
 
@@ -63,7 +71,7 @@ def tell_round(
         forge: Where they are.
         record: The published round.
         branches: Id of each open contribution to its branch.
-        pull_requests: Branch to number.
+        pull_requests: Those there are, by branch.
 
     Returns:
         What the forge refused, in words.
@@ -71,11 +79,11 @@ def tell_round(
     problems: list[str] = []
     total = sum(merged.weight for merged in record.contributions)
     for merged in record.contributions:
-        number = pull_requests.get(branches.get(merged.id, ""))
-        if number:
+        proposal = pull_requests.get(branches.get(merged.id, ""))
+        if proposal:
             share = f"{merged.weight / total:.1%}"
             text = f"Included in round {record.round} with weight {merged.weight:,} ({share})."
-            _close(forge, number, text, problems)
+            _close(forge, proposal.number, text, problems)
     return problems
 
 
@@ -111,8 +119,26 @@ def _try(problems: list[str], act: Callable[[], None]) -> None:
         problems.append(f"{error} {error.hint}".strip())
 
 
-def verdict_text(verdict: Verdict) -> str:
-    """The comment of a pull request: the verdict first, then what it rests on."""
+def _signer(forge: Forge, verdict: Verdict, login: str, problems: list[str]) -> str:
+    """Whether the key that signed is one that the pull request's author has published."""
+    if not (verdict.contribution and verdict.signature and login):
+        return ""
+    keys: list[str] = []
+    _try(problems, lambda: keys.extend(forge.keys_of(login)))
+    key, who = verdict.contribution.key, markdown(login)
+    name = f"`{fingerprint(key)}`"
+    if keys_match("\n".join(keys), key):
+        return f"Signed by {name}, a key that {who} publishes here."
+    return f"Signed by {name}, which is **not among the keys that {who} publishes** here."
+
+
+def verdict_text(verdict: Verdict, signer: str = "") -> str:
+    """The comment of a pull request: the verdict first, then what it rests on.
+
+    Args:
+        verdict: What the gate says.
+        signer: A sentence about the key.
+    """
     record = verdict.contribution
     head = "**Accepted** by the gate." if verdict.accepted else "**Rejected** by the gate."
     lines = [head, ""]
@@ -127,6 +153,8 @@ def verdict_text(verdict: Verdict) -> str:
             "|--:|--:|--:|--:|",
             f"| {record.round} | {Size(record.delta.bytes)} | {norm} | {record.num_examples:,} |",
         ]
+    if signer:
+        lines += ["", signer]
     if verdict.accepted:
         lines += ["", "The next round takes it, if evaluators find that it does no harm."]
     return "\n".join(lines) + "\n"

@@ -28,8 +28,8 @@ class Place:
 
     repo: HubRepo
     refs: Mapping[str, str]
-    numbers: Mapping[str, int] = field(default_factory=dict)
-    """Branch to the number of its pull request."""
+    proposals: Mapping[str, Proposal] = field(default_factory=dict)
+    """Branch to its pull request."""
 
     def beside(self, scratch: HubRepo) -> HubRepo:
         """A throw-away store that fetches from here."""
@@ -64,10 +64,10 @@ class Offers:
         }
 
     @property
-    def pull_requests(self) -> dict[str, int]:
-        """Branch to the number of its pull request, where it has one."""
-        found = {branch: place.numbers.get(branch, 0) for branch, place in self.places.items()}
-        return {branch: number for branch, number in found.items() if number}
+    def pull_requests(self) -> dict[str, Proposal]:
+        """Branch to its pull request, where it has one."""
+        found = ((branch, place.proposals.get(branch)) for branch, place in self.places.items())
+        return {branch: proposal for branch, proposal in found if proposal}
 
 
 def forge_for(replica: Replica) -> Forge:
@@ -86,8 +86,8 @@ def open_offers(replica: Replica, refs: Mapping[str, str], forge: Forge) -> Offe
     A forge that does not answer hides forks; the hub's own branches are judged all the same.
     """
     proposals, problems = _proposals(forge)
-    numbers = {HEADS + entry.branch: entry.number for entry in proposals}
-    own = Place(replica.repo, refs, numbers)
+    shown = {HEADS + entry.branch: entry for entry in proposals}
+    own = Place(replica.repo, refs, shown)
     places = {ref: own for ref in refs if ref.startswith(HEADS + PREFIX)}
     for url, entries in _by_fork(proposals, forge).items():
         try:
@@ -95,7 +95,7 @@ def open_offers(replica: Replica, refs: Mapping[str, str], forge: Forge) -> Offe
         except HubError as error:
             problems.append(str(error))
             continue
-        for branch in place.numbers:
+        for branch in place.proposals:
             places.setdefault(branch, place)
     return Offers(places, tuple(problems))
 
@@ -128,7 +128,5 @@ def _fork(replica: Replica, url: str, entries: list[Proposal]) -> Place:
     repo = HubRepo(replica.repo.path, url, timeout=replica.timeout)
     refs = repo.remote_refs()
     shown = {HEADS + entry.branch: entry for entry in entries}
-    numbers = {
-        branch: entry.number for branch, entry in shown.items() if refs.get(branch) == entry.commit
-    }
-    return Place(repo, refs, numbers)
+    held = {branch: entry for branch, entry in shown.items() if refs.get(branch) == entry.commit}
+    return Place(repo, refs, held)

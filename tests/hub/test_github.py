@@ -84,9 +84,14 @@ def test_a_round_from_forks(github: FakeGitHub, call: Call, tmp_path: Path) -> N
     status, judged, said = call("carol", "moshi-hub", "verify", "--comment")
     assert status == 0, said
     (row,) = judged["verdicts"]
-    assert (row["pull_request"], row["verdict"]) == (1, "accepted")
+    assert (row["pull_request"], row["login"], row["verdict"]) == (1, "ann", "accepted")
     (comment,) = github.comments[1]
     assert comment["body"].startswith("<!-- moshi-fl:verdict -->\n**Accepted**")
+    assert "not among the keys that ann publishes" in comment["body"]
+    github.keys["ann"] = [Path(tmp_path, "ann", "identity.pub").read_text().strip()]
+    assert call("carol", "moshi-hub", "verify", "--comment")[0] == 0
+    (comment,) = github.comments[1]
+    assert "a key that ann publishes here" in comment["body"]
     assert [label["name"] for label in github.pulls[0]["labels"]] == ["accepted"]
     status, merged, said = call("carol", "moshi-hub", "merge", "--publish")
     assert (status, merged["contributions"]) == (0, 1), said

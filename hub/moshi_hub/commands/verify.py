@@ -12,6 +12,7 @@ import click
 from moshi_fl.cli import hub_option, output_options
 from moshi_fl.console import Console
 from moshi_fl.errors import Exit, HubError
+from moshi_fl.forge import Proposal
 from moshi_fl.signing import fingerprint
 from moshi_fl.text import Size
 from moshi_hub.options import maintainer, replica_for
@@ -67,8 +68,8 @@ def verify(
         )
     if not verdicts:
         console.note(f"No open contributions to round {found.rules.round}.")
-    numbers = found.offers.pull_requests
-    rows = [_row(verdict, numbers) for verdict in verdicts]
+    shown = found.offers.pull_requests
+    rows = [_row(verdict, shown) for verdict in verdicts]
     console.table(
         rows, ["contribution", "contributor", "base", "size", "norm", "verdict"], name="verdicts"
     )
@@ -88,8 +89,8 @@ def _name(verdict: Verdict) -> str:
     return verdict.contribution.id[:12] if verdict.contribution else verdict.branch
 
 
-def _row(verdict: Verdict, numbers: Mapping[str, int]) -> dict[str, object]:
-    record = verdict.contribution
+def _row(verdict: Verdict, shown: Mapping[str, Proposal]) -> dict[str, object]:
+    record, proposal = verdict.contribution, shown.get(verdict.branch)
     return {
         "contribution": _name(verdict),
         "contributor": record.contributor if record else None,
@@ -99,6 +100,7 @@ def _row(verdict: Verdict, numbers: Mapping[str, int]) -> dict[str, object]:
         "norm": None if verdict.norm is None else round(verdict.norm, 4),
         "verdict": "accepted" if verdict.accepted else verdict.findings[0].code,
         "branch": verdict.branch,
-        "pull_request": numbers.get(verdict.branch),
+        "pull_request": proposal.number if proposal else None,
+        "login": proposal.author if proposal else None,
         "findings": [{"code": f.code, "message": f.message} for f in verdict.findings],
     }
