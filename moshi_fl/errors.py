@@ -34,6 +34,11 @@ class MoshiError(Exception):
         super().__init__(message)
         self.hint = hint
 
+    @property
+    def in_full(self) -> str:
+        """Message and hint on one line, for who goes on and tells it later."""
+        return f"{self} {self.hint}".strip()
+
 
 class HubError(MoshiError):
     """The hub, or the way to it, failed: unreachable, too slow, refusing, or not a hub."""

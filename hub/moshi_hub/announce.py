@@ -97,15 +97,10 @@ def propose_round(forge: Forge, record: Round, report: str) -> tuple[str, str]:
     count = len(record.contributions)
     title = f"Round {record.round}: {count} contribution{'' if count == 1 else 's'}"
     branch = round_branch(record.round).removeprefix("refs/heads/")
-    problems: list[str] = []
-    pages: list[str] = []
-
-    def act() -> None:
-        made = forge.propose(Offer(branch, "main", title, report, ("round",)))
-        pages.extend([made.url] if made.has_page else [])
-
-    _try(problems, act)
-    return "".join(pages), "".join(problems)
+    try:
+        return forge.propose(Offer(branch, "main", title, report, ("round",))).url, ""
+    except HubError as error:
+        return "", error.in_full
 
 
 def _close(forge: Forge, number: int, text: str, problems: list[str]) -> None:
@@ -116,7 +111,7 @@ def _try(problems: list[str], act: Callable[[], None]) -> None:
     try:
         act()
     except HubError as error:
-        problems.append(f"{error} {error.hint}".strip())
+        problems.append(error.in_full)
 
 
 def _signer(forge: Forge, verdict: Verdict, login: str, problems: list[str]) -> str:

@@ -25,7 +25,7 @@ from moshi_hub.judging import Decided, held, without_gain
 from moshi_hub.keys import KeyStore, Passphrase, passphrase_from_environment
 from moshi_hub.likeness import likeness
 from moshi_hub.metadata import Desk, utc_now
-from moshi_hub.offers import Offers, forge_for, open_offers
+from moshi_hub.offers import Offers, open_offers
 from moshi_hub.propose import Evaluator, Proposal, propose
 from moshi_hub.publish import (
     Built,
@@ -121,7 +121,7 @@ def look(replica: Replica, folder: Path) -> OpenRound:
     main = replica.fetch_main()
     config = settings_on(replica.repo, main)
     rules = rules_of(replica, snapshot, main, config)
-    offers, names = open_offers(replica, refs, forge_for(replica)), snapshot.state.refs
+    offers, names = open_offers(replica, refs), snapshot.state.refs
     branches = offers.branches
     if branches:
         check_ssh_keygen()  # else it would look as if nobody had signed
@@ -338,7 +338,7 @@ def _push(
     present = repo.remote_refs(f"{state.refs.prefix}*", round_branch(built.record.round))
     if not options.publish:
         push_proposed(repo, state, built, present)
-        page, problem = propose_round(forge_for(replica), built.record, report)
+        page, problem = propose_round(found.offers.forge, built.record, report)
         return replace(_outcome(found, proposal, built, waiting, problem), page=page)
     push_published(repo, state, built, present)
     leftovers = _clean_up(replica, found, {c.id for c in waiting}, built.record)
@@ -347,20 +347,17 @@ def _push(
 
 def _clean_up(replica: Replica, found: OpenRound, waiting: set[str], record: Round) -> str:
     """Delete what the round has settled, and tell contributors on a forge; what went wrong."""
-    told = announce(replica, found, record)
+    told = announce(found, record)
     return " ".join(filter(None, [_delete(replica, found, waiting), *told]))
 
 
-def announce(replica: Replica, found: OpenRound, record: Round | None = None) -> list[str]:
+def announce(found: OpenRound, record: Round | None = None) -> list[str]:
     """Tell contributors on a forge the verdicts, and what a round took; what went wrong."""
-    numbers = found.offers.pull_requests
-    if not numbers:
-        return []
-    forge, commits = forge_for(replica), found.offers.branches
-    problems = tell_verdicts(forge, found.verdicts, numbers, commits)
+    forge, shown = found.offers.forge, found.offers.pull_requests
+    problems = tell_verdicts(forge, found.verdicts, shown, found.offers.branches)
     if record:
         branches = {v.contribution.id: v.branch for v in found.verdicts if v.contribution}
-        problems += tell_round(forge, record, branches, numbers)
+        problems += tell_round(forge, record, branches, shown)
     return problems
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from moshi_fl.config import load_settings
 from moshi_fl.errors import HubError
-from moshi_fl.forge import Forge, GitHub, Proposal, open_forge
+from moshi_fl.forge import Forge, Proposal, open_forge
 from moshi_fl.replica import Replica
 from moshi_fl.store import HubRepo
 from moshi_hub.verify import branch_place
@@ -43,10 +43,12 @@ class Offers:
     """Open contributions of all places.
 
     Attributes:
+        forge: Where pull requests are, if there are any.
         places: Branch to the place that holds it.
         problems: Why a fork could not be looked at.
     """
 
+    forge: Forge
     places: Mapping[str, Place]
     problems: tuple[str, ...] = ()
 
@@ -70,26 +72,21 @@ class Offers:
         return {branch: proposal for branch, proposal in found if proposal}
 
 
-def forge_for(replica: Replica) -> Forge:
-    """The forge of a hub, by its address and the setting ``github_api``."""
-    return open_forge(replica.repo, load_settings().github_api)
-
-
-def open_offers(replica: Replica, refs: Mapping[str, str], forge: Forge) -> Offers:
+def open_offers(replica: Replica, refs: Mapping[str, str]) -> Offers:
     """Find the open contributions.
 
     Args:
         replica: The hub's copy on this machine.
         refs: The hub's own refs, as listed.
-        forge: Tells the open pull requests.
 
     A forge that does not answer hides forks; the hub's own branches are judged all the same.
     """
+    forge = open_forge(replica.repo, load_settings().github_api)
     proposals, problems = _proposals(forge)
     shown = {HEADS + entry.branch: entry for entry in proposals}
     own = Place(replica.repo, refs, shown)
     places = {ref: own for ref in refs if ref.startswith(HEADS + PREFIX)}
-    for url, entries in _by_fork(proposals, forge).items():
+    for url, entries in _by_fork(proposals).items():
         try:
             place = _fork(replica, url, entries)
         except HubError as error:
@@ -97,29 +94,24 @@ def open_offers(replica: Replica, refs: Mapping[str, str], forge: Forge) -> Offe
             continue
         for branch in place.proposals:
             places.setdefault(branch, place)
-    return Offers(places, tuple(problems))
+    return Offers(forge, places, tuple(problems))
 
 
 def _proposals(forge: Forge) -> tuple[list[Proposal], list[str]]:
-    if not isinstance(forge, GitHub):
-        return [], []
     try:
         return list(forge.proposals(PREFIX)), []
     except HubError as error:
-        return [], [f"pull requests from forks are not seen: {error} {error.hint}".strip()]
+        return [], [f"pull requests from forks are not seen: {error.in_full}"]
 
 
-def _by_fork(proposals: list[Proposal], forge: Forge) -> dict[str, list[Proposal]]:
-    """Pull requests by the repository that holds their branches, oldest first; not the hub's."""
-    if not isinstance(forge, GitHub):
-        return {}
+def _by_fork(proposals: list[Proposal]) -> dict[str, list[Proposal]]:
+    """Pull requests by the fork that holds their branches, oldest first."""
     found: dict[str, list[Proposal]] = {}
     for entry in proposals:
-        url = entry.clone_url or ""
-        # The forge names addresses on itself; anything else is not asked.
-        if url in {"", forge.repository.clone_url} or branch_place(HEADS + entry.branch) is None:
+        url = entry.clone_url
+        if url is None or branch_place(HEADS + entry.branch) is None:
             continue
-        if url.startswith(f"{forge.repository.web}/") and (url in found or len(found) < MAX_FORKS):
+        if url in found or len(found) < MAX_FORKS:
             found.setdefault(url, []).append(entry)
     return found
 

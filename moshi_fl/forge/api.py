@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -98,20 +99,20 @@ class Api:
         waited = 0.0
         for attempt in range(TRIES):
             last = attempt == TRIES - 1
-            pause: float | None = 2.0**attempt
             try:
                 answer = self._once(method, url, query, body)
             except requests.RequestException as error:
                 if method != "GET" or last:
                     raise _unreachable(self.base, error) from error
+                pause = 2.0**attempt
             else:
                 if answer.ok:
                     return answer
                 pause = self._pause(answer, method, attempt)
-                if pause is None or last or waited + pause > LONGEST_WAIT:
+                if last or waited + pause > LONGEST_WAIT:
                     raise refusal(answer, method, path, self.clock(), has_token=bool(self.token))
-            waited += pause or 0.0
-            self.wait(pause or 0.0)
+            waited += pause
+            self.wait(pause)
         raise AssertionError("the last try returns or raises")
 
     def _once(
@@ -136,14 +137,14 @@ class Api:
         answer._content = b"".join(parts)  # noqa: SLF001 - requests has no bounded read
         return answer
 
-    def _pause(self, answer: requests.Response, method: str, attempt: int) -> float | None:
-        """Seconds after which asking again may help; None when it will not."""
+    def _pause(self, answer: requests.Response, method: str, attempt: int) -> float:
+        """Seconds after which asking again may help; infinitely many when it will not."""
         limit = limited_for(answer, self.clock())
         if limit is not None:
             return limit
         if answer.status_code >= 500 and method == "GET":
-            return float(2**attempt)
-        return None
+            return 2.0**attempt
+        return math.inf
 
 
 def limited_for(answer: requests.Response, now: float) -> float | None:

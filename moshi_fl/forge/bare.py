@@ -6,9 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from moshi_fl.forge.base import Offer, Proposal, Status
-from moshi_fl.store import HubRepo, redact
-
-BRANCHES = "refs/heads/"
+from moshi_fl.store import HubRepo
 
 
 @dataclass(frozen=True)
@@ -23,16 +21,11 @@ class BareGit:
 
     def propose(self, offer: Offer) -> Proposal:
         """The branch is the proposal."""
-        where = redact(self.repo.url)
-        return Proposal(0, where, offer.branch, title=offer.title, has_page=False)
+        return Proposal(0, "", offer.branch, title=offer.title)
 
     def proposals(self, prefix: str = "") -> Iterator[Proposal]:
-        """Branches that begin so, in order of name."""
-        found = self.repo.remote_refs(f"{BRANCHES}{prefix}*")
-        for ref in sorted(found):
-            branch = ref.removeprefix(BRANCHES)
-            where = redact(self.repo.url)
-            yield Proposal(0, where, branch, found[ref], self.repo.url, has_page=False)
+        """None: who can push branches has pushed them here."""
+        return iter(())
 
     def say(self, number: int, body: str, *, marker: str) -> None:
         """Nowhere to say it."""

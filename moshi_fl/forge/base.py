@@ -34,15 +34,15 @@ class Proposal:
 
     Attributes:
         number: Its number; 0 where a forge has no pull requests.
-        url: Where a person looks at it, or can open it.
+        url: Where a person looks at it, or can open it; empty where there is no page for people.
         branch: Name of its branch.
         commit: What the branch pointed to when the forge was asked.
-        clone_url: Repository that holds the branch; None when that has been deleted.
+        clone_url: Fork that holds the branch; None when it is the hub's own, is gone, or lies
+            elsewhere than on the forge.
         author: Login of who opened it.
         is_open: Whether it waits.
         title: One line.
         labels: Names of its labels.
-        has_page: Whether ``url`` is a page for people, not the repository itself.
     """
 
     number: int
@@ -54,7 +54,6 @@ class Proposal:
     is_open: bool = True
     title: str = ""
     labels: tuple[str, ...] = ()
-    has_page: bool = True
 
 
 @dataclass(frozen=True)

@@ -51,12 +51,15 @@ class GitHub:
         """
         return str(self.api.get("user")["login"]) if self.api.token else ""
 
+    @cached_property
+    def _may_push(self) -> bool:
+        there = self.api.get(f"repos/{self.repository.slug}")
+        return bool(there.get("permissions", {}).get("push"))
+
     def push_url(self) -> str:
         """The hub where the token may push, else this user's fork, made if need be."""
-        own = self.repository
-        there = self.api.get(f"repos/{own.slug}")
-        if there.get("permissions", {}).get("push") or not self.api.token:
-            return own.clone_url
+        if self._may_push or not self.api.token:
+            return self.repository.clone_url
         return self._fork()
 
     def _fork(self) -> str:
@@ -85,7 +88,7 @@ class GitHub:
             found = self._open(offer)
         elif found["state"] == "open":
             found = self._update(found, offer)
-        proposal = _proposal(found)
+        proposal = self._read(found)
         missing = [label for label in offer.labels if label not in proposal.labels]
         if missing and proposal.is_open:
             self._try_label(proposal.number, missing)
@@ -105,9 +108,7 @@ class GitHub:
     def _open(self, offer: Offer) -> Any:
         path = f"repos/{self.repository.slug}/pulls"
         text = {"title": offer.title[:MAX_TITLE], "body": fitted(offer.body), "base": offer.base}
-        there = self.api.get(f"repos/{self.repository.slug}")
-        may_push = there.get("permissions", {}).get("push")
-        head = offer.branch if may_push else f"{self.login}:{offer.branch}"
+        head = offer.branch if self._may_push else f"{self.login}:{offer.branch}"
         try:
             # Nobody but its author shall change what a contribution's branch holds.
             body = {**text, "head": head, "maintainer_can_modify": False}
@@ -130,11 +131,29 @@ class GitHub:
         path = f"repos/{self.repository.slug}/pulls"
         for pull in self.api.pages(path, state="open", sort="created", direction="asc"):
             if str(pull["head"]["ref"]).startswith(prefix):
-                yield _proposal(pull)
+                yield self._read(pull)
 
     def proposal(self, number: int) -> Proposal:
         """One pull request."""
-        return _proposal(self.api.get(f"repos/{self.repository.slug}/pulls/{number}"))
+        return self._read(self.api.get(f"repos/{self.repository.slug}/pulls/{number}"))
+
+    def _read(self, pull: Any) -> Proposal:
+        return Proposal(
+            number=int(pull["number"]),
+            url=str(pull["html_url"]),
+            branch=str(pull["head"]["ref"]),
+            commit=str(pull["head"]["sha"]),
+            clone_url=self._fork_of(pull),
+            author=str((pull.get("user") or {}).get("login", "")),
+            is_open=pull["state"] == "open",
+            title=str(pull["title"]),
+            labels=tuple(str(label["name"]) for label in pull.get("labels") or ()),
+        )
+
+    def _fork_of(self, pull: Any) -> str | None:
+        url = str((pull["head"].get("repo") or {}).get("clone_url") or "")
+        is_fork = url.startswith(f"{self.repository.web}/") and url != self.repository.clone_url
+        return url if is_fork else None
 
     def say(self, number: int, body: str, *, marker: str) -> None:
         """The one comment of this marker: made at first, edited from then on.
@@ -221,21 +240,6 @@ class GitHub:
         """Public SSH keys that a user has published."""
         found = self.api.pages(f"users/{quote(login, safe='')}/keys")
         return tuple(str(entry["key"]) for entry in found)
-
-
-def _proposal(pull: Any) -> Proposal:
-    source = pull["head"].get("repo") or {}
-    return Proposal(
-        number=int(pull["number"]),
-        url=str(pull["html_url"]),
-        branch=str(pull["head"]["ref"]),
-        commit=str(pull["head"]["sha"]),
-        clone_url=source.get("clone_url"),
-        author=str((pull.get("user") or {}).get("login", "")),
-        is_open=pull["state"] == "open",
-        title=str(pull["title"]),
-        labels=tuple(str(label["name"]) for label in pull.get("labels") or ()),
-    )
 
 
 def fitted(body: str) -> str:

@@ -246,8 +246,7 @@ def _finish(work: _Work, dry_run: bool) -> Outcome:
         sent = submit(work.replica, work.state, contribution, signature, work.run.delta, to)
         _remember(work, contribution)
         work.run.mark_sent()
-    proposal, problem = propose(forge, contribution)
-    url = proposal.url if proposal and proposal.has_page else ""
+    url, problem = propose(forge, contribution)
     return Outcome(contribution, sent, summary, note, url, problem)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from moshi_fl.config import load_settings
 from moshi_fl.errors import HubError
-from moshi_fl.forge import Forge, Offer, Proposal, open_forge
+from moshi_fl.forge import Forge, Offer, open_forge
+from moshi_fl.history import contribution_branch
 from moshi_fl.records import Contribution
 from moshi_fl.replica import Replica
 from moshi_fl.signing import fingerprint
@@ -31,22 +32,23 @@ def pushing_to(forge: Forge, replica: Replica) -> HubRepo:
     return HubRepo(replica.repo.path, url, timeout=replica.timeout)
 
 
-def propose(forge: Forge, contribution: Contribution) -> tuple[Proposal | None, str]:
+def propose(forge: Forge, contribution: Contribution) -> tuple[str, str]:
     """Open the contribution's pull request, or find the one there is.
 
     Returns:
-        The pull request, and why there is none: the branch is pushed all the same.
+        Its page, or the page on which it can be opened (empty where there is no forge); and why
+        there is none: the branch is pushed all the same.
     """
     try:
-        return forge.propose(offer_of(contribution)), ""
+        return forge.propose(offer_of(contribution)).url, ""
     except HubError as error:
-        return None, f"{error} {error.hint}".strip()
+        return "", error.in_full
 
 
 def offer_of(contribution: Contribution) -> Offer:
     """What a reviewer reads first. Its text follows from the record alone."""
     number, name = contribution.round, contribution.contributor
-    branch = f"contribute/{number}/{contribution.id}"
+    branch = contribution_branch(number, contribution.id).removeprefix("refs/heads/")
     title = f"Contribution {contribution.id[:12]} to round {number}"
     return Offer(branch, "main", title, _body(contribution, name), (LABEL,))
 

@@ -85,7 +85,7 @@ def _show_waiting(console: Console, bench: Bench, waiting: Waiting) -> None:
     try:
         root = waiting_root(bench, waiting)
     except HubError as error:
-        console.warn(f"{error} {error.hint}")
+        console.warn(error.in_full)
         return
     console.note(f"A change to root version {root.version} waits for signatures:")
     console.table(describe(bench.desk.root, root), ["role", "change", "key"], name="waiting")

@@ -53,7 +53,7 @@ def verify(
         shutil.rmtree(folder, ignore_errors=True)
     if found.arrivals.problem:
         console.warn(found.arrivals.problem)
-    told = announce(replica, found) if comment else []
+    told = announce(found) if comment else []
     for problem in (*found.offers.problems, *told):
         console.warn(problem)
     if record:
