@@ -96,6 +96,11 @@ class Settings:
         """Where a value comes from: a flag, a variable, a line of a file, ``hub``, ``default``."""
         return self._origins.get(name, "default")
 
+    @property
+    def own_key(self) -> Path | None:
+        """The user's own SSH key; None when moshi-fl shall use the one it made for them."""
+        return Path(self.signing_key).expanduser() if self.signing_key else None
+
     def with_policy(self, **policy: object) -> Settings:
         """The hub's values where the user said nothing; only once the hub's rules are known."""
         unset = {k: _checked(k, v, "hub.toml") for k, v in policy.items() if self._is_unset(k)}

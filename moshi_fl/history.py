@@ -100,9 +100,14 @@ def contribution_path(number: int, contribution_id: str) -> str:
     return f"contributions/{number:04d}/{contribution_id}.json"
 
 
+def signature_beside(path: str) -> str:
+    """Name of the signature of the record in this file."""
+    return path.removesuffix(".json") + ".sig"
+
+
 def signature_path(number: int, contribution_id: str) -> str:
     """Path of the record's signature, beside it."""
-    return f"contributions/{number:04d}/{contribution_id}.sig"
+    return signature_beside(contribution_path(number, contribution_id))
 
 
 def round_branch(number: int) -> str:
@@ -137,7 +142,7 @@ def accepted_path(number: int, contribution_id: str) -> str:
 
 def accepted_signature_path(number: int, contribution_id: str) -> str:
     """Path on main of that record's signature."""
-    return f"{round_folder(number)}/contributions/{contribution_id}.sig"
+    return signature_beside(accepted_path(number, contribution_id))
 
 
 @dataclass(frozen=True)

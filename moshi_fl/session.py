@@ -49,6 +49,7 @@ from moshi_fl.evidence import (
     evaluator_id,
     unpack,
 )
+from moshi_fl.history import signature_beside
 from moshi_fl.records import Location, Record, digest, load
 from moshi_fl.signing import ATTESTATION_NAMESPACE, EVALUATION_NAMESPACE, verify_signature
 
@@ -81,7 +82,7 @@ def evidence_files(board: Board) -> dict[str, bytes]:
     for name, signed in sorted(board.items()):
         path = evidence_file(name)
         files[path] = signed.record
-        files[path.removesuffix(".json") + ".sig"] = signed.signature.encode()
+        files[signature_beside(path)] = signed.signature.encode()
     return files
 
 
@@ -89,7 +90,7 @@ def board_of(files: Mapping[str, bytes]) -> dict[str, Signed]:
     """The board that evidence was made of."""
     board = {}
     for path, data in files.items():
-        signature = files.get(path.removesuffix(".json") + ".sig")
+        signature = files.get(signature_beside(path))
         if path.endswith(".json") and signature is not None:
             name = path.removesuffix(".json").replace("-", "/")
             board[name] = Signed(data, signature.decode("ascii", "replace"))

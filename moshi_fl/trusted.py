@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from moshi_fl.errors import CorruptRecord, UntrustedHub
 from moshi_fl.evidence import Evaluators, Ledger, Verdicts
-from moshi_fl.history import EVALUATORS_FILE, ledger_path, verdicts_path
+from moshi_fl.history import EVALUATORS_FILE, ledger_path, signature_beside, verdicts_path
 from moshi_fl.ledger import check_ledger
-from moshi_fl.records import Contribution, Round, digest, load
+from moshi_fl.records import Contribution, Record, Round, digest, load
 from moshi_fl.restore import fetch_locations
 from moshi_fl.session import MAX_STEP_BYTES, Session, Signed, board_of, check_verdicts
 from moshi_fl.signing import EVALUATION_NAMESPACE, MAX_SIGNATURE_BYTES, verify_signature
 from moshi_fl.store import HubRepo
 from moshi_fl.weights import sha256_bytes
 
+R = TypeVar("R", bound=Record)
 ACCEPTING = ("credit", "neutral")
 
 
@@ -40,17 +42,18 @@ def read_verdicts(repo: HubRepo, main: str, rounds: Sequence[Round]) -> list[Ver
     paths = [verdicts_path(record.round) for record in having]
     texts = repo.read_many(main, paths, limit=MAX_STEP_BYTES)
     found = {
-        record.round: _verdicts(data, record) for record, data in zip(having, texts, strict=True)
+        record.round: _named(data, Verdicts, record.verdicts, path, record)
+        for record, path, data in zip(having, paths, texts, strict=True)
     }
     return [found.get(record.round) for record in rounds]
 
 
-def _verdicts(data: bytes, record: Round) -> Verdicts:
-    path = verdicts_path(record.round)
-    if sha256_bytes(data) != record.verdicts:
+def _named(data: bytes, kind: type[R], wanted: str | None, path: str, record: Round) -> R:
+    """A file on main that has the hash which a round names."""
+    if sha256_bytes(data) != wanted:
         raise UntrustedHub(f"{path} is not what round {record.round} names.")
     try:
-        return load(data, Verdicts, name=path, limit=MAX_STEP_BYTES)
+        return load(data, kind, name=path, limit=MAX_STEP_BYTES)
     except CorruptRecord as error:
         raise UntrustedHub(str(error)) from error
 
@@ -65,12 +68,7 @@ def read_ledger(repo: HubRepo, main: str, record: Round) -> Ledger | None:
         return None
     path = ledger_path(record.round)
     data = repo.read(main, path, limit=MAX_STEP_BYTES)
-    if sha256_bytes(data) != record.ledger:
-        raise UntrustedHub(f"{path} is not what round {record.round} names.")
-    try:
-        return load(data, Ledger, name=path, limit=MAX_STEP_BYTES)
-    except CorruptRecord as error:
-        raise UntrustedHub(str(error)) from error
+    return _named(data, Ledger, record.ledger, path, record)
 
 
 def check_evaluation(
@@ -121,7 +119,7 @@ def _check_anchor(
     path = verdicts_path(record.round)
     if listed is None or verdicts.anchor not in listed.anchors:
         raise UntrustedHub(f"{path} is signed by a key that {EVALUATORS_FILE} does not name.")
-    signature = repo.read(main, path.removesuffix(".json") + ".sig", limit=MAX_SIGNATURE_BYTES)
+    signature = repo.read(main, signature_beside(path), limit=MAX_SIGNATURE_BYTES)
     data = repo.read(main, path, limit=MAX_STEP_BYTES)
     try:
         armoured = signature.decode("ascii", "replace")

@@ -19,7 +19,7 @@ from moshi_fl.history import Refs
 from moshi_fl.records import load
 from moshi_fl.session import MAX_STEP_BYTES, Signed, board_of, evidence_file
 from moshi_fl.signing import MAX_SIGNATURE_BYTES
-from moshi_fl.store import Author, HubRepo, PushRejected, RefUpdate
+from moshi_fl.store import NOREPLY, Author, HubRepo, PushRejected, RefUpdate
 from moshi_fl.weights import write_atomic
 
 RECORD_FILE, SIGNATURE_FILE = "record.json", "record.sig"
@@ -113,7 +113,7 @@ class RefBoard:
         """The orphan commit of a record; it follows from name and content alone."""
         files = {RECORD_FILE: signed.record, SIGNATURE_FILE: signed.signature.encode()}
         blobs = dict(zip(files, self._repo.put_many(list(files.values())), strict=True))
-        author = Author("moshi-fl", "noreply@moshi-fl.invalid")
+        author = Author("moshi-fl", NOREPLY)
         message = f"{self._prefix}{name}\n"
         return self._repo.commit(self._repo.tree(blobs), message=message, author=author, when=0)
 

@@ -37,7 +37,7 @@ from moshi_fl.session import (
     verdicts_of,
 )
 from moshi_fl.signing import EVALUATION_NAMESPACE, Signer
-from moshi_fl.store import Author, HubRepo
+from moshi_fl.store import NOREPLY, Author, HubRepo
 from moshi_fl.weights import sha256_bytes
 from moshi_hub.board import Board
 from moshi_hub.judging import Decided
@@ -301,7 +301,7 @@ def commit_evidence(
     ref = refs.evidence(session.opening.round)
     blobs = dict(zip(files, repo.put_many(list(files.values())), strict=True))
     when = seconds(session.sealings[session.stage].created)
-    author = Author("moshi-fl", "noreply@moshi-fl.invalid")
+    author = Author("moshi-fl", NOREPLY)
     commit = repo.commit(repo.tree(blobs), message=f"{ref}\n", author=author, when=when)
     listed = tuple(
         File(name=name, bytes=len(data), sha256=sha256_bytes(data))

@@ -14,7 +14,7 @@ from moshi_fl.errors import DataError
 from moshi_fl.history import Refs
 from moshi_fl.hubfile import HubConfig
 from moshi_fl.replica import Replica
-from moshi_fl.store import ANY, Author, RefUpdate
+from moshi_fl.store import ANY, NOREPLY, Author, RefUpdate
 from moshi_fl.weights import Weights, sha256_bytes, write_atomic
 from moshi_hub.propose import Evaluator
 
@@ -84,7 +84,7 @@ def retire_pool(replica: Replica, refs: Refs, by: str) -> str:
     data, repo = read_pool_file(replica), replica.repo
     name = sha256_bytes(data)
     ref = refs.pool(name)
-    author = Author(by or "moshi-fl", "noreply@moshi-fl.invalid")
+    author = Author(by or "moshi-fl", NOREPLY)
     commit = repo.commit(
         repo.tree({POOL_FILE: repo.put(data)}), message=f"{ref}\n", author=author, when=0
     )

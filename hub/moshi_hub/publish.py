@@ -32,18 +32,17 @@ from moshi_fl.history import (
     round_branch,
     round_folder,
     round_path,
+    signature_beside,
     verdicts_path,
 )
 from moshi_fl.ledger import ledger_of
 from moshi_fl.records import File, Location, Manifest, Round, Update, digest, dump, load
 from moshi_fl.signed.files import TARGETS
-from moshi_fl.store import Author, HubRepo, PushRejected, RefUpdate
+from moshi_fl.store import NOREPLY, Author, HubRepo, PushRejected, RefUpdate
 from moshi_fl.trusted import read_evaluators
 from moshi_fl.weights import sha256_file
 from moshi_hub.judging import Decided, with_anchor
 from moshi_hub.propose import Proposal
-
-NOREPLY = "noreply@moshi-fl.invalid"
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ def _evaluation_files(repo: HubRepo, main: str, decided: Decided) -> dict[str, b
     verdicts, path = decided.verdicts, verdicts_path(decided.verdicts.round)
     files = {
         path: decided.signed.record,
-        path.removesuffix(".json") + ".sig": decided.signed.signature.encode(),
+        signature_beside(path): decided.signed.signature.encode(),
     }
     if verdicts.mode == "local":
         listed = with_anchor(read_evaluators(repo, main), verdicts.hub, verdicts.anchor)

@@ -5,7 +5,7 @@ Everything that comes from a hub is hostile until the records say otherwise.
 """
 
 from moshi_fl.store.hub import create_hub, hub_settings, tidy_hub
-from moshi_fl.store.objects import Author, ObjectStore
+from moshi_fl.store.objects import NOREPLY, Author, ObjectStore
 from moshi_fl.store.repo import ANY, HubRepo, PushRejected, RefMissing, RefUpdate
 from moshi_fl.store.settings import HUB_SETTINGS
 from moshi_fl.store.trees import TreeEntry
@@ -14,6 +14,7 @@ from moshi_fl.store.urls import is_local, local_path, normalise_url, redact
 __all__ = [
     "ANY",
     "HUB_SETTINGS",
+    "NOREPLY",
     "Author",
     "HubRepo",
     "ObjectStore",

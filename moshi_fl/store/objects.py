@@ -37,6 +37,10 @@ _MAX_FILES = 100_000  # of a tree, when single files of it are asked for
 _MAX_ARGUMENTS = 200  # paths on one command line
 
 
+NOREPLY = "noreply@moshi-fl.invalid"
+"""Address of all authors: who somebody is, their keys say."""
+
+
 @dataclass(frozen=True)
 class Author:
     """Who a commit names as its author and committer."""

@@ -8,11 +8,12 @@ and the recomputed model with the published digest.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from moshi_fl.errors import CorruptRecord, HubError, UntrustedHub
-from moshi_fl.history import check_signatures, read_contributions
+from moshi_fl.evidence import Verdicts
+from moshi_fl.history import check_chain, check_signatures, read_contributions, read_rounds
 from moshi_fl.records import Contribution, Location, Round
 from moshi_fl.replica import Replica
 from moshi_fl.restore import (
@@ -24,7 +25,7 @@ from moshi_fl.restore import (
 )
 from moshi_fl.rules import MEASURES_NORMS, Claim, owner_of, round_weights, running_norm
 from moshi_fl.snapshot import grow
-from moshi_fl.trusted import check_evaluation
+from moshi_fl.trusted import check_evaluation, external_attestations
 from moshi_fl.weights import Weights, weights_digest
 
 
@@ -94,7 +95,7 @@ class Auditor:
             check_signatures(self._replica.repo, self._main, record, contributions)
             check_weights(record, contributions)
             check_running_norm(record, base)
-            self._check_evaluation(record, base, contributions)
+            derive_verdicts(self._replica, self._main, record, base, contributions)
             known = at_hand or self._replica.pull(base.round).load()
             weights = self._recompute(record, known, contributions)
         except (UntrustedHub, CorruptRecord) as error:
@@ -106,14 +107,6 @@ class Auditor:
             problem = f"recomputed {found[:12]}, published {record.weights[:12]}"
             return Finding(record.round, count, False, found, problem), None
         return Finding(record.round, count, True, found), weights
-
-    def _check_evaluation(
-        self, record: Round, base: Round, contributions: dict[str, Contribution]
-    ) -> None:
-        """Verdicts and ledger must follow from the attestations that the hub keeps."""
-        repo = self._replica.repo
-        with self._replica.scratch() as scratch, self._replica.workspace() as files:
-            check_evaluation(repo, scratch, files, self._main, record, base, contributions)
 
     def _recompute(
         self, record: Round, base: Weights, contributions: dict[str, Contribution]
@@ -155,6 +148,40 @@ def check_weights(record: Round, contributions: dict[str, Contribution]) -> None
             raise UntrustedHub(
                 f"contribution {merged.id[:12]} weighs {merged.weight}, by the rule {weight}."
             )
+
+
+def derive_verdicts(
+    replica: Replica,
+    main: str,
+    record: Round,
+    base: Round,
+    contributions: Mapping[str, Contribution],
+) -> Verdicts | None:
+    """Verdicts and ledger must follow from the attestations that the hub keeps.
+
+    Raises:
+        UntrustedHub: They do not.
+        HubError: The hub no longer keeps the attestations.
+    """
+    with replica.scratch() as scratch, replica.workspace() as files:
+        return check_evaluation(replica.repo, scratch, files, main, record, base, contributions)
+
+
+def count_attestations(replica: Replica, record: Round) -> int:
+    """Agreeing attestations of independent evaluators that a round rests on.
+
+    Raises:
+        HubError, UntrustedHub: As for ``derive_verdicts``.
+    """
+    if record.round == 0:
+        return 0
+    main = replica.fetch_main()
+    base = read_rounds(replica.repo, main, record.round - 1, record.round - 1)[0]
+    check_chain([base, record])
+    contributions = read_contributions(replica.repo, main, record)
+    return external_attestations(
+        record, derive_verdicts(replica, main, record, base, contributions)
+    )
 
 
 def check_running_norm(record: Round, previous: Round) -> None:

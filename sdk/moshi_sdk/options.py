@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -73,11 +72,6 @@ FIRST_CONTACT = (
     "First contact: from now on this hub must be signed under the root below. "
     "Compare it with what its maintainer says; --root FINGERPRINT demands one."
 )
-
-
-def signing_key(settings: Settings) -> Path | None:
-    """The user's own SSH key; None when moshi-fl shall use the one it made for them."""
-    return Path(settings.signing_key).expanduser() if settings.signing_key else None
 
 
 def pick_device(name: str) -> str:

@@ -15,9 +15,8 @@ from moshi_fl.history import (
 )
 from moshi_fl.records import Contribution, dump
 from moshi_fl.replica import Replica
-from moshi_fl.store import Author, HubRepo, PushRejected, RefUpdate
+from moshi_fl.store import NOREPLY, Author, HubRepo, PushRejected, RefUpdate
 
-NOREPLY = "noreply@moshi-fl.invalid"
 DELTA_AUTHOR = Author("moshi-fl", NOREPLY)
 
 

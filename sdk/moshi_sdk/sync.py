@@ -7,11 +7,9 @@ from pathlib import Path
 
 from moshi_fl.config import home as default_home
 from moshi_fl.errors import HubError, UntrustedHub
-from moshi_fl.history import read_contributions
 from moshi_fl.policy import NO_DEMANDS, Policy
 from moshi_fl.records import Round
 from moshi_fl.replica import Replica, Snapshot
-from moshi_fl.trusted import check_evaluation, external_attestations
 
 
 class SyncManager:
@@ -51,7 +49,7 @@ class SyncManager:
             timeout=timeout,
             root=root,
             policy=policy,
-            attestations=count_attestations,
+            attestations=_attestations,
         )
 
     def pull(self, number: int | None = None, *, offline: bool = False) -> Snapshot:
@@ -91,23 +89,7 @@ class SyncManager:
         return dataclasses.replace(snapshot, online=False, problem=str(error))
 
 
-def count_attestations(replica: Replica, record: Round) -> int:
-    """Agreeing attestations of independent evaluators that a round rests on.
+def _attestations(replica: Replica, record: Round) -> int:
+    from moshi_sdk.audit import count_attestations  # only who demands some pays for counting
 
-    The attestations themselves are fetched, and the round's verdicts derived from them again.
-
-    Raises:
-        UntrustedHub: They contradict each other.
-        HubError: The hub no longer keeps them.
-    """
-    if record.round == 0:
-        return 0
-    state = replica.look()
-    previous = replica.chain(state, record.round - 1)[0]
-    main = replica.fetch_main()
-    contributions = read_contributions(replica.repo, main, record)
-    with replica.scratch() as scratch, replica.workspace() as files:
-        verdicts = check_evaluation(
-            replica.repo, scratch, files, main, record, previous, contributions
-        )
-    return external_attestations(record, verdicts)
+    return count_attestations(replica, record)

@@ -56,9 +56,7 @@ def _advance(console: Console, replica: Replica, key: Path | None) -> None:
     from moshi_hub.host import evaluator
     from moshi_hub.merge import look
 
-    settings, home = load_settings(), ensure_home()
-    chosen = key or (Path(settings.signing_key) if settings.signing_key else None)
-    signer = own_signer(home, chosen.expanduser() if chosen else None)
+    signer = own_signer(ensure_home(), key.expanduser() if key else load_settings().own_key)
     with replica.workspace() as folder:
         found = look(replica, folder)
         listed = read_evaluators(replica.repo, found.main)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 
 import click
 
@@ -45,12 +42,8 @@ def verify(
     from moshi_hub.publish import author
 
     replica = replica_for(hub)
-    replica.folder.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="verify-", dir=replica.folder))
-    try:
+    with replica.workspace() as folder:
         found = look(replica, folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     if found.arrivals.problem:
         console.warn(found.arrivals.problem)
     told = announce(found) if comment else []

@@ -1,7 +1,7 @@
 """Kyutai's released files into our modules, strictly: what does not fit is listed by kind.
 
 Released files stack some projections (``in_proj_weight``); the modules' load hooks split them, so
-both forms load. ``released_shapes`` is the other direction.
+both forms load. ``released_state`` is the other direction.
 """
 
 from __future__ import annotations

@@ -23,7 +23,6 @@ from moshi_sdk.options import (
     pick_device,
     root_option,
     settings_for,
-    signing_key,
     use_threads,
 )
 
@@ -127,7 +126,7 @@ def contribute(console: Console, resume: bool, discard: bool, dry_run: bool, **f
                 home=ensure_home(),
                 listener=listener,
                 dry_run=dry_run,
-                key=signing_key(settings),
+                key=settings.own_key,
                 interactive=sys.stdin.isatty(),
                 root=flags["root"],
                 policy=Policy(min_attestations=settings.min_attestations),
@@ -178,7 +177,7 @@ def _options(flags: dict[str, Any], settings: Any, dry_run: bool) -> Any:
         contributor=settings.contributor,
         policy=Policy(min_attestations=settings.min_attestations),
         dry_run=dry_run,
-        key=signing_key(settings),
+        key=settings.own_key,
         interactive=sys.stdin.isatty(),
     )
 

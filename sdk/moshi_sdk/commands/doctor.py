@@ -27,7 +27,6 @@ from moshi_fl.errors import HubError
 from moshi_fl.signing import check_ssh_keygen, own_signer
 from moshi_fl.store.locking import LOCK_FILE
 from moshi_fl.text import Duration, Size
-from moshi_sdk.options import signing_key
 
 OLDEST_PYTHON = (3, 11)
 OLDEST_GIT = (2, 34)
@@ -86,7 +85,7 @@ def _git() -> Check:
 def _signing() -> Check:
     """Whether ssh-keygen works, and who signs."""
     check_ssh_keygen()
-    signer = own_signer(ensure_home(), signing_key(load_settings()))
+    signer = own_signer(ensure_home(), load_settings().own_key)
     return Check("signing", "ok", f"{signer.fingerprint} ({signer.key_path})")
 
 

@@ -14,7 +14,7 @@ from moshi_fl.signing import own_signer
 from moshi_fl.store import redact
 from moshi_fl.text import Moment, Size
 from moshi_fl.trusted import read_ledger
-from moshi_sdk.options import FIRST_CONTACT, hub_flag, settings_for, signing_key, sync_manager
+from moshi_sdk.options import FIRST_CONTACT, hub_flag, settings_for, sync_manager
 from moshi_sdk.privacy import Account
 from moshi_sdk.runs import Run, Runs
 
@@ -129,7 +129,7 @@ def _show_credit(
     """The sum of measured gains that this machine's key has earned so far."""
     if not snapshot.online:
         return
-    key = own_signer(ensure_home(), signing_key(settings)).public_key
+    key = own_signer(ensure_home(), settings.own_key).public_key
     main = replica.fetch_main()
     rounds = replica.chain(snapshot.state, 0)
     ledgers = (read_ledger(replica.repo, main, record) for record in rounds)
