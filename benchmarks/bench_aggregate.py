@@ -135,11 +135,14 @@ def child(side: str, folder: Path, mode: str) -> None:
     print(json.dumps([all_seconds, part, resident("VmHWM") - before]))
 
 
-def measure(side: str, folder: Path, mode: str) -> list[float]:
-    """CPU seconds, all and part, and bytes of one side, in a process of its own."""
-    settings = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0"}
+def measure(
+    side: str, folder: Path, how: str, module: str = "benchmarks.bench_aggregate"
+) -> list[float]:
+    """What ``child`` of a benchmark prints of one side, with one thread in a process of its own."""
+    settings = {"FLWR_TELEMETRY_ENABLED": "0"}
+    settings |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.bench_aggregate", side, str(folder), mode],
+        [sys.executable, "-m", module, side, str(folder), how],
         env={**os.environ, **settings},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,  # Flower's log
@@ -150,9 +153,9 @@ def measure(side: str, folder: Path, mode: str) -> list[float]:
     return found
 
 
-def largest_difference(folder: Path) -> float:
-    """Between both results, relative to the largest value."""
-    a, b = (open_weights(folder / f"{side}.result") for side in ("ours", "flower"))
+def largest_difference(folder: Path, side: str = "flower") -> float:
+    """Between our result and another's, relative to the largest value."""
+    a, b = (open_weights(folder / f"{name}.result") for name in ("ours", side))
     largest = max(float(np.abs(a[name]).max()) for name in SHAPES)
     return max(float(np.abs(a[name] - b[name]).max()) for name in SHAPES) / largest
 

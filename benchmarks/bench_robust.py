@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,13 +22,20 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.bench_aggregate import SHAPES, flower_reply, resident
+from benchmarks.bench_aggregate import (
+    SHAPES,
+    flower_reply,
+    largest_difference,
+    measure,
+    resident,
+)
 from benchmarks.common import Row, print_table
 from moshi_fl.aggregate import Update, get_strategy
 from moshi_fl.codec import get_codec
 from moshi_fl.codec.delta import Delta, delta_bytes
-from moshi_fl.weights import open_weights, save_weights
+from moshi_fl.weights import save_weights
 
+MODULE = "benchmarks.bench_robust"
 TURNS = 2
 STRATEGIES = ("krum", "robust")
 
@@ -120,29 +126,6 @@ def child(side: str, folder: Path, strategy: str) -> None:
     print(json.dumps([seconds, memory]))
 
 
-def measure(side: str, folder: Path, strategy: str) -> list[float]:
-    """CPU seconds and bytes of one side, in a process of its own."""
-    settings = {"FLWR_TELEMETRY_ENABLED": "0"}
-    settings |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.bench_robust", side, str(folder), strategy],
-        env={**os.environ, **settings},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,  # Flower's log
-        text=True,
-        check=True,
-    )
-    found: list[float] = json.loads(run.stdout.splitlines()[-1])
-    return found
-
-
-def difference(folder: Path, side: str) -> float:
-    """Between our result and another's, relative to the largest value."""
-    a, b = (open_weights(folder / f"{name}.result") for name in ("ours", side))
-    largest = max(float(np.abs(a[name]).max()) for name in SHAPES)
-    return max(float(np.abs(a[name] - b[name]).max()) for name in SHAPES) / largest
-
-
 def rivals(strategy: str) -> list[str]:
     """Who is there to compare with."""
     present = ["byzfl"] if find_spec("byzfl") and find_spec("scipy") else []
@@ -167,14 +150,14 @@ def compare(folder: Path, count: int, strategy: str) -> list[Row]:
     left_out = strategy == "robust" and mixing_bytes(count) > free_bytes() / 2
     if left_out:
         sides.remove("byzfl")
-    turns = [[measure(side, folder, strategy) for side in sides] for _ in range(TURNS)]
+    turns = [[measure(side, folder, strategy, MODULE) for side in sides] for _ in range(TURNS)]
     figures = {
         side: [min(values) for values in zip(*(turn[index] for turn in turns), strict=True)]
         for index, side in enumerate(sides)
     }
     rows = [row_of_too_much(count, figures["ours"])] if left_out else []
     for rival in sides[1:]:
-        rows += rows_for(strategy, count, rival, figures, difference(folder, rival))
+        rows += rows_for(strategy, count, rival, figures, largest_difference(folder, rival))
     return rows
 
 
