@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.support.children import Nursery
 
 settings.register_profile("dev", deadline=None, max_examples=50)
 settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True, database=None)
@@ -46,3 +51,12 @@ def moshi_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     home = tmp_path / "moshi-home"
     monkeypatch.setenv("MOSHI_FL_HOME", str(home))
     return home
+
+
+@pytest.fixture(scope="module")
+def commands() -> Iterator[Nursery]:
+    """Processes that have imported our commands and wait to be given one."""
+    from tests.support.children import nursery
+
+    with nursery() as opened:
+        yield opened

@@ -10,14 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.children import Ended, Nursery, nursery
+from tests.support.children import Ended, Nursery
 from tests.support.simulator import HubSimulator, write_corpus
-
-
-@pytest.fixture(scope="module")
-def commands() -> Iterator[Nursery]:
-    with nursery() as opened:
-        yield opened
 
 
 @pytest.fixture

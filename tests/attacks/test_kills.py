@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from moshi_fl.signing import own_signer
-from tests.support.children import Ended, Nursery, nursery
+from tests.support.children import Ended, Nursery
 from tests.support.hubs import git
 from tests.support.simulator import HubSimulator, write_corpus
 
 LEFTOVERS = (".tmp-", "work-", "tmp_pack", "tmp_obj")
-
-
-@pytest.fixture(scope="module")
-def commands() -> Iterator[Nursery]:
-    with nursery() as opened:
-        yield opened
 
 
 class Scene:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,17 +12,11 @@ from moshi_fl.strategies import find_strategy
 from moshi_fl.weights import weights_digest
 from moshi_sdk.audit import Auditor
 from moshi_sdk.sync import SyncManager
-from tests.support.children import Nursery, nursery
+from tests.support.children import Nursery
 from tests.support.http_hub import serve
 from tests.support.simulator import HubSimulator, write_corpus
 
 CROWD = 20
-
-
-@pytest.fixture(scope="module")
-def commands() -> Iterator[Nursery]:
-    with nursery() as opened:
-        yield opened
 
 
 @pytest.fixture

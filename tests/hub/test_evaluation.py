@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,16 +20,10 @@ from moshi_hub.merge import Options, merge
 from moshi_sdk.audit import Auditor
 from moshi_sdk.cli import main as sdk_main
 from moshi_sdk.sync import SyncManager
-from tests.support.children import Nursery, nursery
+from tests.support.children import Nursery
 from tests.support.keys import key_file, signer_of
 from tests.support.sessions import Court, shifted
 from tests.support.simulator import HubSimulator, write_corpus
-
-
-@pytest.fixture(scope="module")
-def commands() -> Iterator[Nursery]:
-    with nursery() as opened:
-        yield opened
 
 
 @pytest.fixture
