@@ -107,7 +107,7 @@ class Chair:
         return session
 
     def advance(self, board: Board, step: str) -> str:
-        """Do one step; returns in words what was done.
+        """Do one step that a maintainer asks for; returns in words what was done.
 
         Raises:
             ConfigError: It is not the next one.
@@ -119,6 +119,13 @@ class Chair:
                 f"the next step of this evaluation is {wanted or 'none: it is decided'}.",
                 hint="moshi-hub evaluate   (does the next step)",
             )
+        return self.act(board, session)
+
+    def act(self, board: Board, session: Session | None) -> str:
+        """Do the next step of a session that was just read; returns in words what was done.
+
+        Where another process of this hub has done it meanwhile, its record stays.
+        """
         if session is None:
             return self._post(board, "opening", self._opening(), "opened the evaluation")
         return {
@@ -126,7 +133,7 @@ class Chair:
             "draw": self._draw,
             "seal": self._seal,
             "decide": self._decide,
-        }[step](board, session)
+        }[next_step(session)](board, session)
 
     def decided(self, board: Board) -> Decided | None:
         """The verdicts, when there are any."""

@@ -67,7 +67,7 @@ def host(
             return State(step, missing, done, verdicts)
         if missing and not others:
             continue  # another process of this hub has just done a step: the anchor is next again
-        note(f"the hub {chair.advance(board, step)}")
+        note(f"the hub {chair.act(board, session)}")
     raise HubError(
         "the evaluation makes no progress here.",
         hint="moshi-hub evaluate --step NAME   (goes on without the anchor's part)",

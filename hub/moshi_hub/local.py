@@ -17,7 +17,7 @@ from pathlib import Path
 from moshi_fl.evidence import Seat
 from moshi_fl.signing import Signer, own_signer
 from moshi_hub.board import FolderBoard
-from moshi_hub.chair import Chair, awaited, next_step
+from moshi_hub.chair import Chair, awaited
 from moshi_hub.evaluator import Evaluator
 from moshi_hub.judging import Decided
 from moshi_hub.measure import Desk
@@ -76,7 +76,7 @@ def evaluate_locally(
                 for words in work.result():
                     tell(f"{staff[who].name} {words}")
             if not any(work.result() for work in running.values()):
-                tell(f"the hub {chair.advance(board, next_step(session))}")
+                tell(f"the hub {chair.act(board, session)}")
         return decided
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,13 @@ from moshi_fl.evidence import Ledger
 from moshi_fl.history import EVALUATORS_FILE, ledger_path, round_folder
 from moshi_fl.policy import Policy
 from moshi_fl.records import digest, load
+from moshi_fl.session import Signed
 from moshi_fl.strategies import find_strategy
+from moshi_hub.board import RefBoard
 from moshi_hub.cli import main as hub_main
 from moshi_hub.evaluation import gate_for
 from moshi_hub.heldout import pool_path, store_pool
+from moshi_hub.host import host
 from moshi_hub.merge import Options, merge
 from moshi_sdk.audit import Auditor
 from moshi_sdk.cli import main as sdk_main
@@ -131,6 +135,38 @@ def test_an_evaluation_killed_at_any_push_goes_on(hub: HubSimulator, commands: N
     assert ended.json["verdicts"][0]["verdict"] == "disputed"
     steps = sorted(ref.split("/evaluation/1/")[1] for ref in hub.refs() if "/evaluation/" in ref)
     assert len(steps) == 9  # none twice, none missing
+
+
+class Raced(RefBoard):
+    """A board that a rival uses just before one of this process's reads."""
+
+    def __init__(self, of: RefBoard, before: int, rival: Callable[[], object]) -> None:
+        super().__init__(of._repo, of._refs, of._number)
+        self.reads, self.before, self.rival = 0, before, rival
+
+    def read(self) -> dict[str, Signed]:
+        self.reads += 1
+        if self.reads == self.before:
+            self.rival()
+        return super().read()
+
+
+@pytest.mark.parametrize("moment", range(1, 8))
+def test_whenever_another_hub_is_faster_this_one_goes_on_from_there(
+    hub: HubSimulator, moment: int
+) -> None:
+    court = Court(hub)
+    court.helpful()
+    chair = court.chair()
+    done: list[str] = []
+
+    def rival() -> None:
+        done.append("rival")
+        host(hub.replica, chair, court.board())
+
+    ended = host(hub.replica, chair, Raced(court.board(), moment, rival))
+    assert done
+    assert ended.verdicts == host(hub.replica, chair, court.board()).verdicts
 
 
 @pytest.mark.slow
