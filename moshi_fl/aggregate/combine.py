@@ -6,9 +6,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moshi_fl.aggregate.base import Update, blocks, carried
 from moshi_fl.codec.base import F64, Shape
+
+Integers = NDArray[np.int64]
 
 BLOCK = 1 << 16  # weights; sums and terms of this many stay in a core's own cache
 
@@ -49,6 +52,18 @@ def rows_of(
         update.delta.add(name, part.start, row, factor)
         update.delta.release()
     return rows
+
+
+def squeezed(rows: F64) -> tuple[F64, Integers | slice]:
+    """The columns of a block in which any update has a value, and where they are.
+
+    Sparse updates leave most of a block untouched. Whatever is computed of a column of zeros is
+    zero, so what is worked out here for the rest is the same to the last bit.
+    """
+    used = np.flatnonzero((rows != 0).any(axis=0))
+    if 2 * len(used) > rows.shape[1]:
+        return rows, slice(None)
+    return rows[:, used], used
 
 
 def middle_mean(rows: F64, drop: int, mean: F64) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moshi_fl.aggregate.base import Update, blocks, in_order
+from moshi_fl.aggregate.combine import squeezed
 from moshi_fl.codec.base import F64
 
 BITS = 36
@@ -113,22 +114,20 @@ def _block_length(count: int) -> int:
 
 
 def _parts(updates: Sequence[Update], scales: Sequence[int], name: str, part: slice) -> F64:
-    """Upper and lower parts of a block's rounded values, shape (2 * updates, values)."""
-    count = len(updates)
-    parts = np.zeros((2 * count, part.stop - part.start))
-    spare = np.empty(part.stop - part.start)
-    for index, update in enumerate(updates):
-        if name not in update.delta.shapes:
-            continue
-        high, low = parts[index], parts[count + index]
-        update.delta.add(name, part.start, low, 1.0)
-        low *= 2.0 ** scales[index]  # powers of two: exact
-        np.rint(low, out=low)
-        np.multiply(low, 2.0**-LOW_BITS, out=high)
+    """Upper and lower parts of a block's rounded values, shape (2 * updates, values not zero)."""
+    rows = np.zeros((len(updates), part.stop - part.start))
+    for row, update, scale in zip(rows, updates, scales, strict=True):
+        update.delta.add(name, part.start, row, 1.0)
+        np.multiply(row, 2.0**scale, out=row)  # powers of two: exact
+        np.rint(row, out=row)
+    rows, _ = squeezed(rows)
+    parts = np.empty((2, *rows.shape))
+    for row, high, low in zip(rows, *parts, strict=True):
+        np.multiply(row, 2.0**-LOW_BITS, out=high)
         np.rint(high, out=high)
-        np.multiply(high, 2.0**LOW_BITS, out=spare)
-        low -= spare
-    return parts
+        np.multiply(high, 2.0**LOW_BITS, out=low)
+        np.subtract(row, low, out=low)
+    return parts.reshape(2 * len(rows), rows.shape[1])
 
 
 def _release(updates: Sequence[Update]) -> None:

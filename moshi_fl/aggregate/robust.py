@@ -16,7 +16,7 @@ import numpy as np
 
 from moshi_fl.aggregate.base import Update, blocks, carried, in_order
 from moshi_fl.aggregate.centers import clip_factor, median
-from moshi_fl.aggregate.combine import combine, middle_mean, rows_of
+from moshi_fl.aggregate.combine import combine, middle_mean, rows_of, squeezed
 from moshi_fl.aggregate.gram import gram
 from moshi_fl.aggregate.options import number, tolerated, whole
 from moshi_fl.codec.base import F64, Shape
@@ -98,8 +98,11 @@ def outsiders(distances: Sequence[Sequence[float]], f: int) -> list[tuple[int, .
 
 def _mixed_mean(rows: F64, far: Sequence[tuple[int, ...]], f: int, mean: F64) -> None:
     """Trimmed mean over the mixtures of a block's rows."""
-    for part in blocks(len(mean), BLOCK):
-        middle_mean(_mixtures(rows[:, part], far, f), f, mean[part])
+    some, where = squeezed(rows)
+    means = np.zeros(some.shape[1])
+    for part in blocks(len(means), BLOCK):
+        middle_mean(_mixtures(some[:, part], far, f), f, means[part])
+    mean[where] = means
 
 
 def _mixtures(rows: F64, far: Sequence[tuple[int, ...]], f: int) -> F64:

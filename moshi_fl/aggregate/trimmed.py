@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moshi_fl.aggregate.base import Update, blocks, carried, in_order
-from moshi_fl.aggregate.combine import middle_mean, rows_of
+from moshi_fl.aggregate.combine import middle_mean, rows_of, squeezed
 from moshi_fl.aggregate.options import number
 from moshi_fl.codec.base import F64, Shape
 
@@ -61,5 +61,8 @@ def _trimmed(
         mean = np.zeros(shapes[name])
         flat = mean.reshape(-1)
         for part in blocks(math.prod(shapes[name]), max(1024, VALUES // len(ordered))):
-            middle_mean(rows_of(ordered, name, part), drop, flat[part])
+            rows, where = squeezed(rows_of(ordered, name, part))
+            middle = np.zeros(rows.shape[1])
+            middle_mean(rows, drop, middle)
+            flat[part][where] = middle
         yield name, mean
