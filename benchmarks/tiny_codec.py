@@ -92,9 +92,7 @@ def train(mimi: Mimi, sound: Tensor, seconds: float) -> int:
         optimizer.step()
         steps += 1
         if steps % 100 == 0:
-            print(
-                f"{used:4.0%} {steps:5d} {levels} {distance:.3f} {float(penalty):.4f}", flush=True
-            )
+            print(f"{used:4.0%} {steps:5d} {levels} {float(distance.detach()):.3f}", flush=True)
     return steps
 
 
