@@ -44,6 +44,7 @@ from moshi_fl.models.speech.data import (
 from moshi_fl.models.speech.family_config import SpeechConfig
 from moshi_fl.models.speech.lora import fuse_lora
 from moshi_fl.models.speech.loss import losses
+from moshi_fl.models.speech.metrics import Tally
 from moshi_fl.models.speech.mimi import Mimi
 from moshi_fl.models.speech.model import CODEC, SpeechModel, make_codec, parts_of
 from moshi_fl.models.speech.monologue import monologue
@@ -179,6 +180,18 @@ class SpeechTask:
             for window in self._windows(pool)
         ]
         return np.array(found)
+
+    @torch.inference_mode()
+    def figures(self, module: nn.Module, pool: bytes, device: torch.device) -> Mapping[str, float]:
+        """Perplexity of text and of the words in it, and the nats of a code of each codebook."""
+        tally, model = Tally(self.config.lm), module.to(device).eval()
+        for window in self._windows(pool):
+            codes = torch.from_numpy(window[None].astype(np.int64)).to(device)
+            tally.add(model(codes), codes)
+        found = tally.summary()
+        text = {"text perplexity": found.text_perplexity, "of words": found.word_perplexity}
+        audio = {f"codebook {n}": nats for n, nats in enumerate(found.audio, 1)}
+        return text | audio
 
     def generate(self, module: nn.Module, prompt: str, sampling: Sampling) -> Iterator[str]:
         """What the model says to somebody who is silent, word by word as it says it.

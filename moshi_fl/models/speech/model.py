@@ -32,9 +32,7 @@ class SpeechModel(nn.Module):
         super().__init__()
         self.config = config
         self.mimi = make_codec(config)
-        self.lm = LMModel(config.lm)
-        if config.lora_rank:
-            add_lora(self.lm, rank=config.lora_rank, scaling=config.lora_scaling)
+        self.lm = make_language_model(config)
         self.only("all")
 
     def forward(self, codes: Tensor) -> LMOutput:
@@ -72,6 +70,14 @@ def parts_of(config: SpeechConfig) -> tuple[str, ...]:
     """What of a model of this configuration can be trained by itself."""
     adapters = ("lora",) if config.lora_rank else ()
     return ("all", *adapters, *(("ttt",) if config.lm.ttt_layers else ()))
+
+
+def make_language_model(config: SpeechConfig) -> LMModel:
+    """An untrained language model, with the adapters that the configuration asks for."""
+    lm = LMModel(config.lm)
+    if config.lora_rank:
+        add_lora(lm, rank=config.lora_rank, scaling=config.lora_scaling)
+    return lm
 
 
 def make_codec(config: SpeechConfig) -> Mimi:
