@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,6 +20,10 @@ from torch import Tensor, nn
 
 from moshi_fl.generate import Sampling as Sampling  # noqa: PLC0414 - families take it from here
 from moshi_fl.weights import Weights
+
+if TYPE_CHECKING:
+    from moshi_fl.models.speech.lm import LMModel
+    from moshi_fl.models.speech.mimi import Mimi
 
 Table = Mapping[str, Any]
 
@@ -193,6 +197,32 @@ class CutsPools(Protocol):
 
     def pick(self, pool: bytes, sequences: Sequence[int]) -> bytes:
         """A pool of these sequences of another, in this order."""
+        ...
+
+
+class SpokenText(Protocol):
+    """What turns the tokens of a model's text stream into text."""
+
+    def pieces(self, ids: Sequence[int]) -> str:
+        """Text of some tokens in a row; padding spells nothing, a word begins with a space."""
+        ...
+
+
+@dataclass(frozen=True)
+class SpeechParts:
+    """What a conversation needs of a model."""
+
+    mimi: Mimi  # sound to codes and back, with as many codebooks as the model hears
+    lm: LMModel
+    text: SpokenText
+
+
+@runtime_checkable
+class Speaks(Protocol):
+    """A task whose model listens and speaks."""
+
+    def speech(self, module: nn.Module) -> SpeechParts:
+        """The parts of a module of this task, ready for use: in evaluation mode."""
         ...
 
 
