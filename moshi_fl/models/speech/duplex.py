@@ -8,7 +8,7 @@ to. There is no microphone here: whoever has sound pushes it, a frame at a time.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Self
@@ -17,15 +17,13 @@ import torch
 from torch import Tensor
 
 from moshi_fl.errors import ConfigError, DataError
+from moshi_fl.models.family import SpokenText
 from moshi_fl.models.speech.eight_bits import in_eight_bits
 from moshi_fl.models.speech.generate import UNGENERATED, LMGen
 from moshi_fl.models.speech.latency import Latency
 from moshi_fl.models.speech.lm import LMModel
 from moshi_fl.models.speech.mimi import Mimi
 from moshi_fl.models.speech.sampling import Sampling
-
-TextPiece = Callable[[int], str]
-"""From a text token to the text that it adds."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class DuplexSession:
     Args:
         mimi: The codec.
         lm: The language model.
-        text: What a text token means; it is not asked about those that stand for no text.
+        text: What spells the model's text tokens.
         batch: Streams.
         sampling: How tokens are chosen; one source of chance serves all streams.
         seed: Makes the choices repeatable.
@@ -68,7 +66,7 @@ class DuplexSession:
         self,
         mimi: Mimi,
         lm: LMModel,
-        text: TextPiece,
+        text: SpokenText,
         *,
         batch: int = 1,
         sampling: Sampling | None = None,
@@ -78,7 +76,6 @@ class DuplexSession:
         _require_that_they_fit(mimi, lm)
         self.mimi, self.batch, self.latency = mimi, batch, Latency(1 / mimi.frame_rate)
         self._text, c = text, lm.config
-        self._wordless = {c.existing_text_padding_id, c.existing_text_end_padding_id}
         self._heard = c.n_q - c.dep_q  # streams of codes
         self.device = next(lm.parameters()).device
         self.delay = max(0, c.max_delay - 1)
@@ -191,8 +188,7 @@ class DuplexSession:
 
     def _told(self, tokens: Tensor) -> tuple[str, ...]:
         """The text of tokens (B,)."""
-        wordless = self._wordless | {UNGENERATED}
-        return tuple("" if t in wordless else self._text(t) for t in tokens.tolist())
+        return tuple("" if t == UNGENERATED else self._text.pieces([t]) for t in tokens.tolist())
 
     def _checked(self, sound: Tensor) -> Tensor:
         if sound.dim() == 1:

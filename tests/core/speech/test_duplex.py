@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -34,12 +35,20 @@ def voice(frames: int, batch: int = 1, seed: int = 5) -> Tensor:
     return torch.randn(batch, frames * FRAME, generator=generator) / 10
 
 
-def spell(token: int) -> str:
-    return f"<{token}>"
+class Spelling:
+    """A text that shows the tokens."""
+
+    def pieces(self, ids: Sequence[int]) -> str:
+        return "".join(f"<{token}>" for token in ids if token not in {0, 3})
+
+
+SPELLING = Spelling()
 
 
 def session(model: LMModel | None = None, **choices: Any) -> DuplexSession:
-    return DuplexSession(small_mimi(), model or talker(), spell, **{"sampling": GREEDY} | choices)
+    return DuplexSession(
+        small_mimi(), model or talker(), SPELLING, **{"sampling": GREEDY} | choices
+    )
 
 
 def converse(held: DuplexSession, sound: Tensor) -> list[Reply]:
@@ -78,10 +87,8 @@ def test_a_session_says_what_its_parts_say_one_after_the_other(delays: tuple[int
     for stream in range(2):
         texts = [reply.text[stream] for reply in replies]
         assert texts[: held.delay] == [""] * held.delay
-        wordless = {3: "", 0: ""}
-        assert texts[held.delay :] == [
-            wordless.get(token, spell(token)) for token in tokens[stream, 0].tolist()
-        ]
+        wanted_texts = [SPELLING.pieces([token]) for token in tokens[stream, 0].tolist()]
+        assert texts[held.delay :] == wanted_texts
 
 
 def test_the_first_frame_is_heard() -> None:
@@ -205,10 +212,10 @@ def test_models_that_do_not_fit_together_are_refused() -> None:
 def test_a_closed_session_leaves_its_models_as_they_were() -> None:
     mimi, model = small_mimi(), talker()
     levels = mimi.num_codebooks
-    with DuplexSession(mimi, model, spell) as held:
+    with DuplexSession(mimi, model, SPELLING) as held:
         held.push(voice(1)[0])
         with pytest.raises(RuntimeError, match="streaming already"):
-            DuplexSession(mimi, model, spell).__enter__()
+            DuplexSession(mimi, model, SPELLING).__enter__()
         held.push(voice(1)[0])
     assert not mimi.is_streaming
     assert not model.is_streaming
