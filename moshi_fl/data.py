@@ -247,7 +247,7 @@ def _within_budget(found: list[_Found], limit: int, seed: int) -> list[_Found]:
     """As many files as fit, drawn by a hash of their names; in order of name."""
     if sum(file.size for file in found) > limit:
         kept: list[_Found] = []
-        for file in sorted(found, key=lambda f: _hash(seed, f.name.encode())):
+        for file in sorted(found, key=lambda f: rank(seed, f.name.encode())):
             if file.size <= limit:
                 limit -= file.size
                 kept.append(file)
@@ -280,8 +280,8 @@ def split(sources: Sources, *, seed: int) -> Split:
     """
     if len(sources.taken) == 1:
         return _cut(sources.taken[0].text)
-    ranked = sorted(sources.taken, key=lambda source: _hash(seed, source.digest))
-    count = sum(_hash(seed, source.digest) < HELD_OUT for source in ranked)
+    ranked = sorted(sources.taken, key=lambda source: rank(seed, source.digest))
+    count = sum(rank(seed, source.digest) < HELD_OUT for source in ranked)
     count = min(max(count, 1), len(ranked) - 1)
     chosen = {source.digest for source in ranked[:count]}
     return Split(
@@ -300,7 +300,7 @@ def _cut(text: str) -> Split:
     return Split((text[: -held_out - gap],), (text[-held_out:],))
 
 
-def _hash(seed: int, data: bytes) -> float:
+def rank(seed: int, data: bytes) -> float:
     """A number in [0, 1) that depends on the seed and the data alone."""
     state = hashlib.sha256(seed.to_bytes(8, "little") + data)
     return int.from_bytes(state.digest()[:6], "big") / 2**48
