@@ -12,17 +12,15 @@ BINS = math.ceil(math.log(1e4 / LEAST) / math.log1p(STEP))  # up to some three h
 class Latency:
     """Times of frames.
 
-    Args:
-        frame: Seconds of sound in one.
-
     Attributes:
+        frame: Seconds of sound in one.
         frames: How many there were.
         worst: The longest, in seconds; exact.
         total: Of all, in seconds.
     """
 
     def __init__(self, frame: float) -> None:
-        self._frame, self._counts = frame, [0] * (BINS + 1)
+        self.frame, self._counts = frame, [0] * (BINS + 1)
         self.frames, self.worst, self.total = 0, 0.0, 0.0
 
     def add(self, seconds: float) -> None:
@@ -44,4 +42,4 @@ class Latency:
     @property
     def real_time_factor(self) -> float:
         """Seconds of work for a second of sound; below 1 keeps up. 0 if there were no frames."""
-        return self.total / (self.frames * self._frame) if self.frames else 0.0
+        return self.total / (self.frames * self.frame) if self.frames else 0.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from moshi_fl.models.speech.latency import Latency
 from moshi_fl.models.speech.lm import LMModel
 from moshi_fl.models.speech.sampling import Sampling
 from tests.support.mimis import small_mimi
-from tests.support.speeches import lm_of, tiny
+from tests.support.speeches import Spelling, lm_of, tiny
 
 FRAME = 1920
 GREEDY = Sampling(use_sampling=False)
@@ -33,13 +32,6 @@ def talker(**changes: Any) -> LMModel:
 def voice(frames: int, batch: int = 1, seed: int = 5) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, frames * FRAME, generator=generator) / 10
-
-
-class Spelling:
-    """A text that shows the tokens."""
-
-    def pieces(self, ids: Sequence[int]) -> str:
-        return "".join(f"<{token}>" for token in ids if token not in {0, 3})
 
 
 SPELLING = Spelling()
