@@ -47,6 +47,8 @@ class TrainingRules(_Table, frozen=True, kw_only=True):
     gradient_clip: PositiveFloat = 1.0
     warmup_fraction: Fraction = 0.05
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    trains: Name = "all"
+    """What of the model: ``all``, or a part that its family has, such as ``lora``."""
 
 
 class DeltaRules(_Table, frozen=True, kw_only=True):

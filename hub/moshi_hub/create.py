@@ -81,7 +81,7 @@ def create(plan: Plan, home: Path, preset: Preset | None = None) -> Snapshot:
     weights = task.initial_weights(plan.seed)
     if plan.eval_data:
         replica.folder.mkdir(parents=True, exist_ok=True)
-        store_pool(replica, config, preset.tokenizer, plan.eval_data)
+        store_pool(replica, config, preset.tokenizer, plan.eval_data, weights)
     record = Round(
         hub=config.hub.id,
         round=0,

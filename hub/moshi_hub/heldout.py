@@ -28,10 +28,24 @@ def pool_path(replica: Replica) -> Path:
     return replica.folder / POOL_FILE
 
 
-def store_pool(replica: Replica, config: HubConfig, tokenizer: bytes, paths: Sequence[Path]) -> str:
+def store_pool(
+    replica: Replica,
+    config: HubConfig,
+    tokenizer: bytes,
+    paths: Sequence[Path],
+    weights: Weights | None = None,
+) -> str:
     """Draw evaluation sequences from files and keep them on this machine.
 
     They are those that all evaluators measure, and twice as many as one measures for itself.
+
+    Args:
+        replica: The hub's copy on this machine.
+        config: The hub's settings.
+        tokenizer: Its tokenizer.
+        paths: The files.
+        weights: The hub's, for a family that reads data with a part of its model; None takes
+            those of its newest round.
 
     Returns:
         SHA-256 of the pool.
@@ -40,8 +54,10 @@ def store_pool(replica: Replica, config: HubConfig, tokenizer: bytes, paths: Seq
         DataError: Nothing usable is in the files.
     """
     from moshi_fl.models import get_family
+    from moshi_fl.models.common import able_to_read
 
     task = get_family(config.family).load(config.model_table, tokenizer)
+    task = able_to_read(task, lambda: replica.pull().load() if weights is None else weights)
     corpus = task.read(paths, seed=POOL_SEED)
     count = config.evaluation.sequences + 2 * config.evaluation.private_sequences
     pool = task.pool(corpus, count, seed=POOL_SEED, held_out=False)

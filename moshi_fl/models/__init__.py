@@ -20,6 +20,7 @@ ENTRY_POINTS = "moshi_fl.families"
 _BUILT_IN = {
     "char": "moshi_fl.models.char_family:FAMILY",
     "moc": "moshi_fl.models.moc_family:FAMILY",
+    "speech": "moshi_fl.models.speech.family:FAMILY",
 }
 
 

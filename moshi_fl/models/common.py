@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from moshi_fl.errors import ConfigError, CorruptRecord
+from moshi_fl.models.family import ReadsWithModel, Task, TrainsInParts
 from moshi_fl.weights import Weights
 
 Settings = TypeVar("Settings")
 _SHOWN = 10
 
 
+def weight_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """What a module's weights are, by name: its parameters, and the buffers that it would save.
+
+    Such buffers, a codec's codebooks, are found by other means than gradients; all but floating
+    point ones are left out.
+    """
+    named = dict(module.named_parameters())
+    kept = module.state_dict(keep_vars=True)
+    buffers = {
+        name: buffer
+        for name, buffer in module.named_buffers()
+        if name in kept and buffer.is_floating_point()
+    }
+    return named | buffers
+
+
 def load_weights(module: nn.Module, weights: Weights) -> None:
-    """Copy weights into a module's parameters; all names and shapes must agree.
+    """Copy weights into a module's parameters and buffers; all names and shapes must agree.
 
     Names in ``module.computed_tensors`` (tensors that a checkpoint may hold but that the module
     computes) are passed over.
@@ -27,7 +44,7 @@ def load_weights(module: nn.Module, weights: Weights) -> None:
     Raises:
         CorruptRecord: Missing, extra or misshapen tensors; the module is unchanged.
     """
-    parameters = dict(module.named_parameters())
+    parameters = weight_tensors(module)
     computed: frozenset[str] = getattr(module, "computed_tensors", frozenset())
     problems = [f"{name} is missing" for name in parameters if name not in weights]
     for name in sorted(weights):
@@ -49,11 +66,46 @@ def _abridged(problems: list[str]) -> str:
 
 
 def extract_weights(module: nn.Module) -> dict[str, NDArray[np.float32]]:
-    """Float32 copies of a module's parameters by name."""
+    """Float32 copies of a module's parameters and buffers by name."""
     return {
-        name: np.array(parameter.detach().cpu().float().numpy())
-        for name, parameter in module.named_parameters()
+        name: np.array(tensor.detach().cpu().float().numpy())
+        for name, tensor in weight_tensors(module).items()
     }
+
+
+def require_part(task: object, part: str) -> None:
+    """Whether a task's model can be trained so.
+
+    Raises:
+        ConfigError: It cannot; says what can be.
+    """
+    if isinstance(task, TrainsInParts):
+        if part not in task.parts:
+            raise ConfigError(
+                f"this hub's model has no part {part!r} to train; parts: {', '.join(task.parts)}.",
+                hint=f"--trains {' | '.join(task.parts)}",
+            )
+    elif part != "all":
+        raise ConfigError(
+            f"models of this family are trained whole; {part!r} alone is asked for.",
+            hint="leave out --trains (and [training] trains in hub.toml)",
+        )
+
+
+def train_only(task: object, module: nn.Module, part: str) -> None:
+    """Let only this part of a task's module learn; ``all`` is whatever its task builds to learn.
+
+    Raises:
+        ConfigError: There is no such part.
+    """
+    require_part(task, part)
+    if isinstance(task, TrainsInParts):
+        task.only(module, part)
+
+
+def able_to_read(task: Task, weights: Callable[[], Weights]) -> Task:
+    """The task, with what it needs of the model's weights to read data."""
+    return task.reading_with(weights()) if isinstance(task, ReadsWithModel) else task
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -200,6 +200,68 @@ class CutsPools(Protocol):
         ...
 
 
+@runtime_checkable
+class TrainsInParts(Protocol):
+    """A task whose model can be trained in part; any other is trained whole."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What ``--trains`` may name, ``all`` among them."""
+        ...
+
+    def only(self, module: nn.Module, part: str) -> None:
+        """Let this one of ``parts`` learn, and nothing else."""
+        ...
+
+
+@runtime_checkable
+class ReadsWithModel(Protocol):
+    """A task that reads data with a part of the model that never trains, such as a codec."""
+
+    def reading_with(self, weights: Weights) -> Task:
+        """The same task, able to read."""
+        ...
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """What is dealt out as a whole when a simulation shares data out.
+
+    Attributes:
+        path: What ``Task.read`` takes; files that belong to it lie beside it.
+        name: Within the folder that was given.
+        digest: SHA-256 of the content; equal ones are taken once.
+        bytes: Size of all of it.
+    """
+
+    path: Path
+    name: str
+    digest: bytes
+    bytes: int
+
+
+@runtime_checkable
+class FindsFiles(Protocol):
+    """A task whose data is not source text: says itself which files can be dealt out."""
+
+    def files(self, path: Path) -> Sequence[DataFile]:
+        """All under a file or folder, in order of name.
+
+        Raises:
+            DataError: Nothing usable is there.
+        """
+        ...
+
+
+@runtime_checkable
+class Explains(Protocol):
+    """A task that can say more about a model than its loss on a pool."""
+
+    def figures(self, module: nn.Module, pool: bytes, device: torch.device) -> Mapping[str, float]:
+        """Means over the pool by name, such as ``{"text perplexity": 12.1}``."""
+        ...
+
+
 class SpokenText(Protocol):
     """What turns the tokens of a model's text stream into text."""
 

@@ -8,7 +8,7 @@ with the same number of threads.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -69,11 +69,12 @@ class Engine:
         self._loss = loss
         self._half = recipe.precision == "bf16"
         self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self._frozen = {n: p for n, p in module.named_parameters() if not p.requires_grad}
         self.weights = {
             name: parameter.data.clone() if self._half else parameter.data
             for name, parameter in self.parameters.items()
         }
-        groups = _groups(module, self.parameters)
+        groups = _groups(module, [*self.parameters, *self._frozen])
         self._exact = {name for name, group in groups.items() if group.stays_float32}
         self.optimizer = AdamW(
             self.weights, weight_decay=recipe.weight_decay, beta2=recipe.beta2, groups=groups
@@ -93,23 +94,28 @@ class Engine:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Training mode; with bf16, the module holds rounded copies of the weights inside."""
+        frozen = {name: parameter.data for name, parameter in self._frozen.items()}
         devices = [torch.device(self.recipe.device)] if "cuda" in self.recipe.device else []
         self.module.train()
         if self._half:
             for name, parameter in self.parameters.items():
                 weight = self.weights[name]
                 parameter.data = weight if name in self._exact else weight.bfloat16()
+            for name in self._frozen.keys() - self._exact:
+                self._frozen[name].data = frozen[name].bfloat16()
         if self.recipe.compile:
             self.module.compile()  # in place: the parameters keep their names
         with torch.random.fork_rng(devices):
             try:
                 yield
             finally:
-                self._release()
+                self._release(frozen)
 
-    def _release(self) -> None:
+    def _release(self, frozen: Mapping[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.data, parameter.grad = self.weights[name], None
+        for name, parameter in self._frozen.items():
+            parameter.data = frozen[name]
         if self.recipe.compile:
             self.module._compiled_call_impl = None  # noqa: SLF001 - there is no other way back
         self.module.eval()

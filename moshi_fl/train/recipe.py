@@ -34,6 +34,7 @@ class Recipe:
     beta2: float = BETA2
     gradient_clip: float = 1.0  # joint norm of all gradients
     precision: str = "fp32"  # bf16: activations and gradients; weights and moments stay float32
+    trains: str = "all"  # or the part of the model that learns, where its family has parts
     compile: bool = False
     seed: int = 0
     device: str = "cpu"

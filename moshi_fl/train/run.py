@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from moshi_fl.models.common import train_only
 from moshi_fl.models.family import Corpus, Task
 from moshi_fl.train.checkpoint import Identity, identity, restore_checkpoint, save_checkpoint
 from moshi_fl.train.clock import Clock, Progress, TrainResult
@@ -50,6 +51,7 @@ def train(
         OSError: The checkpoint cannot be written; the one before it stays.
     """
     recipe = recipe.settled()
+    train_only(task, module, recipe.trains)
     module.to(recipe.device)
     engine = _engine(module, task, recipe)
     saver = _Saver(checkpoint, checkpoint_seconds, identity(module, corpus, recipe))
@@ -122,8 +124,9 @@ def calibrate(
     module: nn.Module, task: Task, corpus: Corpus, recipe: Recipe, *, minutes: float
 ) -> int:
     """How many steps of this recipe fit into so many minutes, by timing a few on a copy."""
-    recipe = recipe.settled()
-    engine = _engine(copy.deepcopy(module).to(recipe.device), task, recipe)
+    recipe, module = recipe.settled(), copy.deepcopy(module)
+    train_only(task, module, recipe.trains)
+    engine = _engine(module.to(recipe.device), task, recipe)
     steps = _steps(task, corpus, recipe, 0)
     seconds = []
     with engine.active():

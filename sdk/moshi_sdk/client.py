@@ -23,7 +23,7 @@ from flwr.clientapp import ClientApp
 from moshi_fl.errors import ConfigError
 from moshi_fl.flower import ARRAYS, METRICS, arrays_in, config_in, to_arrays
 from moshi_fl.models import get_family
-from moshi_fl.models.common import extract_weights, load_weights
+from moshi_fl.models.common import able_to_read, extract_weights, load_weights
 from moshi_fl.models.family import Corpus, Task
 from moshi_fl.train import Progress, Recipe, train
 
@@ -70,7 +70,7 @@ def job_config(
 @app.train()
 def train_client(message: Message, context: Context) -> Message:
     """Train the weights in the message on this node's data and reply with what became of them."""
-    job = _job(config_in(message), context)
+    job = _job(message, context)
     module = job.task.build()
     load_weights(module, arrays_in(message))
     result = train(
@@ -95,7 +95,7 @@ def train_client(message: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate_client(message: Message, context: Context) -> Message:
     """Measure the weights in the message on this node's held-out data."""
-    job = _job(config_in(message), context)
+    job = _job(message, context)
     module = job.task.build()
     load_weights(module, arrays_in(message))
     pool = job.task.pool(job.corpus, 32, seed=job.recipe.seed, held_out=True)
@@ -104,14 +104,16 @@ def evaluate_client(message: Message, context: Context) -> Message:
     return Message(content=RecordDict({METRICS: metrics}), reply_to=message)
 
 
-def _job(config: ConfigRecord, context: Context) -> Job:
+def _job(message: Message, context: Context) -> Job:
+    config = config_in(message)
     model, tokenizer = json.loads(str(config["model"])), config["tokenizer"]
     if not isinstance(tokenizer, bytes):
         raise ConfigError("the message's tokenizer is not bytes.")
     task = get_family(str(config["family"])).load(model, tokenizer)
     recipe = _recipe(config)
     checkpoint = str(context.node_config.get("checkpoint", ""))
-    corpus = _corpus.get() or _read(task, context, recipe.seed)
+    reader = able_to_read(task, lambda: arrays_in(message))
+    corpus = _corpus.get() or _read(reader, context, recipe.seed)
     return Job(task, recipe, corpus, Path(checkpoint) if checkpoint else None)
 
 

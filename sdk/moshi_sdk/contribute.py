@@ -6,10 +6,10 @@ train (in a Flower ``ClientApp``), measure, encode, sign, send.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from msgspec import UnsetType
@@ -21,13 +21,14 @@ from moshi_fl.config import home as default_home
 from moshi_fl.errors import Rejected, TrainingError
 from moshi_fl.history import DELTA_FILE, HubState
 from moshi_fl.hubfile import HubConfig
-from moshi_fl.models.family import Corpus, DataSummary, Task
+from moshi_fl.models.common import able_to_read, require_part
+from moshi_fl.models.family import Corpus, DataSummary, Explains, Task
 from moshi_fl.policy import NO_DEMANDS, Policy
 from moshi_fl.records import Contribution, File, Location, Metrics, Privacy, dump
 from moshi_fl.replica import Replica, Snapshot
 from moshi_fl.signing import Signer, own_signer
 from moshi_fl.train import Progress, Recipe
-from moshi_fl.weights import Weights, open_weights, save_weights, sha256_bytes, write_atomic
+from moshi_fl.weights import Array, Weights, open_weights, save_weights, sha256_bytes, write_atomic
 from moshi_sdk.feedback import Feedback
 from moshi_sdk.identity import before_sending, check_key, signature_of
 from moshi_sdk.planning import Options, make_plan, recipe_of
@@ -36,6 +37,9 @@ from moshi_sdk.pull_request import forge_of, propose, pushing_to
 from moshi_sdk.runs import Run, RunPlan, Runs
 from moshi_sdk.submit import Sent, delta_commit, is_merged, submit
 from moshi_sdk.sync import SyncManager
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["Listener", "Options", "Outcome", "contribute", "discard", "load_task", "resume"]
 
@@ -138,7 +142,8 @@ def contribute(
     signer = own_signer(home, options.key, interactive=options.interactive)
     snapshot = manager.pull()
     listener.stage("sync", _whence(snapshot))
-    task = load_task(snapshot.state)
+    task = able_to_read(load_task(snapshot.state), snapshot.load)
+    require_part(task, options.trains or snapshot.state.config.training.trains)
     paths = tuple(Path(path).expanduser().resolve() for path in data)
     corpus = task.read(paths, seed=0, max_bytes=options.max_bytes)
     listener.stage("data", describe(corpus.summary))
@@ -193,7 +198,7 @@ def resume(  # noqa: PLR0913 - one parameter an option
     snapshot = manager.pull()
     listener.stage("sync", f"{_whence(snapshot)}; resuming from round {run.plan.base_round}")
     tokenizer = run.tokenizer.read_bytes() if run.tokenizer.exists() else None
-    task = load_task(snapshot.state, tokenizer)
+    task = able_to_read(load_task(snapshot.state, tokenizer), lambda: open_weights(run.base))
     account = Account(home, snapshot.state.config.hub.id)
     shared = (manager.replica, snapshot, task, run, listener, signer)
     work = _Work(*shared, account, privacy_budget)
@@ -257,14 +262,18 @@ def _train_and_encode(work: _Work) -> Contribution:
     if not work.run.trained.exists():
         _train(work, corpus, recipe)
     base, trained = open_weights(work.run.base), open_weights(work.run.trained)
-    delta = {name: np.subtract(trained[name], base[name]) for name in base}
+    delta = _difference(trained, base)
     if privacy:  # losses and characters follow from data, and no accounting covers them
         work.listener.stage("measure", "not measured: with --dp the record has no losses")
         return _encode(work, delta, plan.base_round, plan.base, privacy=privacy)
-    metrics = _measure(work, corpus, base, trained, recipe.device)
+    metrics = _measure(work, corpus, base, {**base, **trained}, recipe.device)
     proposed = corpus.summary.proposed_characters[:1000]
     fields = {"metrics": metrics, "proposed_characters": proposed}
     return _encode(work, delta, plan.base_round, plan.base, **fields)
+
+
+def _difference(trained: Weights, base: Weights) -> dict[str, Array]:
+    return {name: np.subtract(trained[name], base[name]) for name in trained}
 
 
 def _spend(work: _Work) -> Privacy | None:
@@ -293,6 +302,10 @@ def _measure(work: _Work, corpus: Corpus, base: Weights, trained: Weights, devic
         "measure",
         f"loss on your held-out part {metrics.held_out_before:.4f} -> {metrics.held_out_after:.4f}",
     )
+    if isinstance(work.task, Explains):
+        before, after = (_figures(work.task, w, pool, device) for w in (base, trained))
+        changes = (f"{name} {value:.4g} -> {after[name]:.4g}" for name, value in before.items())
+        work.listener.stage("measure", "; ".join(changes))
     return metrics
 
 
@@ -324,29 +337,45 @@ def _train(work: _Work, corpus: Corpus, recipe: Recipe) -> None:
             lower = "a lower learning rate (--lr)"
             hint = f"Try again with {lower}; nothing was sent. --discard drops this run."
             raise TrainingError(str(error), hint=hint) from error
-    save_weights(work.run.trained, arrays_in(reply))
+    base, trained = open_weights(work.run.base), arrays_in(reply)
+    if recipe.trains != "all":  # then most of it is what it was, and that is on the disk already
+        trained = {n: a for n, a in trained.items() if not np.array_equal(a, base[n])}
+    save_weights(work.run.trained, trained)
     work.run.checkpoint.unlink(missing_ok=True)
 
 
 def _loss(task: Task, weights: Weights, pool: bytes, device: str) -> float:
     import torch
 
+    losses = task.evaluate(_module(task, weights, device), pool, torch.device(device))
+    return round(float(losses.mean()), 6)
+
+
+def _figures(task: Explains, weights: Weights, pool: bytes, device: str) -> Mapping[str, float]:
+    import torch
+
+    return task.figures(_module(task, weights, device), pool, torch.device(device))
+
+
+def _module(task: Any, weights: Weights, device: str) -> nn.Module:
     from moshi_fl.models.common import load_weights
 
-    module = task.build()
+    module: nn.Module = task.build()
     load_weights(module, weights)
-    losses = task.evaluate(module.to(device), pool, torch.device(device))
-    return round(float(losses.mean()), 6)
+    return module.to(device)
 
 
 def _encode(work: _Work, delta: Weights, number: int, base: str, **fields: Any) -> Contribution:
     """Encode a delta against a round, and make the record with these further fields."""
     rules, plan = work.config.delta, work.run.plan
     codec = get_codec(rules.codec, rules.options)
-    carry = _carry(work)
+    carry = _carry(work) or {}
+    waiting = {name: part for name, part in carry.items() if name not in delta}
+    carry = {name: part for name, part in carry.items() if name in delta}
     entries, rest = encode_delta(delta, codec, carry)
     data = delta_bytes(entries, codec)
-    save_weights(work.run.carry, rest)
+    # What earlier ones could not say of a part that did not train now waits until it does again.
+    save_weights(work.run.carry, {**waiting, **rest})
     write_atomic(work.run.delta, data)
     contribution = Contribution(
         hub=work.config.hub.id,
@@ -427,11 +456,10 @@ def _discount(config: HubConfig, age: int) -> str:
 
 def _rebase(work: _Work, contribution: Contribution, age: int) -> tuple[Contribution, str]:
     newest = work.state.newest
-    base, trained = open_weights(work.run.base), open_weights(work.run.trained)
-    delta = {name: np.subtract(trained[name], base[name]) for name in base}
+    delta = _difference(open_weights(work.run.trained), open_weights(work.run.base))
     later = work.replica.chain(work.state, work.run.plan.base_round + 1)
     rows = sum(len(entry.growth.characters) for entry in later if entry.growth)
-    for name in newest.vocabulary_tensors if rows else ():
+    for name in set(newest.vocabulary_tensors) & set(delta) if rows else ():
         unchanged = np.zeros((rows, *delta[name].shape[1:]), np.float32)
         delta[name] = np.concatenate([delta[name], unchanged])
     rebased = _encode(

@@ -6,14 +6,15 @@ partitions, and no text lies in two parts, not even as a copy under another name
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from moshi_fl.data import HELD_OUT, Source, read_sources
+from moshi_fl.data import HELD_OUT, read_sources
 from moshi_fl.errors import ConfigError, DataError
+from moshi_fl.models.family import DataFile
 
 SPLITS = ("iid", "directory")
 
@@ -53,15 +54,36 @@ class Partition:
     held_out: Share
 
 
-def partition(paths: Sequence[Path], clients: int, *, how: str, seed: int) -> Partition:
+Find = Callable[[Path], Sequence[DataFile]]
+"""What can be dealt out under a file or folder."""
+
+
+def source_files(path: Path) -> list[DataFile]:
+    """Source texts, by the rules of ``moshi_fl.data``."""
+    root, found = path.expanduser().resolve(), []
+    for source in read_sources([root]).taken:
+        place = root if root.is_file() else root / source.name
+        found.append(DataFile(place, source.name, source.digest, len(source.text.encode())))
+    return found
+
+
+def partition(
+    paths: Sequence[Path],
+    clients: int,
+    *,
+    how: str,
+    seed: int,
+    find: Find = source_files,
+) -> Partition:
     """Deal the files under ``paths`` out to so many clients.
 
     Args:
-        paths: Files and folders, read by the rules of ``moshi_fl.data``.
+        paths: Files and folders.
         clients: How many shares to make.
         how: ``iid``: files in random order, one client after the other. ``directory``: whole
             top-level directories, the largest first, each to the client that has least.
         seed: Decides the order, and which files are held out.
+        find: What files there are; source texts by default.
 
     Raises:
         ConfigError: There is no such split.
@@ -69,13 +91,13 @@ def partition(paths: Sequence[Path], clients: int, *, how: str, seed: int) -> Pa
     """
     if how not in SPLITS:
         raise ConfigError(f"there is no split {how!r}; known: {', '.join(SPLITS)}.")
-    files = find_files(paths)
+    files = find_files(paths, find)
     if len(files) <= clients:
         raise DataError(
             f"{len(files)} usable files are too few for {clients} clients and a held-out part.",
             hint=f"--clients {len(files) - 1}, or more --data"
             if len(files) > 1
-            else "give --data a folder with more source files",
+            else "give --data a folder with more files",
         )
     order = np.random.default_rng(seed).permutation(len(files))
     shuffled = [files[index] for index in order]
@@ -85,8 +107,8 @@ def partition(paths: Sequence[Path], clients: int, *, how: str, seed: int) -> Pa
     return Partition(deal(rest, clients), Share("held out", tuple(held_out)))
 
 
-def find_files(paths: Sequence[Path]) -> list[File]:
-    """All usable files in order of name; of equal texts, the first.
+def find_files(paths: Sequence[Path], find: Find = source_files) -> list[File]:
+    """All usable files in order of name; of equal ones, the first.
 
     Raises:
         DataError: A path does not exist, or there is nothing usable under one.
@@ -94,17 +116,15 @@ def find_files(paths: Sequence[Path]) -> list[File]:
     found: dict[bytes, File] = {}
     for path in paths:
         root = path.expanduser().resolve()
-        for source in read_sources([root]).taken:
-            found.setdefault(source.digest, _file(root, source))
+        for file in find(root):
+            found.setdefault(file.digest, _file(root, file))
     return list(found.values())
 
 
-def _file(root: Path, source: Source) -> File:
-    size = len(source.text.encode())
-    if root.is_file():
-        return File(root, root.name, size)
-    top, slash, _ = source.name.partition("/")
-    return File(root / source.name, f"{root.name}/{top}" if slash else root.name, size)
+def _file(root: Path, file: DataFile) -> File:
+    top, slash, _ = file.name.partition("/")
+    directory = f"{root.name}/{top}" if slash and not root.is_file() else root.name
+    return File(file.path, directory, file.bytes)
 
 
 def _held_out(files: Sequence[File], most: int) -> list[File]:

@@ -38,6 +38,8 @@ class Options:
     learning_rate: float | None = None
     batch_size: int | None = None
     precision: str | None = None
+    trains: str | None = None
+    """The part of the model that learns, where its family has parts."""
     device: str = "cpu"
     seed: int | None = None
     contributor: str = "anonymous"
@@ -79,6 +81,7 @@ def make_plan(
         gradient_clip=rules.gradient_clip,
         warmup_fraction=rules.warmup_fraction,
         precision=_precision(options, rules.precision),
+        trains=options.trains or rules.trains,
         seed=_seed(options, snapshot),
         device=options.device,
         **_private_fields(options.privacy),
@@ -108,6 +111,7 @@ def make_plan(
         accumulation=_unless(recipe.accumulation, 1),
         schedule=_unless(recipe.schedule, "one-cycle"),
         beta2=_unless(recipe.beta2, BETA2),
+        trains=_unless(recipe.trains, "all"),
         privacy=privacy,
     )
 
@@ -199,6 +203,7 @@ def recipe_of(plan: RunPlan) -> Recipe:
         gradient_clip=plan.gradient_clip,
         warmup_fraction=plan.warmup_fraction,
         precision=training.precision,
+        trains=_or(plan.trains, "all"),
         seed=training.seed,
         device=plan.device,
         **_private_fields(_or(plan.privacy, None)),

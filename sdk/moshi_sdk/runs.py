@@ -60,6 +60,7 @@ class RunPlan(Record, frozen=True, kw_only=True):
     accumulation: Annotated[int, Meta(ge=1)] | UnsetType = UNSET
     schedule: Name | UnsetType = UNSET
     beta2: float | UnsetType = UNSET
+    trains: Name | UnsetType = UNSET
     privacy: PrivacyPlan | UnsetType = UNSET
 
     @property

@@ -142,6 +142,7 @@ def recipe(config: HubConfig, options: Options) -> Recipe:
         gradient_clip=rules.gradient_clip,
         warmup_fraction=rules.warmup_fraction,
         precision=rules.precision,
+        trains=rules.trains,
         seed=options.seed,
         device=options.device,
     )

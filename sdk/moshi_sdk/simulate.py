@@ -22,15 +22,15 @@ from moshi_fl.aggregate import apply_step
 from moshi_fl.codec import get_codec
 from moshi_fl.errors import DataError
 from moshi_fl.models import get_family
-from moshi_fl.models.common import load_weights
-from moshi_fl.models.family import Corpus, Task
+from moshi_fl.models.common import able_to_read, load_weights, require_part
+from moshi_fl.models.family import Corpus, FindsFiles, Task
 from moshi_fl.plot import Chart, Line
 from moshi_fl.rules import shapes_of
 from moshi_fl.train import Progress
 from moshi_fl.weights import Weights
 from moshi_sdk.client import job_config
 from moshi_sdk.grid import LocalGrid
-from moshi_sdk.partition import Share, partition
+from moshi_sdk.partition import Share, partition, source_files
 from moshi_sdk.scenario import Options, Start, from_hub, from_preset, recipe, settle
 from moshi_sdk.virtual import Sent, Uplink, server
 
@@ -193,18 +193,22 @@ class Federation:
         self._recipe = recipe(self.config, self.options)
         self._codec = get_codec(self.config.delta.codec, self.config.delta.options)
         self._task = get_family(self.config.family).load(self.config.model_table, start.tokenizer)
+        require_part(self._task, self._recipe.trains)
         self.weights: Weights = start.weights or self._task.initial_weights(self.options.seed)
         """The global weights as they are now."""
+        self._reader = able_to_read(self._task, lambda: self.weights)
         self._server = server(self.config.aggregation, shapes_of(self.weights), strategy)
         self._strategy = type(strategy).__name__ if strategy else self.config.aggregation.strategy
         self._deal([Path(path) for path in ([data] if isinstance(data, str) else data)])
 
     def _deal(self, paths: Sequence[Path]) -> None:
         seed = self.options.seed
-        parts = partition(paths, self.options.clients, how=self.options.split, seed=seed)
+        how, count = self.options.split, self.options.clients
+        find = self._task.files if isinstance(self._task, FindsFiles) else source_files
+        parts = partition(paths, count, how=how, seed=seed, find=find)
         self.held_out = parts.held_out
         """Files that no client has."""
-        self._pool = _pool(self._task, parts.held_out, self.config.evaluation.sequences, seed)
+        self._pool = _pool(self._reader, parts.held_out, self.config.evaluation.sequences, seed)
         self._corpora: dict[int, Corpus] = {}
         shares = enumerate(parts.shares, 1)
         self.clients = tuple(self._client(number, share) for number, share in shares)
@@ -217,7 +221,7 @@ class Federation:
 
     def _client(self, number: int, share: Share) -> Client:
         try:
-            corpus = self._task.read(share.paths, seed=self.options.seed)
+            corpus = self._reader.read(share.paths, seed=self.options.seed)
         except DataError as error:
             return Client(number, share, 0, f"left out: {error}")
         self._corpora[number] = corpus

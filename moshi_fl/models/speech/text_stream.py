@@ -98,6 +98,10 @@ class TextStream:
             return bytes([int(found[3:-1], 16)]).decode(errors="replace")
         return found.replace("▁", " ")
 
+    def pieces(self, tokens: Sequence[int]) -> str:
+        """The text of some tokens in a row, with a space where a word begins."""
+        return "".join(map(self.piece, tokens))
+
     def _is_text(self, token: int) -> bool:
         if token in {self.padding, self.end_of_padding} or token < 0:
             return False

@@ -57,6 +57,9 @@ DP = {"dp_clip": "max_gradient_norm", "dp_noise": "noise_multiplier", "dp_delta"
 @click.option(
     "--precision", type=click.Choice(["fp32", "bf16", "auto"]), help="Arithmetic of training."
 )
+@click.option(
+    "--trains", metavar="PART", help="What of the model: all, or a part such as lora or ttt."
+)
 @click.option("--seed", type=click.IntRange(0), help="Seed of batches and dropout.")
 @click.option("--contributor", help="Your name in the record; public.")
 @click.option(
@@ -167,6 +170,7 @@ def _options(flags: dict[str, Any], settings: Any, dry_run: bool) -> Any:
         "epochs",
         "learning_rate",
         "batch_size",
+        "trains",
         "seed",
         "max_bytes",
     )
