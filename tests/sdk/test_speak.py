@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import tracemalloc
 import wave
 from collections.abc import Iterator
@@ -17,8 +18,11 @@ from moshi_fl.models.speech.audio import audio_writer, read_audio, write_audio
 from moshi_fl.models.speech.duplex import DuplexSession
 from moshi_fl.models.speech.lm import LMModel
 from moshi_fl.models.speech.sampling import Sampling
+from moshi_hub.cli import main as hub_main
+from moshi_sdk.cli import main as fl_main
 from moshi_sdk.speak import converse, require_files
 from tests.support.mimis import small_mimi
+from tests.support.simulator import HubSimulator
 from tests.support.speeches import Spelling, lm_of, tiny
 
 FRAME, RATE = 1920, 24_000
@@ -145,3 +149,54 @@ def test_files_that_cannot_be_used_are_named_before_any_work(tmp_path: Path) -> 
     ):
         with pytest.raises(DataError, match=message):
             require_files(source, out)
+
+
+@pytest.fixture(scope="module")
+def speaking_hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hub of the preset ``tiny``, at round 0: it babbles."""
+    folder = tmp_path_factory.mktemp("speaking")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOSHI_FL_HOME", str(folder / "home"))
+        words = ["init", str(folder / "hub.git"), "--family", "speech", "--preset", "tiny"]
+        assert hub_main(words) == 0
+    return folder / "hub.git"
+
+
+def test_a_hubs_model_answers_on_a_machine_that_never_saw_it(
+    speaking_hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "user.wav", tmp_path / "reply.wav"
+    write_audio(source, voice(1.5, rate=44_100), sample_rate=44_100)
+    words = ["speak", "--hub", str(speaking_hub), "--in", str(source), "--seed", "3"]
+    assert fl_main([*words, "--out", str(out), "--seconds", "1", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["round"] == 0
+    assert facts["text"].strip()
+    assert facts["frames"] == 19 + 13  # whole frames of 1.5 s, and of one more
+    assert 0 < facts["median_ms"] <= facts["p95_ms"] <= facts["worst_ms"]
+    assert facts["real_time_factor"] > 0
+    reply = read_audio(out, channels=1)
+    assert reply.shape == (1, 32 * FRAME)
+    assert reply.std() > 0
+    again = tmp_path / "again.wav"
+    assert fl_main([*words, "--out", str(again), "--seconds", "1", "--offline"]) == 0
+    captured = capsys.readouterr()
+    assert again.read_bytes() == out.read_bytes()
+    assert captured.out.startswith(facts["text"])
+    assert "real time factor" in captured.out
+    other = tmp_path / "eight.flac"
+    assert fl_main([*words, "--out", str(other), "--int8", "--stereo", "--top-k", "0"]) == 0
+    assert read_audio(other, channels=2).shape == (2, 19 * FRAME)
+
+
+def test_a_model_that_only_writes_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub = HubSimulator(tmp_path / "writing")
+    source, out = tmp_path / "user.wav", tmp_path / "reply.wav"
+    write_audio(source, voice(0.2))
+    assert fl_main(["speak", "--hub", hub.url, "--in", str(source), "--out", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert "neither hears nor speaks" in said
+    assert "moshi-fl generate" in said
+    assert not out.exists()

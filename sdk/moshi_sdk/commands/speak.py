@@ -97,6 +97,6 @@ def _report(console: Console, session: DuplexSession, out: Path, number: int | N
     )
     if latency.real_time_factor > 1:
         console.note(
-            f"A frame is {1e3 * latency.frame:.0f} ms; this machine does not keep up with a "
-            "live conversation. --int8 is faster."
+            f"A frame is {1e3 * latency.frame:.0f} ms: this machine does not keep up with a live "
+            "conversation. Eight bits (--int8) are faster."
         )
