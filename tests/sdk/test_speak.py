@@ -28,6 +28,11 @@ from tests.support.speeches import Spelling, lm_of, tiny
 FRAME, RATE = 1920, 24_000
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # frames are small: a second thread is waited for, not used
+
+
 @pytest.fixture(scope="module")
 def model() -> LMModel:
     return lm_of(tiny(card=64))
