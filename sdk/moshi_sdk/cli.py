@@ -15,6 +15,7 @@ COMMANDS = {
     "sync": ("moshi_sdk.commands.sync:sync", "Fetch and verify a hub's current model."),
     "status": ("moshi_sdk.commands.status:status", "Show a hub's rounds and your own work."),
     "generate": ("moshi_sdk.commands.generate:generate", "Continue a text with the model."),
+    "speak": ("moshi_sdk.commands.speak:speak", "Answer a voice with the model, in sound."),
     "tokenize": (
         "moshi_sdk.commands.tokenize:tokenize",
         "Make a tokenizer, and token shards to train on.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +94,10 @@ def codes_of(config: LMConfig, batch: int = 2, length: int = 30, seed: int = 1) 
     text = torch.randint(config.text_card, (batch, 1, length), generator=generator)
     audio = torch.randint(config.card, (batch, config.n_q, length), generator=generator)
     return torch.cat([text, audio], dim=1)
+
+
+class Spelling:
+    """A text that shows the tokens."""
+
+    def pieces(self, ids: Sequence[int]) -> str:
+        return "".join(f"<{token}>" for token in ids if token not in {0, 3})

@@ -6,7 +6,7 @@ scale, as files of floating-point samples may have it, is limited to it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,20 +156,61 @@ def write_audio(path: Path, samples: Sound, sample_rate: int = SAMPLE_RATE) -> N
         DataError: Another ending, no samples, samples that are not finite, or more than two
             channels.
     """
-    require_soundfile()
-    import soundfile
-
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise DataError(f"{path}: sound is written to files that end in .wav or .flac.")
     rows = np.atleast_2d(samples)
     if rows.ndim != 2 or not rows.size or len(rows) > 2:
         raise DataError(f"{path}: samples {list(rows.shape)} must be [1 or 2 channels, T].")
-    if not np.isfinite(rows).all():
-        raise DataError(f"{path} would get samples that are not finite; it was not written.")
-    with atomic_file(path) as file:
-        data = np.clip(rows.T, -1, 1)
-        soundfile.write(file, data, sample_rate, format=suffix[1:].upper(), subtype="PCM_16")
+    with audio_writer(path, len(rows), sample_rate) as write:
+        write(rows)
+
+
+@contextmanager
+def audio_writer(
+    path: Path, channels: int, sample_rate: int = SAMPLE_RATE
+) -> Iterator[Callable[[Sound], None]]:
+    """What takes pieces (channels, T) of a file of 16 bits a sample, one after the other.
+
+    The file is there when the block ends without an exception; memory does not grow with it.
+
+    Raises:
+        DataError: As ``write_audio``, or the file cannot be written.
+    """
+    require_writable(path)
+    import soundfile
+
+    kind = path.suffix[1:].upper()
+    try:
+        with (
+            atomic_file(path) as file,
+            soundfile.SoundFile(
+                file.fileno(), "w", sample_rate, channels, "PCM_16", format=kind, closefd=False
+            ) as sound,
+        ):
+
+            def write(piece: Sound) -> None:
+                if not np.isfinite(piece).all():
+                    raise DataError(
+                        f"{path} would get samples that are not finite; it was not written."
+                    )
+                sound.write(np.clip(piece.T, -1, 1))
+
+            yield write
+    except soundfile.LibsndfileError as error:
+        raise DataError(
+            f"{path} cannot be written: {error.error_string.strip()}",
+            hint="make room there, or give another place",
+        ) from error
+
+
+def require_writable(path: Path) -> None:
+    """Fail early where ``path`` cannot be a file of sound.
+
+    Raises:
+        ConfigError: The library soundfile is not installed.
+        DataError: Its name ends in something else than .wav or .flac.
+    """
+    require_soundfile()
+    if path.suffix.lower() not in SUFFIXES:
+        raise DataError(f"{path}: sound is written to files that end in .wav or .flac.")
 
 
 def require_soundfile() -> None:

@@ -90,9 +90,10 @@ class TextStream:
     def piece(self, token: int) -> str:
         """The text of one token, with a space where a word begins; empty for padding.
 
-        For text that appears token by token.
+        For text that appears token by token. A model may know more tokens than the tokenizer; what
+        it says with those is empty, too.
         """
-        if not self._is_text(token):
+        if token >= self.size or not self._is_text(token):
             return ""
         found: str = self._processor.id_to_piece(token)
         if self._processor.is_byte(token):
