@@ -80,6 +80,11 @@ class Refs:
         """A held-out pool that is no longer used, and therefore no longer secret."""
         return f"{self.prefix}pool/{sha256}"
 
+    @property
+    def sealed_pool(self) -> str:
+        """The held-out pool in use, encrypted: for jobs that have its key."""
+        return f"{self.prefix}sealed-pool"
+
     def next(self, number: int) -> str:
         """The ``latest`` of a proposed round, ready for the day it is published."""
         return f"{self.prefix}next/{number}"

@@ -128,7 +128,7 @@ def options_of(command: click.Command) -> set[str]:
         word
         for parameter in command.params
         if isinstance(parameter, click.Option)
-        for word in parameter.opts
+        for word in (*parameter.opts, *parameter.secondary_opts)
         if word.startswith("--")
     }
     if isinstance(command, click.Group):

@@ -9,16 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from moshi_fl.errors import HubError
-from moshi_fl.forge import Forge, Offer, Proposal, Status
+from moshi_fl.forge import Forge, Offer, Proposal, State, Status
 from moshi_fl.history import round_branch
 from moshi_fl.records import Round
 from moshi_fl.signing import fingerprint, keys_match
-from moshi_fl.text import Size, markdown
-from moshi_hub.verify import REASONS, Verdict
+from moshi_fl.text import markdown
+from moshi_hub.comment import one_line, results_text, verdict_text
+from moshi_hub.results import Results, verdict_of
+from moshi_hub.verify import Verdict
 
 VERDICT, ROUND = "verdict", "round"
 CHECK = "moshi-fl/verify"
-ACCEPTED, REJECTED = "accepted", "rejected"
+ACCEPTED, REJECTED, DISPUTED = "accepted", "rejected", "disputed"
+STATES: dict[str, State] = {ACCEPTED: "success", REJECTED: "failure", DISPUTED: "pending"}
+"""Label to the state of the commit."""
 
 
 def tell_verdicts(
@@ -57,6 +61,34 @@ def _tell(
     signer = _signer(forge, verdict, proposal.author, problems)
     _try(problems, lambda: forge.say(number, verdict_text(verdict, signer), marker=VERDICT))
     _try(problems, lambda: forge.label(number, [word], remove=[other]))
+
+
+def tell_results(forge: Forge, results: Results, author: str, hub: str) -> tuple[str, list[str]]:
+    """Say what jobs found of a contribution: one comment, one status, one label.
+
+    Args:
+        forge: Where its pull request is.
+        results: What they found. Its head must be the pull request's.
+        author: Login of who opened it.
+        hub: The hub's address, for the commands that check it.
+
+    Returns:
+        The comment, and what the forge refused, in words.
+    """
+    problems: list[str] = []
+    gate, verdict = results.gate, verdict_of(results.gate)
+    text = results_text(results, verdict, _signer(forge, verdict, author, problems), hub)
+    if not gate.pull_request:
+        return text, problems
+    word = results.outcome if results.outcome in {REJECTED, DISPUTED} else ACCEPTED
+    _try(problems, lambda: forge.say(gate.pull_request, text, marker=VERDICT))
+    _try(
+        problems,
+        lambda: forge.set_status(gate.head, Status(CHECK, STATES[word], one_line(results))),
+    )
+    others = [other for other in STATES if other != word]
+    _try(problems, lambda: forge.label(gate.pull_request, [word], remove=others))
+    return text, problems
 
 
 def tell_round(
@@ -125,31 +157,3 @@ def _signer(forge: Forge, verdict: Verdict, login: str, problems: list[str]) -> 
     if keys_match("\n".join(keys), key):
         return f"Signed by {name}, a key that {who} publishes here."
     return f"Signed by {name}, which is **not among the keys that {who} publishes** here."
-
-
-def verdict_text(verdict: Verdict, signer: str = "") -> str:
-    """The comment of a pull request: the verdict first, then what it rests on.
-
-    Args:
-        verdict: What the gate says.
-        signer: A sentence about the key.
-    """
-    record = verdict.contribution
-    head = "**Accepted** by the gate." if verdict.accepted else "**Rejected** by the gate."
-    lines = [head, ""]
-    for finding in verdict.findings:
-        rule = REASONS.get(finding.code, "")
-        lines.append(f"- `{finding.code}`: {rule}. {markdown(finding.message, 300)}")
-    if record:
-        norm = "not measured" if verdict.norm is None else f"{verdict.norm:.4g}"
-        lines += [
-            "",
-            "| base | size | norm | examples |",
-            "|--:|--:|--:|--:|",
-            f"| {record.round} | {Size(record.delta.bytes)} | {norm} | {record.num_examples:,} |",
-        ]
-    if signer:
-        lines += ["", signer]
-    if verdict.accepted:
-        lines += ["", "The next round takes it, if evaluators find that it does no harm."]
-    return "\n".join(lines) + "\n"

@@ -10,6 +10,7 @@ from moshi_fl.cli import group, run
 COMMANDS = {
     "init": ("moshi_hub.commands.init:init", "Create a hub and publish round 0."),
     "verify": ("moshi_hub.commands.verify:verify", "Check contributions against the hub's rules."),
+    "comment": ("moshi_hub.commands.comment:comment", "Say on a pull request what jobs found."),
     "merge": ("moshi_hub.commands.merge:merge", "Aggregate accepted contributions into a round."),
     "sign": ("moshi_hub.commands.sign:sign", "Recompute a proposed round, and sign it."),
     "evaluate": ("moshi_hub.commands.evaluate:evaluate", "Measure contributions: the hub's step."),

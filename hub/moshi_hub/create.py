@@ -13,7 +13,9 @@ from typing import Any
 
 import msgspec
 
+import moshi_fl
 from moshi_fl.errors import ConfigError, HubError
+from moshi_fl.forge import Repository
 from moshi_fl.history import HUB_FILE, MAIN, PREFIXES, TOKENIZER_FILE, Refs, round_path
 from moshi_fl.hubfile import parse_hubfile
 from moshi_fl.models.family import Preset
@@ -35,6 +37,17 @@ from moshi_hub.publish import (
     seconds,
 )
 
+TEMPLATE = files("moshi_hub") / "template"
+WORKFLOWS = ("submit", "verify", "evaluate", "report", "merge", "pages")
+FILLED = ("README.md", "SECURITY.md", ".github/CODEOWNERS", ".github/requirements.txt")
+"""Files of the template with placeholders."""
+VERBATIM = (
+    ".github/dependabot.yml",
+    ".github/pull_request_template.md",
+    *(f".github/workflows/{name}.yml" for name in WORKFLOWS),
+)
+"""Those that are taken as they are."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -54,6 +67,8 @@ class Plan:
     """Folder with a model to begin with, instead of random weights."""
     model: Mapping[str, Any] = field(default_factory=dict)
     """Keys of ``[model]`` to have otherwise than the preset."""
+    repository: Repository | None = None
+    """Where on a GitHub it lies; workflows for it are written then."""
 
 
 def create(plan: Plan, home: Path, preset: Preset | None = None) -> Snapshot:
@@ -156,9 +171,9 @@ def _push_first(
     signed = latest_files(manifest, hubfile.encode(), tokenizer)
     latest = commit_latest(repo, manifest, {**signed, **sign(signed, 0)}, by)
     texts = {
+        **pages_of(plan, repo.shown_url),
         HUB_FILE: hubfile.encode(),
         TOKENIZER_FILE: tokenizer,
-        "README.md": render("README.md", name=plan.name, family=plan.family).encode(),
         round_path(0): dump(record),
     }
     what = "given" if plan.source else "random"
@@ -182,9 +197,28 @@ def _first_commit(
     return repo.commit(tree, message=message, author=by, when=when)
 
 
+def pages_of(plan: Plan, url: str) -> dict[str, bytes]:
+    """Files for people on main, and on a GitHub those for its jobs.
+
+    Args:
+        plan: What is wanted.
+        url: The hub's address as people may see it.
+    """
+    where = plan.repository
+    values = {"name": plan.name, "family": plan.family, "url": url, "badge": ""}
+    if where is None:
+        return {"README.md": render("README.md", **values).encode()}
+    runs = f"{where.web}/{where.slug}/actions/workflows/merge.yml"
+    values["badge"] = f"[![Rounds]({runs}/badge.svg)]({runs})\n\n"
+    values |= {"owner": where.owner, "version": moshi_fl.__version__}
+    filled = {name: render(name, **values).encode() for name in FILLED}
+    # Workflows have a dollar sign of their own, so nothing is filled in there.
+    return filled | {name: (TEMPLATE / name).read_bytes() for name in VERBATIM}
+
+
 def render(template: str, /, **values: str) -> str:
     """A file of the hub template with its placeholders filled."""
-    text = (files("moshi_hub") / "template" / template).read_text(encoding="utf-8")
+    text = (TEMPLATE / template).read_text(encoding="utf-8")
     return Template(text).substitute(values)
 
 

@@ -1,14 +1,15 @@
 """Private keys of one hub on this machine: ed25519 in PEM files that only their owner can read.
 
-They lie under the user's own folder, never in a repository. The online key may come from a
-variable instead, for CI. A passphrase is asked for only when a key that needs one is used.
+They lie under the user's own folder, never in a repository. The online key and a targets key may
+come from variables instead, for CI. A passphrase is asked for only when a key that needs one is
+used.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -32,7 +33,8 @@ from moshi_fl.store.failures import disk_errors
 from moshi_hub.options import PASSPHRASE
 
 ROLES = ("root", "targets", "online")
-ONLINE_KEY = "MOSHI_HUB_ONLINE_KEY"
+VARIABLES = {"targets": "MOSHI_HUB_TARGETS_KEY", "online": "MOSHI_HUB_ONLINE_KEY"}
+"""Role to the variable that may hold a key of it, as PEM."""
 MAX_KEY_BYTES = 1 << 16
 _ENCRYPTED = b"ENCRYPTED PRIVATE KEY"
 _SHOWN = 16  # digits of a key's id in its file's name
@@ -111,8 +113,7 @@ class KeyStore:
         for stored in self.stored():
             if key.keyid.startswith(stored.start):
                 return str(stored.path)
-        online = self._online()
-        return f"${ONLINE_KEY}" if online and online.public_key.keyid == key.keyid else ""
+        return next((f"${name}" for name, _ in self._from_environment(key)), "")
 
     def signers(self, keys: Iterable[Key]) -> list[CryptoSigner]:
         """Those of these keys that can sign here, in order of their ids."""
@@ -131,8 +132,7 @@ class KeyStore:
                 if signer.public_key.keyid != key.keyid:
                     raise ConfigError(f"{stored.path} is not the key that its name says.")
                 return signer
-        online = self._online()
-        return online if online and online.public_key.keyid == key.keyid else None
+        return next((signer for _, signer in self._from_environment(key)), None)
 
     def load(self, stored: StoredKey) -> CryptoSigner:
         """The key in a file."""
@@ -140,9 +140,12 @@ class KeyStore:
             data = stored.path.read_bytes()
         return self._parse(data, str(stored.path))
 
-    def _online(self) -> CryptoSigner | None:
-        text = os.environ.get(ONLINE_KEY, "").strip()
-        return self._parse(text.encode() + b"\n", f"${ONLINE_KEY}") if text else None
+    def _from_environment(self, key: Key) -> Iterator[tuple[str, CryptoSigner]]:
+        for name in VARIABLES.values():
+            if text := os.environ.get(name, "").strip():
+                signer = self._parse(text.encode() + b"\n", f"${name}")
+                if signer.public_key.keyid == key.keyid:
+                    yield name, signer
 
     def _parse(self, data: bytes, name: str) -> CryptoSigner:
         passphrase = self._passphrase(name) if _ENCRYPTED in data else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,17 +11,17 @@ from moshi_fl.aggregate import get_strategy
 from moshi_fl.errors import ConfigError, HubError, MoshiError
 from moshi_fl.history import HUB_FILE, SIGNED_FILES, HubState, read_latest, round_branch
 from moshi_fl.hubfile import MAX_HUBFILE_BYTES, HubConfig, parse_hubfile
-from moshi_fl.records import Contribution, Round, Strategy
+from moshi_fl.records import Contribution, Intake, Round, Strategy
 from moshi_fl.replica import Replica, Snapshot
 from moshi_fl.restore import StrategyFinder
 from moshi_fl.rules import owner_of, shapes_of, strategy_options
 from moshi_fl.signed.files import TARGETS
 from moshi_fl.signing import check_ssh_keygen
-from moshi_fl.store import HubRepo
+from moshi_fl.store import HubRepo, PushRejected
 from moshi_hub.announce import propose_round, tell_round, tell_verdicts
 from moshi_hub.cleanup import clean_up, settle
 from moshi_hub.collect import judge, known_deltas, known_keys, make_rules
-from moshi_hub.intake import Arrivals, arrivals
+from moshi_hub.intake import Arrivals, arrivals, publish_intake
 from moshi_hub.judging import Decided, held, without_gain
 from moshi_hub.keys import KeyStore, Passphrase, passphrase_from_environment
 from moshi_hub.likeness import likeness
@@ -32,6 +33,9 @@ from moshi_hub.publish import (
     author,
     build_round,
     fetch_proposed,
+    has_round,
+    proposed_now,
+    proposed_report,
     publish_proposed,
     push_proposed,
     push_published,
@@ -52,6 +56,12 @@ class Options:
     accept: tuple[str, ...] = ()
     """Beginnings of ids of disputed contributions that the maintainer accepts."""
     name: str = "moshi-hub"
+    if_ready: bool = False
+    """Raise ``NothingToMerge`` where the same round is proposed already; record who came first."""
+
+
+class NothingToMerge(HubError):
+    """There is no round to make now. Looking again later is all that is to do."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +114,13 @@ class Outcome:
     """The pull request of a proposed round; empty where there is no forge."""
 
 
-def look(replica: Replica, folder: Path) -> OpenRound:
+def look(replica: Replica, folder: Path, head: str = "") -> OpenRound:
     """Bring the newest round here and judge all open contributions.
 
     Args:
         replica: The hub's copy on this machine.
         folder: Working folder; the deltas are left in ``folder/deltas``.
+        head: Judge only what has this commit as its head now. Who came first is not asked then.
 
     Raises:
         HubError: The hub cannot be reached, or is not to be trusted.
@@ -121,11 +132,13 @@ def look(replica: Replica, folder: Path) -> OpenRound:
     main = replica.fetch_main()
     config = settings_on(replica.repo, main)
     rules = rules_of(replica, snapshot, main, config)
-    offers, names = open_offers(replica, refs), snapshot.state.refs
+    offers, names = open_offers(replica, refs, head), snapshot.state.refs
     branches = offers.branches
     if branches:
         check_ssh_keygen()  # else it would look as if nobody had signed
-    came = arrivals(replica, config.hub.id, names, refs, branches)
+    came = Arrivals(Intake(hub=config.hub.id, seen=()), tuple(branches))
+    if not head:
+        came = arrivals(replica, config.hub.id, names, refs, branches)
     deltas = folder / "deltas"
     deltas.mkdir(parents=True)
     with replica.scratch() as scratch:
@@ -174,7 +187,10 @@ def merge(
     """
     with replica.workspace() as folder:
         found = look(replica, folder)
+        if options.if_ready:
+            _record(replica, found, options.name)
         if options.publish:
+            _announce_past(replica, found)
             found = _finish_clean_up(replica, found)
         if options.publish and not options.dry_run:
             desk_for(replica, found.snapshot.state, found.rules.config, passphrase).require_keys()
@@ -184,6 +200,8 @@ def merge(
             found = replace(found, verdicts=without_gain(found.verdicts, decided.verdicts))
             late = held(found.accepted, decided.verdicts, options.accept)
         found, chosen, waiting = choose(found, options.exclude, folder / "deltas", late)
+        if options.if_ready and not options.publish:
+            _refuse_again(replica, found, chosen)
         proposal = propose(
             found.snapshot.state,
             found.rules,
@@ -198,6 +216,32 @@ def merge(
         if options.dry_run:
             return _outcome(found, proposal, None, waiting)
         return _push(replica, found, proposal, waiting, options, passphrase)
+
+
+def _record(replica: Replica, found: OpenRound, name: str) -> None:
+    """Put on the hub who came first: a machine that forgets everything merges here."""
+    names, intake = found.snapshot.state.refs, found.arrivals.intake
+    if intake.seen:
+        with suppress(PushRejected):  # another machine did so in this moment
+            publish_intake(replica, names, intake, author(name))
+
+
+def _refuse_again(replica: Replica, found: OpenRound, chosen: Sequence[Contribution]) -> None:
+    """A round that is under review stays as it is while nothing has changed."""
+    number = found.snapshot.round + 1
+    proposed = proposed_now(replica.repo, found.snapshot.state, number)
+    if proposed is None or not proposed.follows(found.snapshot.record):
+        return
+    if has_round(replica.repo, found.main, proposed.manifest.newest):
+        raise NothingToMerge(
+            f"round {number} is merged and waits to be published.", hint="moshi-hub publish"
+        )
+    same = {entry.id for entry in chosen} == proposed.contributions
+    if same and proposed.branch and replica.repo.parents(proposed.branch) == [found.main]:
+        report = proposed_report(replica.repo, proposed)
+        _, problem = propose_round(found.offers.forge, proposed.manifest.newest, report)
+        said = f" It is not shown as a pull request: {problem}" if problem else ""
+        raise NothingToMerge(f"round {number} is proposed already, with the same.{said}")
 
 
 def desk_for(
@@ -246,7 +290,8 @@ def choose(
         The open round with the verdicts on what selection left out, what is taken, what waits.
 
     Raises:
-        HubError: Nothing open begins with an excluded id, or fewer are left than the hub demands.
+        HubError: Nothing open begins with an excluded id.
+        NothingToMerge: Fewer are left than the hub demands.
     """
     _check_exclusions(found, exclude)
     kept = [c for c in found.intake if not any(c.id.startswith(start) for start in exclude)]
@@ -258,7 +303,7 @@ def choose(
     count = len(selection.taken) + len(selection.waiting)
     if count < rules.min_contributions:
         rejected = len(found.verdicts) - len(found.accepted)
-        raise HubError(
+        raise NothingToMerge(
             f"{count} contribution(s) to merge, this hub wants at least "
             f"{rules.min_contributions}; {rejected} rejected.",
             hint="moshi-hub verify   (shows each open contribution and why it was rejected)",
@@ -347,18 +392,42 @@ def _push(
 
 def _clean_up(replica: Replica, found: OpenRound, waiting: set[str], record: Round) -> str:
     """Delete what the round has settled, and tell contributors on a forge; what went wrong."""
-    told = announce(found, record)
+    told = announce(replica, found, record)
     return " ".join(filter(None, [_delete(replica, found, waiting), *told]))
 
 
-def announce(found: OpenRound, record: Round | None = None) -> list[str]:
-    """Tell contributors on a forge the verdicts, and what a round took; what went wrong."""
-    forge, shown = found.offers.forge, found.offers.pull_requests
-    problems = tell_verdicts(forge, found.verdicts, shown, found.offers.branches)
+def announce(replica: Replica, found: OpenRound, record: Round | None = None) -> list[str]:
+    """Tell contributors on a forge the verdicts, and what a round took; what went wrong.
+
+    Args:
+        replica: The hub's copy on this machine.
+        found: The open round.
+        record: The round that was just made of it; then what is accepted and waits is told nothing.
+    """
+    problems, taken = _announce_past(replica, found, record)
+    news = [v for v in found.verdicts if not (v.contribution and v.contribution.id in taken)]
     if record:
-        branches = {v.contribution.id: v.branch for v in found.verdicts if v.contribution}
-        problems += tell_round(forge, record, branches, shown)
-    return problems
+        news = [verdict for verdict in news if not verdict.accepted]
+    shown, commits = found.offers.pull_requests, found.offers.branches
+    return problems + tell_verdicts(found.offers.forge, news, shown, commits)
+
+
+def _announce_past(
+    replica: Replica, found: OpenRound, record: Round | None = None
+) -> tuple[list[str], set[str]]:
+    """Tell whose contributions rounds have taken, the forge having been away when they were made.
+
+    Returns:
+        What the forge refused, in words; and the ids of what these rounds took.
+    """
+    rounds = replica.chain(found.snapshot.state, min(found.rules.bases))
+    branches = {v.contribution.id: v.branch for v in found.verdicts if v.contribution}
+    problems: list[str] = []
+    taken: set[str] = set()
+    for entry in (*rounds, *([record] if record else [])):
+        taken |= {merged.id for merged in entry.contributions}
+        problems += tell_round(found.offers.forge, entry, branches, found.offers.pull_requests)
+    return problems, taken
 
 
 def _delete(replica: Replica, found: OpenRound, waiting: set[str]) -> str:
@@ -421,3 +490,24 @@ def publish_round(
         dropped = _select(found, found.intake, folder / "deltas").dropped
         waiting = {entry.id for entry in found.accepted} - taken - set(dropped)
         return record, _clean_up(replica, found, waiting, record)
+
+
+def is_merged(replica: Replica, number: int | None = None) -> bool:
+    """Whether main has a proposed round that is not published: somebody merged its pull request."""
+    state, main = replica.look(), replica.fetch_main()
+    wanted = state.newest.round + 1 if number is None else number
+    proposed = proposed_now(replica.repo, state, wanted)
+    return proposed is not None and has_round(replica.repo, main, proposed.manifest.newest)
+
+
+def finish(replica: Replica) -> list[str]:
+    """What the publishing of earlier rounds left undone: who is to be told, and branches to delete.
+
+    Returns:
+        What went wrong, in words.
+    """
+    with replica.workspace() as folder:
+        found = look(replica, folder)
+        problems, _ = _announce_past(replica, found)
+        _finish_clean_up(replica, found)
+        return problems

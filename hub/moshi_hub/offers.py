@@ -72,20 +72,28 @@ class Offers:
         return {branch: proposal for branch, proposal in found if proposal}
 
 
-def open_offers(replica: Replica, refs: Mapping[str, str]) -> Offers:
+def open_offers(replica: Replica, refs: Mapping[str, str], head: str = "") -> Offers:
     """Find the open contributions.
 
     Args:
         replica: The hub's copy on this machine.
         refs: The hub's own refs, as listed.
+        head: Only what has this commit as its head now.
 
     A forge that does not answer hides forks; the hub's own branches are judged all the same.
     """
     forge = open_forge(replica.repo, load_settings().github_api)
     proposals, problems = _proposals(forge)
-    shown = {HEADS + entry.branch: entry for entry in proposals}
-    own = Place(replica.repo, refs, shown)
-    places = {ref: own for ref in refs if ref.startswith(HEADS + PREFIX)}
+    if head:
+        proposals = [entry for entry in proposals if entry.commit == head]
+    own = Place(replica.repo, refs, _own(proposals, refs))
+    places = {
+        ref: own
+        for ref in refs
+        if ref.startswith(HEADS + PREFIX) and (not head or refs[ref] == head)
+    }
+    if head:
+        places |= _misnamed(replica, proposals)
     for url, entries in _by_fork(proposals).items():
         try:
             place = _fork(replica, url, entries)
@@ -102,6 +110,25 @@ def _proposals(forge: Forge) -> tuple[list[Proposal], list[str]]:
         return list(forge.proposals(PREFIX)), []
     except HubError as error:
         return [], [f"pull requests from forks are not seen: {error.in_full}"]
+
+
+def _own(proposals: list[Proposal], refs: Mapping[str, str]) -> dict[str, Proposal]:
+    """Pull requests of the hub's own branches; a fork's branch of the same name is another one."""
+    return {
+        HEADS + entry.branch: entry
+        for entry in reversed(proposals)  # of several, the oldest counts
+        if entry.clone_url is None and refs.get(HEADS + entry.branch) == entry.commit
+    }
+
+
+def _misnamed(replica: Replica, proposals: list[Proposal]) -> dict[str, Place]:
+    """Pull requests whose branches name no contribution; nothing of them is fetched."""
+    odd = {HEADS + entry.branch: entry for entry in proposals}
+    return {
+        branch: Place(replica.repo, {branch: entry.commit}, {branch: entry})
+        for branch, entry in odd.items()
+        if branch_place(branch) is None
+    }
 
 
 def _by_fork(proposals: list[Proposal]) -> dict[str, list[Proposal]]:

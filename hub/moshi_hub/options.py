@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -15,6 +16,26 @@ from moshi_fl.replica import Replica
 
 F = TypeVar("F", bound=Callable[..., Any])
 PASSPHRASE = "MOSHI_HUB_PASSPHRASE"  # noqa: S105 - a variable's name
+
+
+class _Spelled(click.ParamType[str]):
+    """A word that is spelled as the pattern says; what would be an abbreviation is refused."""
+
+    def __init__(self, name: str, pattern: str, wanted: str) -> None:
+        self.name, self._pattern, self._wanted = name, re.compile(pattern), wanted
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not isinstance(value, str) or not self._pattern.fullmatch(value):
+            self.fail(f"not {self._wanted}.", param, ctx)
+        return value
+
+
+COMMIT = _Spelled(
+    "commit", "[0-9a-f]{40}([0-9a-f]{24})?", "a full commit id (40 or 64 hexadecimal digits)"
+)
+SEAT = _Spelled(
+    "seat", "[A-Za-z0-9][A-Za-z0-9._-]{0,39}", "a name of letters, digits, dots and hyphens"
+)
 
 
 def passphrase_option(function: F) -> F:

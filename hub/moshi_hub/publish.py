@@ -44,6 +44,9 @@ from moshi_fl.weights import sha256_file
 from moshi_hub.judging import Decided, with_anchor
 from moshi_hub.propose import Proposal
 
+REPORT_FILE = "report.md"
+MAX_REPORT_BYTES = 1 << 20
+
 
 @dataclass(frozen=True)
 class Built:
@@ -101,7 +104,7 @@ def build_round(
     latest = commit_latest(repo, manifest, {**signed, **sign(signed, record.round)}, by)
     files = {
         round_path(record.round): dump(record),
-        f"{round_folder(record.round)}/report.md": report.encode(),
+        f"{round_folder(record.round)}/{REPORT_FILE}": report.encode(),
         ledger_path(record.round): dump(ledger),
     }
     for contribution_id, contribution in proposal.contributions.items():
@@ -287,6 +290,28 @@ class Proposed:
         data = self.files[MANIFEST_FILE]
         return load(data, Manifest, name=MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
 
+    @property
+    def contributions(self) -> set[str]:
+        """Ids of what it takes."""
+        return {merged.id for merged in self.manifest.newest.contributions}
+
+    def follows(self, record: Round) -> bool:
+        """Whether it was made on that round, which is the newest."""
+        return self.manifest.newest.previous == digest(record)
+
+
+def proposed_now(repo: HubRepo, state: HubState, number: int) -> Proposed | None:
+    """The proposal of that number, if there is one."""
+    ref = state.refs.next(number)
+    return fetch_proposed(repo, state.refs, number) if ref in repo.remote_refs(ref) else None
+
+
+def proposed_report(repo: HubRepo, proposed: Proposed) -> str:
+    """What its branch has for a maintainer to read."""
+    assert proposed.branch
+    path = f"{round_folder(proposed.number)}/{REPORT_FILE}"
+    return repo.read(proposed.branch, path, limit=MAX_REPORT_BYTES).decode("utf-8", "replace")
+
 
 def fetch_proposed(repo: HubRepo, refs: Refs, number: int) -> Proposed:
     """Bring a proposal here.
@@ -341,7 +366,7 @@ def publish_proposed(
         RefUpdate(state.refs.latest, latest, state.commit),
         RefUpdate(state.refs.next(number), None, proposed.latest),
     ]
-    if not _has_round(repo, main, manifest.newest):
+    if not has_round(repo, main, manifest.newest):
         if proposed.branch is None or repo.parents(proposed.branch) != [main]:
             raise HubError(
                 f"main has moved since round {number} was proposed.",
@@ -351,7 +376,8 @@ def publish_proposed(
     _push(repo, updates, number)
 
 
-def _has_round(repo: HubRepo, main: str, record: Round) -> bool:
+def has_round(repo: HubRepo, main: str, record: Round) -> bool:
+    """Whether main has exactly this round's record."""
     wanted, path = dump(record), round_path(record.round)
     return any(
         entry.path == path and repo.read(main, path, limit=1 << 20) == wanted

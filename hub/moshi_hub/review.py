@@ -38,6 +38,10 @@ from moshi_hub.verify import Rules
 ADVICE = "do not sign it; moshi-hub merge proposes the round again"
 
 
+class NoKeyHere(HubError):
+    """This machine cannot sign."""
+
+
 @dataclass(frozen=True)
 class Signature:
     """What became of a signature.
@@ -71,7 +75,8 @@ def sign_round(
 
     Raises:
         UntrustedHub: The round is not what its contributions make, or does not extend the hub's.
-        HubError: No such proposal, no key here, or it was proposed anew meanwhile.
+        NoKeyHere: None of the hub's targets keys is on this machine.
+        HubError: No such proposal, or it was proposed anew meanwhile.
     """
     replica.repo.prepare()
     snapshot, main = replica.pull(), replica.fetch_main()
@@ -81,7 +86,7 @@ def sign_round(
     record = proposed.manifest.newest
     desk = desk_for(replica, state, config, passphrase)
     if not desk.keys.signers(keys_of(desk.root, "targets")):
-        raise HubError(
+        raise NoKeyHere(
             "none of the hub's targets keys is on this machine.",
             hint="moshi-hub keys new targets   (makes one, which another maintainer adds)",
         )

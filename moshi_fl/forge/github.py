@@ -18,6 +18,7 @@ from moshi_fl.store import HubRepo
 MAX_BODY = 65_535  # characters of a comment or a description; GitHub refuses 65,536
 MAX_TITLE = 256
 MAX_STATUS = 140  # characters of a status
+JOB = "github-actions[bot]"
 CUT = "\n\n*(shortened)*\n"
 FORK_POLLS = 30
 STATES: dict[str, State] = {
@@ -44,15 +45,24 @@ class GitHub:
 
     @cached_property
     def login(self) -> str:
-        """Whose token it is; empty without one.
+        """Whose token it is; empty without one. That of a job has no user, and a name of its own.
 
         Raises:
             ForgeError: The token is not accepted.
         """
-        return str(self.api.get("user")["login"]) if self.api.token else ""
+        if not self.api.token:
+            return ""
+        try:
+            return str(self.api.get("user")["login"])
+        except ForgeError as error:
+            if error.status != 403:
+                raise
+            return JOB
 
     @cached_property
     def _may_push(self) -> bool:
+        if self.api.token and self.login == JOB:  # it is the repository's; nothing says more
+            return True
         there = self.api.get(f"repos/{self.repository.slug}")
         return bool(there.get("permissions", {}).get("push"))
 
@@ -174,17 +184,9 @@ class GitHub:
         path = f"repos/{self.repository.slug}/issues/{number}/comments"
         for comment in self.api.pages(path):
             author = (comment.get("user") or {}).get("login", "")
-            if str(comment.get("body") or "").startswith(tag) and self._is_mine(author):
+            if str(comment.get("body") or "").startswith(tag) and author == self.login:
                 return comment
         return None
-
-    def _is_mine(self, author: str) -> bool:
-        try:
-            return author == self.login
-        except ForgeError as error:
-            if error.status != 403:  # the token of a workflow has no user
-                raise
-            return author == "github-actions[bot]"
 
     def label(self, number: int, add: Sequence[str], remove: Sequence[str] = ()) -> None:
         """Add and remove labels; those that are not there are no error."""

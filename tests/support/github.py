@@ -29,6 +29,7 @@ class FakeGitHub:
         writers: Logins that may push to the upstream repository.
         web: Where Git finds repositories; the API's own address when empty.
         commit_of: What an owner's branch points to; a made-up commit when None.
+        rights: Token of a job to the permissions it has; other tokens may what their login may.
         refusals: Answers given instead, in order, to whatever comes next: status, headers, body.
     """
 
@@ -39,6 +40,7 @@ class FakeGitHub:
     writers: set[str] = field(default_factory=set)
     keys: dict[str, list[str]] = field(default_factory=dict)
     refusals: list[tuple[int, dict[str, str], Any]] = field(default_factory=list)
+    rights: dict[str, dict[str, str]] = field(default_factory=dict)
     url: str = ""
     web: str = ""
     commit_of: Callable[[str, str], str] | None = None
@@ -104,6 +106,21 @@ class FakeGitHub:
         return {**short, **{key: pull[key] for key in short if key in pull}}
 
 
+NOT_FOR_JOBS = {"message": "Resource not accessible by integration"}
+PERMISSIONS = {"pulls": "pull-requests", "issues": "pull-requests", "statuses": "statuses"}
+"""Part of a repository's address to the permission that a job needs to change what is there."""
+
+
+def _lacks(rights: dict[str, str] | None, method: str, path: str) -> bool:
+    """Whether a job may not do this."""
+    parts = path.strip("/").split("/")
+    if rights is None or len(parts) < 4 or parts[0] != "repos":
+        return False
+    wanted = PERMISSIONS.get(parts[3], "contents")
+    had = rights.get(wanted, "none")
+    return had == "none" if method == "GET" else had != "write"
+
+
 def _respond(
     hub: FakeGitHub, op: Operation, login: str, query: dict[str, str], body: Any
 ) -> Answer:
@@ -133,6 +150,8 @@ def _respond(
 def _who(hub: FakeGitHub, _: Any, login: str, *__: Any) -> Answer:
     if not login:
         return 401, {"message": "Requires authentication"}
+    if login.endswith("[bot]"):
+        return 403, NOT_FOR_JOBS
     user = hub.description.sample("private-user")
     return 200, {**user, "login": login, "business_plus": False}  # public ones lack this
 
@@ -273,9 +292,14 @@ class _Handler(BaseHTTPRequestHandler):
         said = hub.description.query_problems(operation, query)
         said += hub.description.body_problems(operation, body) if self.command != "GET" else []
         hub.problems += [f"request {self.command} {path}: {problem}" for problem in said]
-        login = hub.tokens.get(self.headers.get("Authorization", "").removeprefix("Bearer "), "")
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        login = hub.tokens.get(token, "")
         if self.headers.get("Authorization") and not login:
             self._send(401, {}, {"message": "Bad credentials"})
+            return
+        if _lacks(hub.rights.get(token), self.command, path):
+            hub.problems.append(f"{self.command} {path}: the job has no right to")
+            self._send(403, {}, NOT_FOR_JOBS)
             return
         status, answer = _respond(hub, operation, login, query, body)
         if status < 300:

@@ -1,31 +1,21 @@
-"""GitHub's own description of its API, from the npm registry: requests and answers are held to it.
-
-``npm pack`` brings one archive, of which one file is kept in ``.cache``. Where npm is absent the
-tests that need it are skipped, with a line that says so; under CI they fail.
-"""
+"""GitHub's own description of its API, from npm: requests and answers are held to it."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import tarfile
-import tempfile
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-import pytest
 from openapi_schema_validator import OAS30Validator
 from referencing import Registry, Resource
 from referencing.jsonschema import DRAFT4
 
+from tests.support.npm import files_of
+
 VERSION = "23.0.2"
 MEMBER = "package/generated/api.github.com.json"
-CACHE = Path(__file__).parents[2] / ".cache" / f"github-openapi-{VERSION}.json"
 URI = "urn:github"
 FORMATS = {
     "uri": "https://example.org/",
@@ -37,27 +27,8 @@ FORMATS = {
 @cache
 def description() -> Description:
     """The description, fetched once for all runs of this checkout."""
-    if not CACHE.exists():
-        _fetch()
-    return Description(json.loads(CACHE.read_bytes()))
-
-
-def _fetch() -> None:
-    npm = shutil.which("npm")
-    if npm is None:
-        why = "npm is not installed: GitHub's API description cannot be had"
-        pytest.fail(why) if os.environ.get("CI") else pytest.skip(why)
-    CACHE.parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE.parent) as folder:
-        package = f"@octokit/openapi@{VERSION}"
-        command = [npm, "pack", "--silent", "--pack-destination", folder, package]
-        subprocess.run(command, check=True, capture_output=True, timeout=300)
-        (archive,) = Path(folder).glob("*.tgz")
-        with tarfile.open(archive) as tar:
-            member = tar.extractfile(MEMBER)
-            assert member is not None
-            (Path(folder) / "description").write_bytes(member.read())
-        (Path(folder) / "description").replace(CACHE)
+    folder = files_of("@octokit/openapi", VERSION, [MEMBER])
+    return Description(json.loads((folder / MEMBER).read_bytes()))
 
 
 @dataclass(frozen=True)

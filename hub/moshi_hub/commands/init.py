@@ -9,9 +9,10 @@ from pathlib import Path
 import click
 
 from moshi_fl.cli import output_options, pairs
-from moshi_fl.config import ensure_home
+from moshi_fl.config import ensure_home, load_settings
 from moshi_fl.console import Console
 from moshi_fl.errors import ConfigError
+from moshi_fl.forge import Repository, parse_address
 from moshi_fl.history import PREFIXES
 from moshi_fl.store import redact
 from moshi_fl.text import Size
@@ -54,6 +55,11 @@ from moshi_hub.options import maintainer
     is_flag=True,
     help=f"Keep weights under {PREFIXES[1]}, for hosts that take only branches and tags.",
 )
+@click.option(
+    "--github/--no-github",
+    default=None,
+    help="Write workflows for GitHub into it. [default: where the URL is one of GitHub's]",
+)
 @click.option("--passphrase", is_flag=True, help="Ask for a passphrase for the hub's keys.")
 @click.option("--passphrase-env", metavar="NAME", help="Take it from this variable.")
 @output_options
@@ -70,6 +76,7 @@ def init(  # noqa: PLR0913 - one parameter an option
     eval_data: tuple[Path, ...],
     tokenizer: Path | None,
     branches_only: bool,
+    github: bool | None,
     passphrase: bool,
     passphrase_env: str | None,
 ) -> None:
@@ -87,6 +94,7 @@ def init(  # noqa: PLR0913 - one parameter an option
     from moshi_hub.create import Plan, create
     from moshi_hub.keys import KeyStore
 
+    repository = _repository(hub, github)
     plan = Plan(
         url=hub,
         family=family,
@@ -100,6 +108,7 @@ def init(  # noqa: PLR0913 - one parameter an option
         passphrase=_passphrase(passphrase, passphrase_env),
         source=source,
         model=model,
+        repository=repository,
     )
     snapshot = create(plan, ensure_home())
     record, shown = snapshot.record, redact(hub)
@@ -116,7 +125,34 @@ def init(  # noqa: PLR0913 - one parameter an option
     console.note("Whoever has these keys speaks for the hub: keep a copy of them in a safe place.")
     if not eval_data:
         console.note("No held-out data: merges will not be measured. (--eval-data DIR)")
+    if repository:
+        for line in next_steps(repository, measured=bool(eval_data)):
+            console.note(line)
     console.hint(f"moshi-fl contribute --hub {shown} --data PATH   (anyone can, from now on)")
+
+
+def _repository(hub: str, github: bool | None) -> Repository | None:
+    found = None if github is False else parse_address(hub, load_settings().github_api)
+    if github and found is None:
+        raise ConfigError(
+            f"{redact(hub)} is on no GitHub that is known here.",
+            hint="moshi-fl config set github_api https://HOST/api/v3   (an Enterprise server)",
+        )
+    return found
+
+
+def next_steps(repository: Repository, *, measured: bool) -> list[str]:
+    """What a maintainer does in the settings of a new repository, in a few lines."""
+    pool = " and MOSHI_HUB_POOL_KEY (moshi-hub pool seal)" if measured else ""
+    online, anchor = "moshi-hub keys export", "moshi-hub keys export --role anchor"
+    return [
+        f"What is left to do in {repository.web}/{repository.slug}/settings:",
+        "- Actions, General: let Actions create pull requests; ask before strangers' first runs.",
+        f"- Environment evaluators, main only: secrets MOSHI_HUB_ANCHOR_KEY ({anchor}){pool}.",
+        f"- Environment publishing, main only, reviewed: secret MOSHI_HUB_ONLINE_KEY ({online}).",
+        "- Branches: protect main; demand a review by its code owners.",
+        "- Pages: deploy from GitHub Actions.",
+    ]
 
 
 def _passphrase(ask: bool, variable: str | None) -> bytes:

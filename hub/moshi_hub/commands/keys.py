@@ -147,16 +147,34 @@ def export_public(
 
 @keys.command()
 @click.argument("key", required=False)
+@click.option(
+    "--role",
+    type=click.Choice(["online", "targets", "anchor"]),
+    default="online",
+    show_default=True,
+    help="Which key; the anchor's is the one that this machine evaluates with.",
+)
 @hub_option
 @passphrase_option
 @output_options
-def export(console: Console, key: str | None, hub: str | None, passphrase_env: str) -> None:
-    """Print the private online key without a passphrase, for a CI's secret."""
-    from moshi_hub.keys import ONLINE_KEY, private_pem
+def export(
+    console: Console, key: str | None, role: str, hub: str | None, passphrase_env: str
+) -> None:
+    """Print a private key without a passphrase, for a CI's secret."""
+    from moshi_hub.keys import VARIABLES, private_pem
+    from moshi_hub.local import ANCHOR, ANCHOR_KEY, local_signer
 
-    store = _bench(hub, passphrase_env).desk.keys
-    console.line(private_pem(store.load(_stored(store, "online", key))).rstrip())
-    console.note(f"Give it to the CI as {ONLINE_KEY}. Whoever has it can say what is newest.")
+    bench = _bench(hub, passphrase_env)
+    if role == ANCHOR:
+        bench_home, hub_id = bench.replica.home, bench.replica.look().config.hub.id
+        path = local_signer(bench_home, hub_id, ANCHOR).key_path
+        console.line(path.read_text(encoding="utf-8").rstrip())
+        console.note(f"Give it to the CI as {ANCHOR_KEY}. Whoever has it can judge for the hub.")
+        return
+    store = bench.desk.keys
+    console.line(private_pem(store.load(_stored(store, role, key))).rstrip())
+    can = {"online": "say what is newest", "targets": "make rounds of this hub"}[role]
+    console.note(f"Give it to the CI as {VARIABLES[role]}. Whoever has it can {can}.")
 
 
 def _stored(store: KeyStore, role: str, start: str | None) -> StoredKey:

@@ -31,6 +31,11 @@ from moshi_hub.options import maintainer, passphrase_from, passphrase_option, re
 )
 @click.option("--accept", multiple=True, metavar="ID", help="Take this disputed contribution.")
 @click.option("--dry-run", is_flag=True, help="Compute and report; push nothing.")
+@click.option(
+    "--if-ready",
+    is_flag=True,
+    help="For a timer: where there is nothing to merge, say so and end with status 0.",
+)
 @passphrase_option
 @output_options
 def merge(  # noqa: PLR0913 - one parameter an option
@@ -43,6 +48,7 @@ def merge(  # noqa: PLR0913 - one parameter an option
     eval_data: tuple[Path, ...],
     accept: tuple[str, ...],
     dry_run: bool,
+    if_ready: bool,
     passphrase_env: str,
 ) -> None:
     r"""Verify the open contributions, aggregate the accepted ones, and make the next round.
@@ -54,25 +60,34 @@ def merge(  # noqa: PLR0913 - one parameter an option
     Examples:
       moshi-hub merge --hub ./hub.git --publish
       moshi-hub merge --dry-run --strategy median
+      moshi-hub merge --if-ready
     """
+    from moshi_hub.chair import MoreAttestations
     from moshi_hub.evaluation import gate_for
-    from moshi_hub.heldout import evaluator_for, store_pool
-    from moshi_hub.merge import Options, Outcome
+    from moshi_hub.heldout import evaluator_for, open_sealed_pool, store_pool
+    from moshi_hub.merge import NothingToMerge, Options, Outcome
     from moshi_hub.merge import merge as run
 
     replica = replica_for(hub)
     if eval_data:
         state = replica.look()
         store_pool(replica, state.config, state.tokenizer, eval_data)
-    options = Options(publish, dry_run, strategy, exclude, accept, maintainer())
-    outcome: Outcome = run(
-        replica,
-        options,
-        evaluator=evaluator_for(replica),
-        find_strategy=find_strategy,
-        passphrase=passphrase_from(passphrase_env),
-        gate=gate_for(replica, ensure_home(), _measured(console)),
-    )
+    open_sealed_pool(replica)
+    options = Options(publish, dry_run, strategy, exclude, accept, maintainer(), if_ready)
+    try:
+        outcome: Outcome = run(
+            replica,
+            options,
+            evaluator=evaluator_for(replica),
+            find_strategy=find_strategy,
+            passphrase=passphrase_from(passphrase_env),
+            gate=gate_for(replica, ensure_home(), _measured(console)),
+        )
+    except (NothingToMerge, MoreAttestations) as error:
+        if not if_ready:
+            raise
+        console.done(f"Nothing to merge: {error}", round=None)
+        return
     if outcome.open_round.arrivals.problem:
         console.warn(outcome.open_round.arrivals.problem)
     _contributions(console, outcome)

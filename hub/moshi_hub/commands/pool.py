@@ -24,6 +24,7 @@ def pool(console: Console, hub: str | None) -> None:
       moshi-hub pool new --eval-data ~/held-out
       moshi-hub pool export pool.json
       moshi-hub pool import pool.json
+      moshi-hub pool seal
       moshi-hub pool retire
     """
     if click.get_current_context().invoked_subcommand is None:
@@ -78,6 +79,22 @@ def import_(console: Console, hub: str | None, file: Path) -> None:
     from moshi_hub.heldout import import_pool
 
     console.done("Kept the pool", pool=import_pool(replica_for(hub), file))
+
+
+@pool.command()
+@hub_option
+@output_options
+def seal(console: Console, hub: str | None) -> None:
+    """Put the pool on the hub, encrypted, and print its key: a secret of your CI.
+
+    With MOSHI_HUB_POOL_KEY set, that key is used again.
+    """
+    from moshi_hub.heldout import POOL_KEY, seal_pool
+
+    replica = replica_for(hub)
+    state = replica.look()
+    console.line(seal_pool(replica, state.refs, state.config.hub.id, maintainer()))
+    console.note(f"Give it to the CI as {POOL_KEY}. Whoever has it can train on the pool.")
 
 
 @pool.command()

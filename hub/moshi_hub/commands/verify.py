@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import click
 
@@ -10,10 +11,13 @@ from moshi_fl.cli import hub_option, output_options
 from moshi_fl.console import Console
 from moshi_fl.errors import Exit, HubError
 from moshi_fl.forge import Proposal
+from moshi_fl.replica import Replica
 from moshi_fl.signing import fingerprint
 from moshi_fl.text import Size
-from moshi_hub.options import maintainer, replica_for
+from moshi_hub.options import COMMIT, maintainer, replica_for
 from moshi_hub.verify import Verdict
+
+COLUMNS = ("contribution", "contributor", "base", "size", "norm", "verdict")
 
 
 @click.command()
@@ -23,30 +27,72 @@ from moshi_hub.verify import Verdict
     "--record", is_flag=True, help="Put on the hub which contributions were seen first; push it."
 )
 @click.option("--comment", is_flag=True, help="Say the verdicts on their pull requests.")
+@click.option(
+    "--head", metavar="COMMIT", type=COMMIT, help="Only what has this commit as its head."
+)
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the verdict on --head to this file, for other jobs; rejecting is no failure then.",
+)
 @output_options
 def verify(
-    console: Console, ids: tuple[str, ...], hub: str | None, record: bool, comment: bool
+    console: Console,
+    *,
+    ids: tuple[str, ...],
+    hub: str | None,
+    record: bool,
+    comment: bool,
+    head: str | None,
+    out: Path | None,
 ) -> int:
     r"""Check open contributions against the hub's rules, without running any of them.
 
-    Without an ID, all of them. The status is 3 when one is rejected.
+    Without an ID, all of them. The status is 3 when one is rejected. With --head, one is judged by
+    itself: that it copies another open one, a merge will say.
 
     \b
     Examples:
       moshi-hub verify --hub ./hub.git
       moshi-hub verify 4f1c09 --json
       moshi-hub verify --record --comment
+      moshi-hub verify --head "$HEAD" --out verdict.json
     """
+    if (head is None) != (out is None):
+        raise click.UsageError("--head and --out belong together.")
+    if head and out:
+        if ids or record or comment:
+            raise click.UsageError("--head is the only one that --out takes.")
+        return _judge_head(console, replica_for(hub), head, out)
+    return _judge_all(console, replica_for(hub), ids, record=record, comment=comment)
+
+
+def _judge_head(console: Console, replica: Replica, head: str, out: Path) -> int:
+    from moshi_fl.weights import write_atomic
+    from moshi_hub.pinned import pinned
+
+    with pinned(replica, head) as one:
+        write_atomic(out, one.as_result())
+        verdict, shown = one.verdict, one.found.offers.pull_requests
+    console.table([_row(verdict, shown)], COLUMNS, name="verdicts")
+    for finding in verdict.findings:
+        console.note(f"{_name(verdict)}: {finding.code}: {finding.message}")
+    console.result(accepted=int(verdict.accepted), rejected=int(not verdict.accepted))
+    return Exit.DONE
+
+
+def _judge_all(
+    console: Console, replica: Replica, ids: tuple[str, ...], *, record: bool, comment: bool
+) -> int:
     from moshi_hub.intake import publish_intake
     from moshi_hub.merge import announce, look
     from moshi_hub.publish import author
 
-    replica = replica_for(hub)
     with replica.workspace() as folder:
         found = look(replica, folder)
     if found.arrivals.problem:
         console.warn(found.arrivals.problem)
-    told = announce(found) if comment else []
+    told = announce(replica, found) if comment else []
     for problem in (*found.offers.problems, *told):
         console.warn(problem)
     if record:
@@ -63,9 +109,7 @@ def verify(
         console.note(f"No open contributions to round {found.rules.round}.")
     shown = found.offers.pull_requests
     rows = [_row(verdict, shown) for verdict in verdicts]
-    console.table(
-        rows, ["contribution", "contributor", "base", "size", "norm", "verdict"], name="verdicts"
-    )
+    console.table(rows, COLUMNS, name="verdicts")
     for verdict in verdicts:
         for finding in verdict.findings:
             console.note(f"{_name(verdict)}: {finding.code}: {finding.message}")
