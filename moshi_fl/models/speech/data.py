@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from moshi_fl.errors import CorruptRecord, DataError
+from moshi_fl.models.common import device_of
 from moshi_fl.models.speech.audio import audio_blocks
 from moshi_fl.models.speech.dialogues import Dialogue, Found, find_dialogues
 from moshi_fl.models.speech.mimi import PIECE, Mimi
@@ -146,7 +147,7 @@ def encode_file(path: Path, mimi: Mimi) -> Codes:
         SoundError: The sound cannot be used.
         RuntimeError: ``mimi`` is streaming something else.
     """
-    device = next(mimi.parameters()).device
+    device = device_of(mimi)
     with mimi.streaming(2):
         pieces = [
             mimi.encode(torch.from_numpy(piece).to(device)[:, None]).cpu()
