@@ -128,6 +128,18 @@ def test_other_sound_another_codec_or_fewer_codebooks_have_other_codes(
     assert cache.key(moved, mimi) == keys[-1]
 
 
+def test_a_codec_that_was_loaded_for_inference_alone_has_the_same_codes(
+    spoken: Dialogue, cache: CodeCache
+) -> None:
+    with torch.inference_mode():
+        loaded = small_mimi()
+        assert any(tensor.is_inference() for tensor in loaded.state_dict().values())
+        key = cache.key(spoken, loaded)
+        next(loaded.parameters()).add_(1)
+        assert cache.key(spoken, loaded) != key
+    assert cache.key(spoken, small_mimi()) == key
+
+
 def flip(data: bytes) -> bytes:
     """One bit of the codes is wrong."""
     return data[:-40] + bytes([data[-40] ^ 1]) + data[-39:]
