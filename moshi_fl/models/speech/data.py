@@ -6,6 +6,7 @@ they depend on the sound and the codec alone, and making them takes far longer t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
@@ -59,12 +60,12 @@ class CodeCache:
         try:
             entry = open_weights(path)
             codes, digest = entry["codes"].copy(), entry["sha256"].tobytes()
+            os.utime(path)  # used just now
         except (FileNotFoundError, CorruptRecord, KeyError):
             return None
         whole = codes.dtype == np.int16 and codes.ndim == 2 and len(codes) == 2 * codebooks
         if not whole or hashlib.sha256(codes.tobytes()).digest() != digest:
             return None
-        os.utime(path)  # used just now
         return codes
 
     def put(self, key: str, codes: Codes) -> None:
@@ -78,7 +79,10 @@ class CodeCache:
         return self._folder / f"{key}.safetensors"
 
     def _make_room(self) -> None:
-        entries = [(path.stat(), path) for path in self._folder.glob("*.safetensors")]
+        entries = []
+        for path in self._folder.glob("*.safetensors"):
+            with contextlib.suppress(FileNotFoundError):  # another process made room
+                entries.append((path.stat(), path))
         total = sum(status.st_size for status, _ in entries)
         for status, path in sorted(entries, key=lambda entry: entry[0].st_mtime_ns):
             if total <= self._max_bytes:
@@ -89,8 +93,9 @@ class CodeCache:
     def _digest_of(self, mimi: Mimi) -> str:
         """Of the codec's weights and settings; computed when they change."""
         state = mimi.state_dict()
-        version = [(tensor.data_ptr(), tensor._version) for tensor in state.values()]  # noqa: SLF001
-        if self._codec is None or self._codec[0] != version:
+        countless = any(tensor.is_inference() for tensor in state.values())  # of their changes
+        version = None if countless else [(t.data_ptr(), t._version) for t in state.values()]  # noqa: SLF001
+        if version is None or self._codec is None or self._codec[0] != version:
             arrays = {name: tensor.float().cpu().numpy() for name, tensor in state.items()}
             text = weights_digest(arrays) + repr(mimi.config)
             self._codec = (version, hashlib.sha256(text.encode()).hexdigest())

@@ -19,7 +19,7 @@ from moshi_fl.models.speech.lm_config import LMConfig
 from moshi_fl.models.speech.loss import cross_entropy
 
 SCALES = (64, 128, 256, 512, 1024, 2048)  # samples of a window
-FLOOR = 1e-5  # of a magnitude, before its logarithm
+FLOOR = 1e-4  # of a magnitude, before its logarithm: 80 dB below a sine at full scale
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Summary:
 
 def perplexity(nats: float) -> float:
     """``exp`` of a mean in nats; infinite where that is too large for a number."""
-    return math.exp(nats) if nats < 700 else math.inf
+    return math.inf if nats > 700 else math.exp(nats)
 
 
 class Tally:
@@ -113,7 +113,9 @@ def spectral_distance(
 
     The mean over ``scales`` of ``|X - Y|_F / |Y|_F + mean |log X - log Y|``, where X and Y are
     magnitudes under Hann windows of so many samples, a quarter apart (Yamamoto et al. 2020,
-    "Parallel WaveGAN", equations 4 to 6). Has gradients: a codec can be trained with it.
+    "Parallel WaveGAN", equations 4 to 6). That of a sine at full scale is 1, and the least is
+    1e-4, so that what nobody hears counts for nothing. Norms are over all sounds together. Has
+    gradients: a codec can be trained with it.
 
     Raises:
         DataError: The two differ in shape, or are shorter than the longest window.
@@ -126,7 +128,7 @@ def spectral_distance(
     terms = []
     for scale in scales:
         x, y = _magnitudes(estimate, scale), _magnitudes(target, scale)
-        convergence = (x - y).norm() / y.norm().clamp_min(FLOOR)
+        convergence = (x - y).norm() / y.norm()
         terms.append(convergence + (x.log() - y.log()).abs().mean())
     return torch.stack(terms).mean()
 
@@ -137,7 +139,7 @@ def _magnitudes(sound: Tensor, scale: int) -> Tensor:
     hop = scale // 4
     rows = sound.reshape(-1, sound.shape[-1])
     spectrum = torch.stft(rows, scale, hop, window=window, center=False, return_complex=True)
-    power = spectrum.real.square() + spectrum.imag.square()
+    power = (spectrum.real.square() + spectrum.imag.square()) * (2 / window.sum()) ** 2
     return power.clamp_min(FLOOR**2).sqrt()
 
 

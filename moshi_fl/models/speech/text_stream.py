@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -123,7 +124,7 @@ class TextStream:
         said = [(word, tokens) for word in words if (tokens := self.encode(word.text))]
         starts = [int(word.start * self.frame_rate) for word, _ in said]
         free = 0  # the first frame after the last token
-        for (_, tokens), start, limit in zip(said, starts, [*starts[1:], len(row)], strict=True):
+        for (_, tokens), (start, limit) in zip(said, pairwise([*starts, len(row)]), strict=True):
             if self.keep_and_shift:
                 start, limit = max(start, free), len(row)  # noqa: PLW2901
             laid = tokens[: max(0, min(limit, len(row)) - start)]

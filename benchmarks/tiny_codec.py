@@ -1,0 +1,136 @@
+"""Train the codec of small speech models on spoken dialogues, and measure it before and after.
+
+    python -m benchmarks.tiny_codec moshi_fl/models/speech/tiny_codec.safetensors
+
+Ten minutes of one CPU. The loss is ours, as Mimi's is not public: spectral distance at six scales,
+the mean difference of samples, and the quantiser's penalty. First the quantiser stays out, until
+there are latents worth naming; then in every third step (Défossez et al. 2024 do it in half), and
+the others use all and half of the codebooks in turn, so that half will do. Weights are written as
+float16, codebooks as centroids.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.clock import now, threads
+from moshi_fl.models.speech.audio import SAMPLE_RATE, read_audio
+from moshi_fl.models.speech.metrics import si_snr, spectral_distance
+from moshi_fl.models.speech.mimi import Mimi
+from moshi_fl.models.speech.tiny import TINY_MIMI
+from moshi_fl.weights import save_weights
+from tests.support.espeak import write_dialogues
+
+TRAINED_ON, HELD_OUT = range(12), range(12, 15)  # clients; each has voices and a pitch of its own
+CROP = 12  # frames
+BATCH = 6
+SCALES = ((64, 512), (128, 1024), (256, 2048))  # that a step looks at, in turn
+PEAK_RATE, WARM = 3e-3, 100  # learning rate, steps
+SAMPLES, PENALTY = 2.0, 0.25  # weights of the loss
+BARE = 0.3  # share of the time in which the quantiser stays out
+
+
+def speech(clients: range) -> Tensor:
+    """Channels of dialogues, (N,)."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [
+            path
+            for client in clients
+            for path in write_dialogues(Path(folder, str(client)), client=client, count=3)
+        ]
+        return torch.from_numpy(np.concatenate([read_audio(path).ravel() for path in paths]))
+
+
+def crops(sound: Tensor, size: int, seed: int) -> Iterator[Tensor]:
+    """Endless batches (B, 1, size), at many levels."""
+    chosen = random.Random(seed)
+    while True:
+        starts = [chosen.randrange(len(sound) - size) for _ in range(BATCH)]
+        rows = [sound[s : s + size] * 10 ** chosen.uniform(-0.6, 0.1) for s in starts]
+        yield torch.stack(rows)[:, None].clamp(-1, 1)
+
+
+def measure(mimi: Mimi, sound: Tensor, codebooks: int) -> tuple[float, float]:
+    """SI-SNR in dB and spectral distance of pieces of a second; mean of those with speech."""
+    mimi.eval()
+    mimi.set_num_codebooks(codebooks)
+    rows = sound[: len(sound) // SAMPLE_RATE * SAMPLE_RATE].view(-1, 1, SAMPLE_RATE)
+    rows = rows[rows.square().mean((1, 2)).sqrt() > 0.01]
+    with torch.no_grad():
+        found = mimi.decode(mimi.encode(rows))[..., :SAMPLE_RATE]
+    distance = spectral_distance(found[:, 0], rows[:, 0])
+    return float(si_snr(found, rows).clamp_min(-100).mean()), float(distance)
+
+
+def train(mimi: Mimi, sound: Tensor, seconds: float) -> int:
+    """Train for so much CPU time; the learning rate follows it down. How many steps."""
+    mimi.train()
+    optimizer = torch.optim.AdamW(mimi.parameters(), lr=PEAK_RATE, betas=(0.8, 0.99))
+    batches = crops(sound, CROP * mimi.frame_size, seed=0)
+    start, steps = now(), 0
+    while (used := (now() - start) / seconds) < 1:
+        rate = PEAK_RATE * min(1, (steps + 1) / WARM) * (1 + math.cos(math.pi * used)) / 2
+        optimizer.param_groups[0]["lr"] = rate
+        batch = next(batches)
+        levels = 0 if used < BARE else (0, 4, 8)[steps % 3]
+        sound, penalty = there_and_back(mimi, batch, levels)
+        distance = spectral_distance(sound, batch, scales=SCALES[steps // 3 % 3])
+        loss = distance + SAMPLES * F.l1_loss(sound, batch) + PENALTY * penalty
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(mimi.parameters(), 1.0)
+        optimizer.step()
+        steps += 1
+        if steps % 100 == 0:
+            print(f"{used:4.0%} {steps:5d} {levels} {float(distance.detach()):.3f}", flush=True)
+    return steps
+
+
+def there_and_back(mimi: Mimi, sound: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Sound through the codec, with so many levels or without its quantiser; and the penalty."""
+    if not levels:
+        latent = mimi.encode_to_latent(sound, quantize=False)
+        return mimi.decode_from_latent(latent), torch.zeros(())
+    mimi.set_num_codebooks(levels)
+    result = mimi(sound)
+    return result.sound, result.penalty
+
+
+def half(mimi: Mimi) -> dict[str, np.ndarray]:
+    """The weights in float16; what is left of a codebook are its centroids."""
+    state = mimi.state_dict()
+    for name in [name for name in state if name.endswith("cluster_usage")]:
+        sums = name.replace("cluster_usage", "embedding_sum")
+        state[sums] = state[sums] / state[name].clamp_min(1e-5)[:, None]
+        state[name] = torch.ones_like(state[name])
+    return {name: tensor.half().numpy() for name, tensor in state.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--seconds", type=float, default=600.0, help="CPU time to train")
+    given = parser.parse_args()
+    torch.manual_seed(0)
+    with threads(1):
+        mimi, held_out = Mimi(TINY_MIMI), speech(HELD_OUT)
+        print("before", measure(mimi, held_out, 8))
+        steps = train(mimi, speech(TRAINED_ON), given.seconds)
+        print("steps", steps)
+        save_weights(given.path, half(mimi))
+        for codebooks in (4, 8):
+            print("after", codebooks, measure(mimi, held_out, codebooks))
+
+
+if __name__ == "__main__":
+    main()
