@@ -25,6 +25,7 @@ from torch import Tensor
 
 from benchmarks.clock import now, threads
 from moshi_fl.models.speech.audio import SAMPLE_RATE, read_audio
+from moshi_fl.models.speech.conv import CausalConv, CausalTransposedConv
 from moshi_fl.models.speech.metrics import si_snr, spectral_distance
 from moshi_fl.models.speech.mimi import Mimi
 from moshi_fl.models.speech.tiny import TINY_MIMI
@@ -82,7 +83,7 @@ def train(mimi: Mimi, sound: Tensor, seconds: float) -> int:
         rate = PEAK_RATE * min(1, (steps + 1) / WARM) * (1 + math.cos(math.pi * used)) / 2
         optimizer.param_groups[0]["lr"] = rate
         batch = next(batches)
-        levels = 0 if used < BARE else (0, 4, 8)[steps % 3]
+        levels = 0 if used < BARE else (0, 2, 4)[steps % 3]
         sound, penalty = there_and_back(mimi, batch, levels)
         distance = spectral_distance(sound, batch, scales=SCALES[steps // 3 % 3])
         loss = distance + SAMPLES * F.l1_loss(sound, batch) + PENALTY * penalty
@@ -97,13 +98,45 @@ def train(mimi: Mimi, sound: Tensor, seconds: float) -> int:
 
 
 def there_and_back(mimi: Mimi, sound: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """Sound through the codec, with so many levels or without its quantiser; and the penalty."""
-    if not levels:
-        latent = mimi.encode_to_latent(sound, quantize=False)
-        return mimi.decode_from_latent(latent), torch.zeros(())
-    mimi.set_num_codebooks(levels)
-    result = mimi(sound)
-    return result.sound, result.penalty
+    """Sound through the codec, with so many levels or with none of them; and the penalty."""
+    if levels:
+        mimi.set_num_codebooks(levels)
+        result = mimi(sound)
+        return result.sound, result.penalty
+    latent = mimi.encode_to_latent(sound, quantize=False)
+    parts = (mimi.quantizer.rvq_first, mimi.quantizer.rvq_rest)
+    seen = torch.stack([part.output_proj(part.input_proj(latent)) for part in parts]).sum(0)
+    return mimi.decode_from_latent(seen), torch.zeros(())
+
+
+@torch.no_grad()
+def balance(mimi: Mimi, sound: Tensor) -> None:
+    """Scale each layer so that its output varies as it should (Mishkin and Matas 2016).
+
+    PyTorch's own start makes each layer's output smaller than its input: behind thirty of them
+    nothing is left of the sound, and a decoder that never hears it learns to do without.
+    """
+    for part in (mimi.quantizer.rvq_first, mimi.quantizer.rvq_rest):
+        torch.nn.init.orthogonal_(part.input_proj.weight)
+        part.output_proj.weight.copy_(part.input_proj.weight.transpose(0, 1))
+    for module in mimi.modules():
+        if isinstance(module, (CausalConv, CausalTransposedConv)):
+            name = "conv" if isinstance(module, CausalConv) else "convtr"
+            conv = module.get_submodule(f"{name}.{name}")
+            if conv.bias is not None:
+                conv.bias.zero_()
+            handle = module.register_forward_hook(
+                lambda _, __, made, conv=conv: made.mul_(_scaled(conv, made))
+            )
+            there_and_back(mimi, sound, 0)
+            handle.remove()
+    conv.weight.mul_(sound.std())  # the last one makes the sound
+
+
+def _scaled(conv: torch.nn.Module, made: Tensor) -> Tensor:
+    scale = 1 / made.std().clamp_min(1e-8)
+    conv.weight.mul_(scale)
+    return scale
 
 
 def half(mimi: Mimi) -> dict[str, np.ndarray]:
@@ -124,11 +157,12 @@ def main() -> None:
     torch.manual_seed(0)
     with threads(1):
         mimi, held_out = Mimi(TINY_MIMI), speech(HELD_OUT)
-        print("before", measure(mimi, held_out, 8))
+        print("before", measure(mimi, held_out, 4))
+        balance(mimi, next(crops(held_out, CROP * mimi.frame_size, seed=1)))
         steps = train(mimi, speech(TRAINED_ON), given.seconds)
         print("steps", steps)
         save_weights(given.path, half(mimi))
-        for codebooks in (4, 8):
+        for codebooks in (2, 4):
             print("after", codebooks, measure(mimi, held_out, codebooks))
 
 

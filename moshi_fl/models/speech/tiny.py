@@ -21,7 +21,7 @@ from moshi_fl.weights import open_weights
 TEXT_CARD = 512  # tokens of the tokenizer
 TINY_MIMI = MimiConfig(
     seanet=SeanetConfig(dimension=48, n_filters=4),
-    quantizer=QuantizerConfig(dimension=16, n_q=8, bins=256),
+    quantizer=QuantizerConfig(dimension=16, n_q=4, bins=256),
     transformer=TransformerConfig(
         d_model=48,
         num_heads=4,
@@ -32,7 +32,7 @@ TINY_MIMI = MimiConfig(
         layer_scale=0.01,
     ),
 )
-"""Mimi's rates and layers, four hundred times smaller: 8 codebooks of 256."""
+"""Mimi's rates and layers, four hundred times smaller: 4 codebooks of 256."""
 
 
 def tiny_text() -> bytes:
@@ -41,7 +41,7 @@ def tiny_text() -> bytes:
 
 
 def tiny_codec() -> Mimi:
-    """A trained codec of 24 kHz and 12.5 frames a second, ready for use; 8 codebooks of 256."""
+    """A trained codec of 24 kHz and 12.5 frames a second, ready for use; 4 codebooks of 256."""
     arrays = open_weights(Path(__file__).with_name("tiny_codec.safetensors"))
     mimi = Mimi(TINY_MIMI)
     load_checkpoint(mimi, {name: torch.tensor(array) for name, array in arrays.items()})
