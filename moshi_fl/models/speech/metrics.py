@@ -93,7 +93,7 @@ def si_snr(estimate: Tensor, target: Tensor) -> Tensor:
     """Scale-invariant signal-to-noise ratio in dB of sound (..., T), (...); more is better.
 
     ``10 log10(|s|^2 / |e - s|^2)``, where e and the target have no mean, and s is the part of e
-    along the target (Le Roux et al. 2019). Of a silent target it is -inf: nothing comes near it.
+    along the target (Le Roux et al. 2019). It is -inf where either is silent.
 
     Raises:
         DataError: The two differ in shape.
@@ -103,7 +103,8 @@ def si_snr(estimate: Tensor, target: Tensor) -> Tensor:
     t = target.double() - target.double().mean(-1, keepdim=True)
     power = t.square().sum(-1, keepdim=True)
     s = torch.where(power > 0, (e * t).sum(-1, keepdim=True) / power, 0) * t
-    return 10 * torch.log10(s.square().sum(-1) / (e - s).square().sum(-1))
+    signal, noise = s.square().sum(-1), (e - s).square().sum(-1)
+    return 10 * torch.log10(torch.where(signal > 0, signal / noise, 0))
 
 
 def spectral_distance(

@@ -47,7 +47,9 @@ def test_si_snr_knows_no_loudness_and_no_offset() -> None:
 def test_si_snr_at_its_ends() -> None:
     sound = torch.tensor([1.0, -1.0, 2.0, -2.0])
     assert float(si_snr(2 * sound, sound)) == math.inf
-    assert float(si_snr(sound, torch.zeros(4))) == -math.inf
+    for silent in (torch.zeros(4), torch.full((4,), 0.5)):
+        assert float(si_snr(sound, silent)) == -math.inf
+        assert float(si_snr(silent, sound)) == -math.inf
 
 
 def by_hand(x: np.ndarray, y: np.ndarray, scale: int) -> float:
