@@ -112,22 +112,25 @@ def moshi_fl_failed() -> int:
 def test_adapters_alone_and_ttt_layers_alone(
     hub: Path, voices: Path, tmp_path: Path, call: Call
 ) -> None:
-    """One trains the adapters, another the TTT layers; each sends that and nothing else."""
+    """Somebody trains the adapters, then the TTT layers; each time that is sent, and nothing else.
+
+    Not even what error feedback has kept of the adapters: it waits until they train again.
+    """
     call(
         "maintainer", "moshi-hub", "init", hub, "--family", "speech", "--set", "ttt_layers=1",
         "--eval-data", voices / "held-out",
     )  # fmt: skip
-    for name, part, theirs in (
-        ("ann", "lora", lambda tensor: tensor.endswith(ADAPTERS)),
-        ("bob", "ttt", lambda tensor: ".self_attn.ttt." in tensor),
+    for part, theirs in (
+        ("lora", lambda tensor: tensor.endswith(ADAPTERS)),
+        ("ttt", lambda tensor: ".self_attn.ttt." in tensor),
     ):
         sent = call(
-            name, "moshi-fl", "contribute", "--hub", hub, "--data", voices / name,
-            "--steps", 20, "--contributor", name, "--trains", part, "--lr", 0.01,
+            "ann", "moshi-fl", "contribute", "--hub", hub, "--data", voices / "ann",
+            "--steps", 20, "--contributor", "ann", "--trains", part, "--lr", 0.01,
         )  # fmt: skip
         assert sent["loss_after"] < sent["loss_before"]
         carried = sent_tensors(hub, tmp_path / "reader", sent)
-        assert carried
+        assert len(carried) > 10
         assert all(map(theirs, carried))
         merged = call("maintainer", "moshi-hub", "merge", "--hub", hub, "--publish")
         assert merged["contributions"] == 1

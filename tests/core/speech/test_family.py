@@ -122,7 +122,7 @@ def test_so_large_a_model_is_not_made_from_random_numbers() -> None:
         ({"lora_embeddings": 1}, "lora_embeddings must be true or false"),
         ({"segment_frames": 0}, "segment_frames = 0 must be a whole number above zero"),
         ({"first_codebook_weight": -1}, "first_codebook_weight = -1 must be a number of 0"),
-        ({"n_q": 3, "delays": [0] * 4}, "n_q = 3 must be twice dep_q"),
+        ({"n_q": 5, "delays": [0] * 6}, "n_q = 5 must be twice dep_q"),
         ({"card": 65}, "must be the codec's"),
         ({"text_card": 40_000}, "text_card = 40000 must be at most 32767"),
         ({"text_card": 100}, "the tokenizer has"),
@@ -319,7 +319,7 @@ def test_figures_tell_text_and_codebooks_apart(task: SpeechTask, module: SpeechM
     pool = task.pool(corpus_of(task), 2, seed=0, held_out=True)
     found = task.figures(module, pool, torch.device("cpu"))
     codebooks = [f"codebook {n + 1}" for n in range(task.config.lm.dep_q)]
-    assert list(found) == ["text perplexity", "of words", *codebooks]
+    assert list(found) == ["text perplexity", "word perplexity", *codebooks]
     assert 1 < found["text perplexity"] < 1e6
     # With untrained weights a code is about as likely as any other.
     assert found["codebook 1"] == pytest.approx(np.log(task.config.lm.card), rel=0.5)
