@@ -144,7 +144,7 @@ def contribute(
     listener.stage("sync", _whence(snapshot))
     task = able_to_read(load_task(snapshot.state), snapshot.load)
     require_part(task, options.trains or snapshot.state.config.training.trains)
-    paths = tuple(Path(path).expanduser().resolve() for path in data)
+    paths = tuple(_absolute(Path(path)) for path in data)
     corpus = task.read(paths, seed=0, max_bytes=options.max_bytes)
     listener.stage("data", describe(corpus.summary))
     plan = make_plan(snapshot, task, corpus, paths, options, signer.public_key)
@@ -213,6 +213,15 @@ def discard(hub: str, *, home: Path | None = None) -> RunPlan:
     """
     manager = SyncManager(hub, home=home or default_home())
     return Runs(manager.replica.folder / "runs").discard().plan
+
+
+def _absolute(path: Path) -> Path:
+    """A path that means the same in another folder; also where it lists several with weights."""
+    path = path.expanduser()
+    if path.exists():
+        return path.resolve()
+    parts = (Path(part.strip()).expanduser().absolute() for part in str(path).split(","))
+    return Path(",".join(map(str, parts)))
 
 
 def _whence(snapshot: Snapshot) -> str:

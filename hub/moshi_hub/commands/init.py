@@ -90,6 +90,7 @@ def init(  # noqa: PLR0913 - one parameter an option
       moshi-hub init ./hub.git --family speech --set ttt_layers=1
       moshi-hub init ./hub.git --from imported
     """
+    from moshi_fl.models import get_preset
     from moshi_fl.subwords import start_of
     from moshi_hub.create import Plan, create
     from moshi_hub.keys import KeyStore
@@ -123,6 +124,8 @@ def init(  # noqa: PLR0913 - one parameter an option
         keys=KeyStore(ensure_home(), snapshot.state.config.hub.id).folder,
     )
     console.note("Whoever has these keys speaks for the hub: keep a copy of them in a safe place.")
+    if not source and (note := get_preset(family, preset).note):
+        console.note(note)
     if not eval_data:
         console.note("No held-out data: merges will not be measured. (--eval-data DIR)")
     if repository:

@@ -41,10 +41,10 @@ from moshi_fl.models.speech.data import (
     encode_dialogue,
     find_dialogues,
 )
+from moshi_fl.models.speech.evaluation import summarize
 from moshi_fl.models.speech.family_config import SpeechConfig
 from moshi_fl.models.speech.lora import fuse_lora
 from moshi_fl.models.speech.loss import losses
-from moshi_fl.models.speech.metrics import Tally
 from moshi_fl.models.speech.mimi import Mimi
 from moshi_fl.models.speech.model import CODEC, SpeechModel, make_codec, parts_of
 from moshi_fl.models.speech.monologue import monologue
@@ -184,12 +184,9 @@ class SpeechTask:
     @torch.inference_mode()
     def figures(self, module: nn.Module, pool: bytes, device: torch.device) -> Mapping[str, float]:
         """Perplexity of text and of the words in it, and the nats of a code of each codebook."""
-        tally, model = Tally(self.config.lm), module.to(device).eval()
-        for window in self._windows(pool):
-            codes = torch.from_numpy(window[None].astype(np.int64)).to(device)
-            tally.add(model(codes), codes)
-        found = tally.summary()
-        text = {"text perplexity": found.text_perplexity, "of words": found.word_perplexity}
+        model = cast("SpeechModel", module.to(device).eval())
+        found = summarize(model.lm, list(self._windows(pool)))
+        text = {"text perplexity": found.text_perplexity, "word perplexity": found.word_perplexity}
         audio = {f"codebook {n}": nats for n, nats in enumerate(found.audio, 1)}
         return text | audio
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from moshi_fl.models.speech.model import (
     make_codec,
     make_language_model,
 )
-from moshi_fl.models.speech.released import Released, map_tensors, open_release
+from moshi_fl.models.speech.released import MappedFile, Released, map_file, open_release
 from moshi_fl.models.speech.text_stream import TextStream
 from moshi_fl.models.speech.ttt import Ttt
 from moshi_fl.weights import atomic_file, header_bytes, write_atomic
@@ -95,30 +95,41 @@ def import_checkpoint(source: Path, out: Path, choices: Choices) -> Imported:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} already exists.", hint="give another folder with --out")
     released = open_release(source)
-    config = _config(released, choices)
-    tokenizer = released.tokenizer()
-    text = TextStream(tokenizer)
-    text.require_within(config.lm.text_card)
-    codec = fitted(_on_meta(lambda: make_codec(config)), map_tensors(released.codec))
-    sources: dict[str, Tensor | Callable[[], Tensor]] = {
-        f"{CODEC}{name}": value for name, value in codec.items()
-    }
-    language = (
-        _fresh(config, choices.seed)
-        if choices.preset
-        else _language(released, config, choices.seed)
-    )
-    sources |= {f"{LANGUAGE}{name}": value for name, value in language.items()}
-    shapes = _shapes(config)
+    config, tokenizer = _config(released, choices), released.tokenizer()
+    TextStream(tokenizer).require_within(config.lm.text_card)
+    files = _map(released, choices)
+    sources, shapes = _sources(files, config, choices), _shapes(config)
     assert sources.keys() == shapes.keys(), "the import makes other tensors than the model has"
     out.mkdir(parents=True, exist_ok=True)
-    _write_weights(out / WEIGHTS_FILE, sources, shapes)
+    _write_weights(out / WEIGHTS_FILE, sources, shapes, list(files.values()))
     recipe = _recipe(config, choices.preset or RECIPE_OF)
     write_atomic(out / TOKENIZER_FILE, tokenizer)
     write_atomic(out / RECIPE_FILE, _json(recipe))
     write_atomic(out / CONFIG_FILE, _json({"family": "speech", **config.to_table()}))
     parameters = sum(math.prod(shape) for shape in shapes.values())
     return Imported(out, parameters, str(recipe["training"]["trains"]))
+
+
+def _map(released: Released, choices: Choices) -> dict[str, MappedFile]:
+    """The files that are used, by what they hold."""
+    files = {"codec": map_file(released.codec)}
+    if not choices.preset:
+        files["language"] = map_file(released.language)
+        if released.adapters:
+            files["adapters"] = map_file(released.adapters)
+    return files
+
+
+def _sources(files: Mapping[str, MappedFile], config: SpeechConfig, choices: Choices) -> Sources:
+    """Everything under the hub's names."""
+    codec = fitted(_on_meta(lambda: make_codec(config)), files["codec"].tensors)
+    if choices.preset:
+        language: Sources = _fresh(config, choices.seed)
+    else:
+        language = _language(files, config, choices.seed)
+    return {f"{CODEC}{name}": value for name, value in codec.items()} | {
+        f"{LANGUAGE}{name}": value for name, value in language.items()
+    }
 
 
 def _config(released: Released, choices: Choices) -> SpeechConfig:
@@ -137,17 +148,17 @@ def _config(released: Released, choices: Choices) -> SpeechConfig:
     return SpeechConfig.from_table({**lm, **known, **changes})
 
 
-def _language(released: Released, config: SpeechConfig, seed: int) -> dict[str, Any]:
+def _language(files: Mapping[str, MappedFile], config: SpeechConfig, seed: int) -> Sources:
     """The released language model under our names, and what makes what it does not have."""
     plain = replace(config.lm, ttt_layers=0)
-    weights = fitted(_on_meta(lambda: LMModel(plain)), map_tensors(released.language))
+    weights = fitted(_on_meta(lambda: LMModel(plain)), files["language"].tensors)
     if config.lm.ttt_layers:
         weights = hybrid_weights(weights, _fresh_ttt(config, seed), config.lm)
     if not config.lora_rank:
         return dict(weights)
     model = _on_meta(lambda: make_language_model(config))
-    if released.adapters:
-        given = {**weights, **map_tensors(released.adapters)}
+    if "adapters" in files:
+        given = {**weights, **files["adapters"].tensors}
         return dict(fitted(model, given))
     adapters = {name: tuple(value.shape) for name, value in lora_state(model).items()}
     fresh = {name: _adapter(name, shape, seed) for name, shape in adapters.items()}
@@ -210,7 +221,12 @@ def _on_meta(make: Callable[[], nn.Module]) -> nn.Module:
         return make()
 
 
-def _write_weights(path: Path, sources: Sources, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _write_weights(
+    path: Path,
+    sources: Sources,
+    shapes: Mapping[str, tuple[int, ...]],
+    files: Sequence[MappedFile],
+) -> None:
     """Float32, in canonical order, one tensor in memory at a time."""
     with atomic_file(path) as file:
         file.write(header_bytes({name: ("F32", shape) for name, shape in shapes.items()}))
@@ -220,6 +236,8 @@ def _write_weights(path: Path, sources: Sources, shapes: Mapping[str, tuple[int,
             if not bool(torch.isfinite(tensor).all()):
                 raise CorruptRecord(f"{name} holds a number that is not finite.")
             file.write(tensor.numpy().astype("<f4", copy=False).data)
+            for mapped in files:
+                mapped.release()
 
 
 def _json(value: object) -> bytes:

@@ -17,6 +17,13 @@ from moshi_fl.models.speech.lora import add_lora
 from moshi_fl.models.speech.mimi import Mimi
 
 CODEC, LANGUAGE = "mimi.", "lm."  # beginnings of the names of tensors
+EXACT = tuple(
+    f".ttt.{name}"
+    for name in (
+        *("W1", "b1", "W2", "b2"),
+        *("ttt_norm_weight", "ttt_norm_bias", "learnable_token_idx"),
+    )
+)
 ADAPTERS = (".lora_A.weight", ".lora_B.weight")
 
 
@@ -62,8 +69,7 @@ class SpeechModel(nn.Module):
 
     def parameter_group(self, name: str) -> ParameterGroup:
         """What a TTT layer computes in float32 is kept so; in bfloat16 its weights drift."""
-        exact = ".ttt." in name and "_proj." not in name
-        return ParameterGroup(stays_float32=exact)
+        return ParameterGroup(stays_float32=name.endswith(EXACT))
 
 
 def parts_of(config: SpeechConfig) -> tuple[str, ...]:

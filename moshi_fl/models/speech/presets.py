@@ -18,6 +18,7 @@ KYUTAI: Mapping[str, Any] = {
     "hidden_scale": 4.125,
     "norm": "rms_norm_f32",
     "gating": "silu",
+    "depformer_gating": "silu",
     "context": 3000,
     "positional_embedding": "rope",
     "depformer_multi_linear": True,

@@ -125,8 +125,21 @@ def _read_json(path: Path) -> dict[str, Any]:
     return table
 
 
-def map_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, each read from the disk when it is used.
+@dataclass(frozen=True)
+class MappedFile:
+    """A file's tensors, each read from the disk when it is used."""
+
+    tensors: Mapping[str, Tensor]
+    _pages: mmap.mmap
+
+    def release(self) -> None:
+        """Let go of what was read so far; it is read again where it is used again."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._pages.madvise(mmap.MADV_DONTNEED)
+
+
+def map_file(path: Path) -> MappedFile:
+    """Map a safetensors file.
 
     Raises:
         CorruptRecord: Not a whole safetensors file, or a tensor that is not floating point.
@@ -154,4 +167,4 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
             else torch.empty(0, dtype=dtype)
         )
         found[name] = flat.view(spec.shape)
-    return found
+    return MappedFile(found, mapped)
