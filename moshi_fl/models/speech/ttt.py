@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moshi_fl.models.speech.attention import floating
-from moshi_fl.models.speech.streaming import State, StreamingModule
+from moshi_fl.models.speech.streaming import StreamingModule
 from moshi_fl.models.speech.ttt_config import TttConfig
 from moshi_fl.models.speech.ttt_rule import (
     FastLayer,
     HeadNorm,
-    Step,
     answer,
     drawn_back,
     gelu,
@@ -30,77 +28,7 @@ from moshi_fl.models.speech.ttt_rule import (
     steps_of,
     wide,
 )
-
-TAPS = 4  # of the convolutions that tell queries from keys where they share a projection
-
-
-class Projected(NamedTuple):
-    """Queries, keys and targets (N, T, D), and learning rates (N, T); N: items times heads."""
-
-    q: Tensor
-    k: Tensor
-    target: Tensor
-    eta: Tensor
-
-    def part(self, start: int, stop: int) -> Projected:
-        """The tokens from ``start`` to ``stop``."""
-        return Projected(*(tensor[:, start:stop] for tensor in self))
-
-
-class TttState(State):
-    """Of each stream: its fast weights, and what the tokens of its unfinished mini-batch say.
-
-    Attributes:
-        count: Tokens in the unfinished mini-batch, (B,).
-        rates: Their learning rates, (B, H, K).
-        recent: The last inputs of the convolutions, (B, TAPS - 1, C).
-    """
-
-    # Not a part of what is saved: constants, and views of what is.
-    __slots__ = ("causal", "fast", "layer", "norm", "steps")
-
-    def __init__(self, layer: Ttt, batch: int) -> None:
-        like, c = floating(layer.q_proj), layer.config
-        super().__init__(batch, like.device)
-        self.layer, self.norm, self.causal = layer, layer.head_norm(batch), layer.causal()
-        self.count = torch.zeros(batch, dtype=torch.long, device=like.device)
-        self.recent = like.new_zeros(batch, TAPS - 1, c.d_model if c.share_qk else 0)
-        self.fast: list[FastLayer] = []
-        self.steps: list[Step] = []
-        for number, first in enumerate(layer.first_weights(batch), start=1):
-            buffers = [
-                first.weight.new_zeros(len(first.weight), c.mini_batch, width)
-                for width in first.weight.shape[1:]
-            ]
-            self.fast.append(FastLayer(first.weight.clone(), first.bias.clone()))
-            self.steps.append(Step(*buffers))
-            for name, value in zip(
-                ("W", "b", "inputs", "grads"), (*self.fast[-1], *buffers), strict=True
-            ):
-                setattr(self, f"{name}{number}", value.view(batch, c.n_heads, *value.shape[1:]))
-        self.rates = first.weight.new_zeros(batch, c.n_heads, c.mini_batch)
-
-    def write(self, steps: list[Step], eta: Tensor, position: Tensor) -> None:
-        """Keep new tokens' steps (N, n, ...) and rates (N, n) at ``position`` (B, n)."""
-        spot = position.repeat_interleave(self.layer.config.n_heads, 0)  # (N, n)
-        for kept, new in zip(self.steps, steps, strict=True):
-            for buffer, rows in zip(kept, new, strict=True):
-                buffer.scatter_(1, spot[..., None].expand_as(rows), rows)
-        self.rates.view(len(spot), -1).scatter_(1, spot, eta)
-
-    def replace(self, new: list[FastLayer], mask: Tensor) -> None:
-        """Give the items of ``mask`` (B,) other weights and an empty mini-batch."""
-        chosen = mask.repeat_interleave(self.layer.config.n_heads)[:, None, None]  # (N, 1, 1)
-        for kept, fresh in zip(self.fast, new, strict=True):
-            for old, values in zip(kept, fresh, strict=True):
-                old.copy_(torch.where(chosen, values, old))
-        self.count.masked_fill_(mask, 0)
-
-    def reset(self, mask: Tensor) -> None:
-        """Back to the weights that the layer has learnt to begin with."""
-        super().reset(mask)
-        self.replace(self.layer.first_weights(self.batch), mask)
-        self.clear(self.recent, mask)
+from moshi_fl.models.speech.ttt_state import TAPS, Projected, TttState
 
 
 class Ttt(StreamingModule):
@@ -199,7 +127,9 @@ class Ttt(StreamingModule):
         self.check_batch(x)
         B, T, _ = x.shape
         y = self._whole(x) if self._state is None else self._piece(x)  # (N, T, D)
-        y = y.view(B, -1, T, y.shape[2]).transpose(1, 2).reshape(x.shape).to(x.dtype)
+        if T > 1:
+            y = y.view(B, -1, T, y.shape[2]).transpose(1, 2)
+        y = y.reshape(x.shape).to(x.dtype)
         y = self.post_norm(y)
         if self.config.use_gate:
             y = gelu(self.g_proj(x)) * y
@@ -212,10 +142,11 @@ class Ttt(StreamingModule):
         ``recent``: what the convolutions of the stream's state have seen, (B, TAPS - 1, C).
         """
         (B, T, _), H, width = x.shape, self.config.n_heads, wide(x.dtype)
+        table = torch.view_as_complex(self.turns)  # (K, D / 2)
         q = self.q_proj(x)
         q, k = self._told_apart(q, recent) if self.config.share_qk else (q, self.k_proj(x))
         pairs = torch.stack([q, k]).to(width).view(2, B, T, H, -1, 2)
-        turns = torch.view_as_complex(self.turns[position])[:, :, None]  # (B or 1, T, 1, D / 2)
+        turns = table.index_select(0, position.flatten()).view(*position.shape, 1, -1)
         turned = torch.view_as_real(torch.view_as_complex(pairs) * turns)
         q, k = turned.flatten(-2).transpose(2, 3).reshape(2, B * H, T, -1)
         v = self.v_proj(x).to(width).view(B, T, H, -1).transpose(1, 2).reshape(k.shape)
@@ -274,6 +205,8 @@ class Ttt(StreamingModule):
         position = state.count[:, None]  # (B, T)
         if T > 1:
             position = (position + torch.arange(T, device=x.device)) % K
+        if T == 1 and state.reader and not torch.is_grad_enabled():
+            return self._continue(state.reader.read(x[:, 0], state.count))
         given = self.project(x, position, state.recent if self.config.share_qk else None)
         if T == 1:
             return self._continue(given)
@@ -287,15 +220,16 @@ class Ttt(StreamingModule):
     def _continue(self, given: Projected) -> Tensor:
         """Answers (N, n, D) to tokens that end no mini-batch but with their last."""
         q, k, target, eta = given
-        state, H, n = self.state(), self.config.n_heads, q.shape[1]
+        state, H, n, K = self.state(), self.config.n_heads, q.shape[1], self.config.mini_batch
         position = state.count[:, None]  # (B, n)
         if n > 1:
             position = position + torch.arange(n, device=q.device)
         state.write(steps_of(state.fast, k, target, state.norm), eta, position)
-        rates = state.causal[position][:, None] * state.rates[:, :, None]  # (B, H, n, K)
-        y = answer(state.fast, q, state.steps, rates.view(len(q), n, -1), state.norm)
-        state.count.add_(state.active, alpha=n)
-        full = state.count == self.config.mini_batch
+        causal = state.causal.index_select(0, position.flatten()).view(-1, 1, n, K)
+        rates = (causal * state.rates[:, :, None]).view(-1, n, K)  # of (B, H, n, K)
+        y = answer(state.fast, q, state.steps, rates, state.norm)
+        state.advance(n)
+        full = state.count == K
         if full.is_cuda or full.any():  # a GPU is not asked: it would have to be waited for
             rates = state.causal[-1] * state.rates.view(len(q), -1)
             new = learnt(state.fast, state.steps, rates)

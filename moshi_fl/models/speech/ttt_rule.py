@@ -98,7 +98,9 @@ def answer(
     x = q
     for depth, (layer, step) in enumerate(zip(fast, steps, strict=True)):
         x = gelu(x) if depth else x
-        attention = torch.addcmul(rates, x @ step.inputs.mT, rates)  # the bias's input is 1
+        attention = torch.addcmul(
+            rates, torch.bmm(x, step.inputs.mT), rates
+        )  # the bias's input is 1
         x = torch.baddbmm(layer.bias, x, layer.weight)
         x = torch.baddbmm(x, attention, step.grads, alpha=-1)
     return q + norm(x)
