@@ -14,7 +14,7 @@ from moshi_fl.history import round_branch
 from moshi_fl.records import Round
 from moshi_fl.signing import fingerprint, keys_match
 from moshi_fl.text import markdown
-from moshi_hub.comment import one_line, results_text, verdict_text
+from moshi_hub.comment import AGREE, one_line, results_text, verdict_text
 from moshi_hub.results import Results, verdict_of
 from moshi_hub.verify import Verdict
 
@@ -78,7 +78,7 @@ def tell_results(forge: Forge, results: Results, author: str, hub: str) -> tuple
     problems: list[str] = []
     gate, verdict = results.gate, verdict_of(results.gate)
     text = results_text(results, verdict, _signer(forge, verdict, author, problems), hub)
-    if not gate.pull_request:
+    if not gate.pull_request or _said_more(forge, results, problems):
         return text, problems
     word = results.outcome if results.outcome in {REJECTED, DISPUTED} else ACCEPTED
     _try(problems, lambda: forge.say(gate.pull_request, text, marker=VERDICT))
@@ -89,6 +89,14 @@ def tell_results(forge: Forge, results: Results, author: str, hub: str) -> tuple
     others = [other for other in STATES if other != word]
     _try(problems, lambda: forge.label(gate.pull_request, [word], remove=others))
     return text, problems
+
+
+def _said_more(forge: Forge, results: Results, problems: list[str]) -> bool:
+    """Whether measurements of this head are told: a job that comes late takes none back."""
+    found: dict[str, Status] = {}
+    if results.outcome == ACCEPTED:
+        _try(problems, lambda: found.update(forge.statuses(results.gate.head)))
+    return CHECK in found and AGREE in found[CHECK].description
 
 
 def tell_round(
