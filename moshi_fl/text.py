@@ -190,6 +190,11 @@ def shorten(text: str, columns: int) -> str:
 
 
 def markdown(text: str, limit: int = 80) -> str:
-    """Text from a stranger as harmless inline Markdown, without line breaks, cut to ``limit``."""
+    """Text from a stranger as harmless inline Markdown, without line breaks, cut to ``limit``.
+
+    A forge looks for people (``@name``), issues (``#1``) and addresses (``www.``) in what is left
+    after Markdown: a space of no width keeps them from being found.
+    """
     flat = "".join(character if character.isprintable() else " " for character in text)[:limit]
-    return re.sub(r"([\\`*_{}\[\]()<>#+!|~&@:])", r"\\\1", flat)
+    escaped = re.sub(r"([\\`*_{}\[\]()<>#+!|~&@:])", r"\\\1", flat)
+    return re.sub(r"([@#]|www(?=\.))", "\\1\N{ZERO WIDTH SPACE}", escaped, flags=re.IGNORECASE)

@@ -7,6 +7,7 @@ forge refuses is returned in words: the round is what counts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from moshi_fl.errors import HubError
 from moshi_fl.forge import Forge, Offer, Proposal, State, Status
@@ -14,15 +15,53 @@ from moshi_fl.history import round_branch
 from moshi_fl.records import Round
 from moshi_fl.signing import fingerprint, keys_match
 from moshi_fl.text import markdown
-from moshi_hub.comment import one_line, results_text, verdict_text
+from moshi_hub.comment import AGREE, one_line, results_text, verdict_text
 from moshi_hub.results import Results, verdict_of
 from moshi_hub.verify import Verdict
+
+if TYPE_CHECKING:
+    from moshi_fl.replica import Replica
+    from moshi_hub.merge import OpenRound
 
 VERDICT, ROUND = "verdict", "round"
 CHECK = "moshi-fl/verify"
 ACCEPTED, REJECTED, DISPUTED = "accepted", "rejected", "disputed"
 STATES: dict[str, State] = {ACCEPTED: "success", REJECTED: "failure", DISPUTED: "pending"}
 """Label to the state of the commit."""
+
+
+def announce(replica: Replica, found: OpenRound, record: Round | None = None) -> list[str]:
+    """Tell contributors on a forge the verdicts, and what a round took; what went wrong.
+
+    Args:
+        replica: The hub's copy on this machine.
+        found: The open round.
+        record: The round that was just made of it; then what is accepted and waits is told nothing.
+    """
+    problems, taken = announce_past(replica, found, record)
+    news = [v for v in found.verdicts if not (v.contribution and v.contribution.id in taken)]
+    if record:
+        news = [verdict for verdict in news if not verdict.accepted]
+    shown, commits = found.offers.pull_requests, found.offers.branches
+    return problems + tell_verdicts(found.offers.forge, news, shown, commits)
+
+
+def announce_past(
+    replica: Replica, found: OpenRound, record: Round | None = None
+) -> tuple[list[str], set[str]]:
+    """Tell whose contributions rounds have taken, the forge having been away when they were made.
+
+    Returns:
+        What the forge refused, in words; and the ids of what these rounds took.
+    """
+    rounds = replica.chain(found.snapshot.state, min(found.rules.bases))
+    branches = {v.contribution.id: v.branch for v in found.verdicts if v.contribution}
+    problems: list[str] = []
+    taken: set[str] = set()
+    for entry in (*rounds, *([record] if record else [])):
+        taken |= {merged.id for merged in entry.contributions}
+        problems += tell_round(found.offers.forge, entry, branches, found.offers.pull_requests)
+    return problems, taken
 
 
 def tell_verdicts(
@@ -78,7 +117,7 @@ def tell_results(forge: Forge, results: Results, author: str, hub: str) -> tuple
     problems: list[str] = []
     gate, verdict = results.gate, verdict_of(results.gate)
     text = results_text(results, verdict, _signer(forge, verdict, author, problems), hub)
-    if not gate.pull_request:
+    if not gate.pull_request or _said_more(forge, results, problems):
         return text, problems
     word = results.outcome if results.outcome in {REJECTED, DISPUTED} else ACCEPTED
     _try(problems, lambda: forge.say(gate.pull_request, text, marker=VERDICT))
@@ -89,6 +128,14 @@ def tell_results(forge: Forge, results: Results, author: str, hub: str) -> tuple
     others = [other for other in STATES if other != word]
     _try(problems, lambda: forge.label(gate.pull_request, [word], remove=others))
     return text, problems
+
+
+def _said_more(forge: Forge, results: Results, problems: list[str]) -> bool:
+    """Whether measurements of this head are told: a job that comes late takes none back."""
+    found: dict[str, Status] = {}
+    if results.outcome == ACCEPTED:
+        _try(problems, lambda: found.update(forge.statuses(results.gate.head)))
+    return CHECK in found and AGREE in found[CHECK].description
 
 
 def tell_round(
@@ -133,6 +180,23 @@ def propose_round(forge: Forge, record: Round, report: str) -> tuple[str, str]:
         return forge.propose(Offer(branch, "main", title, report, ("round",))).url, ""
     except HubError as error:
         return "", error.in_full
+
+
+def show_round(forge: Forge, record: Round, report: str) -> str:
+    """Open the pull request of a proposed round that has none; one that was closed stays closed.
+
+    Returns:
+        What the forge refused, in words.
+    """
+    branch = round_branch(record.round).removeprefix("refs/heads/")
+    try:
+        if any(entry.branch == branch for entry in forge.proposals(branch)):
+            return ""
+        title = f"Round {record.round}: {len(record.contributions)} contributions"
+        forge.propose(Offer(branch, "main", title, report, ("round",)))
+    except HubError as error:
+        return error.in_full
+    return ""
 
 
 def _close(forge: Forge, number: int, text: str, problems: list[str]) -> None:

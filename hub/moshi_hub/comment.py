@@ -16,6 +16,7 @@ from moshi_hub.verify import REASONS, Finding, Verdict
 
 MAX_ROWS = 32
 MICRO = 1e6
+AGREE = "evaluators agree"
 TWO_SIDED = 1.96  # standard errors: a 95 % interval of a mean of many
 HEADS = {
     "rejected": "**Rejected**",
@@ -72,7 +73,7 @@ def one_line(results: Results) -> str:
         return "passes the gate"
     said = {"rejected": "no-gain", "credit": "helps", "neutral": "does no harm"}
     k, n = len(results.agreeing), len(results.measured)
-    return f"{said.get(results.outcome, results.outcome)}: {k} of {n} evaluators agree"
+    return f"{said.get(results.outcome, results.outcome)}: {k} of {n} {AGREE}"
 
 
 def _head(results: Results) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,25 +16,23 @@ from moshi_fl.restore import StrategyFinder
 from moshi_fl.rules import owner_of, shapes_of, strategy_options
 from moshi_fl.signed.files import TARGETS
 from moshi_fl.signing import check_ssh_keygen
-from moshi_fl.store import HubRepo, PushRejected
-from moshi_hub.announce import propose_round, tell_round, tell_verdicts
+from moshi_fl.store import HubRepo
+from moshi_hub.announce import announce, announce_past, propose_round
 from moshi_hub.cleanup import clean_up, settle
 from moshi_hub.collect import judge, known_deltas, known_keys, make_rules
-from moshi_hub.intake import Arrivals, arrivals, publish_intake
+from moshi_hub.intake import Arrivals, arrivals
 from moshi_hub.judging import Decided, held, without_gain
 from moshi_hub.keys import KeyStore, Passphrase, passphrase_from_environment
 from moshi_hub.likeness import likeness
 from moshi_hub.metadata import Desk, utc_now
 from moshi_hub.offers import Offers, open_offers
+from moshi_hub.pending import NothingToMerge, record_arrivals, refuse_again
 from moshi_hub.propose import Evaluator, Proposal, propose
 from moshi_hub.publish import (
     Built,
     author,
     build_round,
     fetch_proposed,
-    has_round,
-    proposed_now,
-    proposed_report,
     publish_proposed,
     push_proposed,
     push_published,
@@ -58,10 +55,6 @@ class Options:
     name: str = "moshi-hub"
     if_ready: bool = False
     """Raise ``NothingToMerge`` where the same round is proposed already; record who came first."""
-
-
-class NothingToMerge(HubError):
-    """There is no round to make now. Looking again later is all that is to do."""
 
 
 @dataclass(frozen=True)
@@ -188,20 +181,23 @@ def merge(
     with replica.workspace() as folder:
         found = look(replica, folder)
         if options.if_ready:
-            _record(replica, found, options.name)
+            record_arrivals(replica, found, options.name)
         if options.publish:
-            _announce_past(replica, found)
+            announce_past(replica, found)
             found = _finish_clean_up(replica, found)
         if options.publish and not options.dry_run:
             desk_for(replica, found.snapshot.state, found.rules.config, passphrase).require_keys()
+        again = options.if_ready and not options.publish
+        if again:
+            refuse_again(replica, found, found.accepted)  # before anything is measured
         decided = gate(found, folder) if gate else None
         late: set[str] = set()
         if decided:
             found = replace(found, verdicts=without_gain(found.verdicts, decided.verdicts))
             late = held(found.accepted, decided.verdicts, options.accept)
         found, chosen, waiting = choose(found, options.exclude, folder / "deltas", late)
-        if options.if_ready and not options.publish:
-            _refuse_again(replica, found, chosen)
+        if again:
+            refuse_again(replica, found, chosen)
         proposal = propose(
             found.snapshot.state,
             found.rules,
@@ -216,32 +212,6 @@ def merge(
         if options.dry_run:
             return _outcome(found, proposal, None, waiting)
         return _push(replica, found, proposal, waiting, options, passphrase)
-
-
-def _record(replica: Replica, found: OpenRound, name: str) -> None:
-    """Put on the hub who came first: a machine that forgets everything merges here."""
-    names, intake = found.snapshot.state.refs, found.arrivals.intake
-    if intake.seen:
-        with suppress(PushRejected):  # another machine did so in this moment
-            publish_intake(replica, names, intake, author(name))
-
-
-def _refuse_again(replica: Replica, found: OpenRound, chosen: Sequence[Contribution]) -> None:
-    """A round that is under review stays as it is while nothing has changed."""
-    number = found.snapshot.round + 1
-    proposed = proposed_now(replica.repo, found.snapshot.state, number)
-    if proposed is None or not proposed.follows(found.snapshot.record):
-        return
-    if has_round(replica.repo, found.main, proposed.manifest.newest):
-        raise NothingToMerge(
-            f"round {number} is merged and waits to be published.", hint="moshi-hub publish"
-        )
-    same = {entry.id for entry in chosen} == proposed.contributions
-    if same and proposed.branch and replica.repo.parents(proposed.branch) == [found.main]:
-        report = proposed_report(replica.repo, proposed)
-        _, problem = propose_round(found.offers.forge, proposed.manifest.newest, report)
-        said = f" It is not shown as a pull request: {problem}" if problem else ""
-        raise NothingToMerge(f"round {number} is proposed already, with the same.{said}")
 
 
 def desk_for(
@@ -396,40 +366,6 @@ def _clean_up(replica: Replica, found: OpenRound, waiting: set[str], record: Rou
     return " ".join(filter(None, [_delete(replica, found, waiting), *told]))
 
 
-def announce(replica: Replica, found: OpenRound, record: Round | None = None) -> list[str]:
-    """Tell contributors on a forge the verdicts, and what a round took; what went wrong.
-
-    Args:
-        replica: The hub's copy on this machine.
-        found: The open round.
-        record: The round that was just made of it; then what is accepted and waits is told nothing.
-    """
-    problems, taken = _announce_past(replica, found, record)
-    news = [v for v in found.verdicts if not (v.contribution and v.contribution.id in taken)]
-    if record:
-        news = [verdict for verdict in news if not verdict.accepted]
-    shown, commits = found.offers.pull_requests, found.offers.branches
-    return problems + tell_verdicts(found.offers.forge, news, shown, commits)
-
-
-def _announce_past(
-    replica: Replica, found: OpenRound, record: Round | None = None
-) -> tuple[list[str], set[str]]:
-    """Tell whose contributions rounds have taken, the forge having been away when they were made.
-
-    Returns:
-        What the forge refused, in words; and the ids of what these rounds took.
-    """
-    rounds = replica.chain(found.snapshot.state, min(found.rules.bases))
-    branches = {v.contribution.id: v.branch for v in found.verdicts if v.contribution}
-    problems: list[str] = []
-    taken: set[str] = set()
-    for entry in (*rounds, *([record] if record else [])):
-        taken |= {merged.id for merged in entry.contributions}
-        problems += tell_round(found.offers.forge, entry, branches, found.offers.pull_requests)
-    return problems, taken
-
-
 def _delete(replica: Replica, found: OpenRound, waiting: set[str]) -> str:
     try:
         state = replica.pull().state
@@ -492,14 +428,6 @@ def publish_round(
         return record, _clean_up(replica, found, waiting, record)
 
 
-def is_merged(replica: Replica, number: int | None = None) -> bool:
-    """Whether main has a proposed round that is not published: somebody merged its pull request."""
-    state, main = replica.look(), replica.fetch_main()
-    wanted = state.newest.round + 1 if number is None else number
-    proposed = proposed_now(replica.repo, state, wanted)
-    return proposed is not None and has_round(replica.repo, main, proposed.manifest.newest)
-
-
 def finish(replica: Replica) -> list[str]:
     """What the publishing of earlier rounds left undone: who is to be told, and branches to delete.
 
@@ -508,6 +436,6 @@ def finish(replica: Replica) -> list[str]:
     """
     with replica.workspace() as folder:
         found = look(replica, folder)
-        problems, _ = _announce_past(replica, found)
+        problems, _ = announce_past(replica, found)
         _finish_clean_up(replica, found)
         return problems

@@ -15,6 +15,7 @@ from moshi_fl.text import (
     age,
     clean,
     human,
+    markdown,
     shorten,
     spell,
     width,
@@ -147,3 +148,11 @@ def test_typography_has_plain_substitutes():
 @given(st.text(), st.integers(min_value=1, max_value=20))
 def test_shortened_text_fits(text, columns):
     assert width(shorten(clean(text), columns)) <= columns
+
+
+def test_a_strangers_text_is_no_markdown_and_calls_nobody():
+    text = markdown("<b>*a*</b> @ann #12 www.example.org https://example.org `x`|\n# big", 200)
+    for found in ("@ann", "#12", "www.", "https:", "\n", " <b", " `x"):
+        assert found not in text
+    assert markdown("Ann Example, 3.11") == "Ann Example, 3.11"
+    assert len(markdown("x" * 500, 300)) == 300

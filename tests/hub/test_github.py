@@ -6,6 +6,7 @@ Git is served over loopback HTTP; the API is held to GitHub's published descript
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 
 import moshi_hub.cli
 import moshi_sdk.cli
+from tests.support.children import Child, Nursery
 from tests.support.github import FakeGitHub, serving
 from tests.support.http_hub import serve
 from tests.support.hubs import git
@@ -21,6 +23,7 @@ from tests.support.openapi import description
 from tests.support.simulator import write_corpus
 
 CLIS = {"moshi-fl": moshi_sdk.cli.main, "moshi-hub": moshi_hub.cli.main}
+PAIR = ("carol", "bob")
 LITTLE = ("--steps", "2", "--batch-size", "2")
 Call = Callable[..., tuple[int, dict[str, Any], str]]
 
@@ -152,3 +155,92 @@ def test_without_the_forge_the_hub_itself_is_still_judged(
     status, judged, said = call("carol", "moshi-hub", "verify")
     assert (status, len(judged["verdicts"])) == (0, 1)
     assert "pull requests from forks are not seen" in said
+
+
+def test_the_api_is_away_while_a_round_is_published(
+    github: FakeGitHub, call: Call, tmp_path: Path
+) -> None:
+    assert call("carol", "moshi-hub", "init", f"{github.web}/hub/model.git")[0] == 0
+    fork(github, "ann", tmp_path)
+    data = write_corpus(tmp_path / "data")
+    assert call("ann", "moshi-fl", "contribute", "--data", data, *LITTLE)[0] == 0
+    github.failing = "/"
+    status, merged, said = call("carol", "moshi-hub", "merge", "--publish")
+    assert (status, merged["round"]) == (0, 1), said
+    assert "not all is cleaned up" in said
+    assert github.pulls[0]["state"] == "open"
+    github.failing = ""
+    status, _, said = call("carol", "moshi-hub", "publish", "--if-merged")
+    assert status == 0, said
+    assert github.pulls[0]["state"] == "closed"
+    (comment,) = github.comments[1]
+    assert "Included in round 1" in comment["body"]
+    status, _, said = call("carol", "moshi-hub", "publish", "--if-merged")
+    assert status == 0, said
+    assert github.comments[1] == [comment]
+
+
+def test_what_a_round_took_is_not_called_a_replay(
+    github: FakeGitHub, call: Call, tmp_path: Path
+) -> None:
+    assert call("carol", "moshi-hub", "init", f"{github.web}/hub/model.git")[0] == 0
+    fork(github, "ann", tmp_path)
+    data = write_corpus(tmp_path / "data")
+    assert call("ann", "moshi-fl", "contribute", "--data", data, *LITTLE)[0] == 0
+    github.failing = "/"
+    assert call("carol", "moshi-hub", "merge", "--publish")[0] == 0
+    github.failing = ""
+    assert call("carol", "moshi-hub", "verify", "--comment")[0] == 3
+    (comment,) = github.comments[1]
+    assert "Included in round 1" in comment["body"]
+    assert github.pulls[0]["labels"] == []
+
+
+def test_a_round_that_could_not_be_shown_is_shown_by_the_next_timer(
+    github: FakeGitHub, call: Call, tmp_path: Path
+) -> None:
+    assert call("carol", "moshi-hub", "init", f"{github.web}/hub/model.git")[0] == 0
+    data = write_corpus(tmp_path / "data")
+    assert call("carol", "moshi-fl", "contribute", "--data", data, *LITTLE)[0] == 0
+    github.failing = "pulls"
+    status, _, said = call("carol", "moshi-hub", "merge", "--if-ready")
+    assert status == 0
+    assert "proposed, but not shown" in said
+    assert len(github.pulls) == 1
+    github.failing = ""
+    status, _, said = call("carol", "moshi-hub", "merge", "--if-ready")
+    assert (status, "is proposed already" in said) == (0, True)
+    assert github.pulls[1]["head"]["ref"] == "round/1"
+    assert github.pulls[1]["body"].startswith("# Round 1")
+
+
+def test_two_maintainers_propose_at_once(
+    github: FakeGitHub, call: Call, tmp_path: Path, commands: Nursery
+) -> None:
+    assert call("carol", "moshi-hub", "init", f"{github.web}/hub/model.git")[0] == 0
+    data = write_corpus(tmp_path / "data")
+    assert call("carol", "moshi-fl", "contribute", "--data", data, *LITTLE)[0] == 0
+    github.writers.add("bob")
+    shutil.copytree(tmp_path / "carol" / "keys", tmp_path / "bob" / "keys")
+    hub = ("--hub", f"{github.web}/hub/model.git", "--json")
+
+    def start(who: str, name: str) -> Child:
+        env = {"MOSHI_FL_GITHUB_API": github.url, "GH_TOKEN": f"t-{who}"}
+        return commands.start("moshi-hub", name, *hub, home=tmp_path / who, env=env)
+
+    both = [start(who, "merge") for who in PAIR]
+    ended = [child.wait() for child in both]
+    assert sorted(end.status for end in ended) in ([0, 0], [0, 1]), [end.err for end in ended]
+    for end in ended:
+        assert "Traceback" not in end.err
+        assert end.status == 0 or "another merge published first" in end.err
+    served = tmp_path / "served/hub/model.git"
+    shown = [pull for pull in github.pulls if pull["head"]["ref"] == "round/1"]
+    assert len(shown) == 1
+    both = [start(who, "publish") for who in PAIR]
+    ended = [child.wait() for child in both]
+    assert sorted(end.status for end in ended) == [0, 1], [end.err for end in ended]
+    assert "Traceback" not in ended[0].err + ended[1].err
+    assert git(served, "log", "--oneline", "main").count("\n") == 2
+    status, seen, _ = call("carol", "moshi-fl", "status")
+    assert (status, [entry["state"] for entry in seen["contributions"]]) == (0, ["in round 1"])

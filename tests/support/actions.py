@@ -88,7 +88,9 @@ class Actions:
             if first.name in triggers(name):
                 said = {**main, **facts} if first.event == "pull_request" else main
                 said |= {"event": first.event, "conclusion": first.conclusion, "name": first.name}
-                again = self.run(name, "workflow_run", {"workflow_run": {**said, "id": first.number}})
+                again = self.run(
+                    name, "workflow_run", {"workflow_run": {**said, "id": first.number}}
+                )
                 found += self.follow(again)
         return found
 
@@ -98,8 +100,14 @@ class Actions:
         self.runs.append(run)
         document = yaml.load((WORKFLOWS / f"{name}.yml").read_text(), Loader=yaml.BaseLoader)
         for key, job in document["jobs"].items():
-            for number, matrix in enumerate(job.get("strategy", {}).get("matrix", {}).get("include", [{}])):
-                token = WRITER if job["permissions"].get("contents") == "write" else f"job-{len(self.github.rights)}"
+            for number, matrix in enumerate(
+                job.get("strategy", {}).get("matrix", {}).get("include", [{}])
+            ):
+                token = (
+                    WRITER
+                    if job["permissions"].get("contents") == "write"
+                    else f"job-{len(self.github.rights)}"
+                )
                 self.github.tokens[token], self.github.rights[token] = JOB, job["permissions"]
                 context = {
                     "github": {
@@ -118,7 +126,9 @@ class Actions:
                     self._job(run, job, context, self.folder / f"{run.number}-{key}-{number}")
         return run
 
-    def _job(self, run: Run, job: Mapping[str, Any], context: Mapping[str, Any], work: Path) -> None:
+    def _job(
+        self, run: Run, job: Mapping[str, Any], context: Mapping[str, Any], work: Path
+    ) -> None:
         work.mkdir()
         if run.conclusion == "skipped":
             run.conclusion = "success"

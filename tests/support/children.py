@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,7 @@ class Nursery:
         trace: bool = False,
         kill_at: int = 0,
         kill_after: float = 0.0,
+        env: Mapping[str, str] | None = None,
     ) -> Child:
         """Start a command.
 
@@ -122,11 +123,12 @@ class Nursery:
             trace: Whether to write down its events.
             kill_at: Die at this event, counted from 1; 0 for never.
             kill_after: Die so many seconds after that event instead of before it.
+            env: More variables.
         """
         folder = Path(tempfile.mkdtemp(dir=self._folder))
         pid = self.ask(
             argv=[str(word) for word in command],
-            env={"MOSHI_FL_HOME": str(home)},
+            env={"MOSHI_FL_HOME": str(home), **(env or {})},
             folder=str(folder),
             trace=trace,
             kill_at=kill_at,

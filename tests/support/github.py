@@ -31,6 +31,7 @@ class FakeGitHub:
         commit_of: What an owner's branch points to; a made-up commit when None.
         rights: Token of a job to the permissions it has; other tokens may what their login may.
         refusals: Answers given instead, in order, to whatever comes next: status, headers, body.
+        failing: Changes whose address contains this are answered by 502, until it is emptied.
     """
 
     description: Description
@@ -41,6 +42,7 @@ class FakeGitHub:
     keys: dict[str, list[str]] = field(default_factory=dict)
     refusals: list[tuple[int, dict[str, str], Any]] = field(default_factory=list)
     rights: dict[str, dict[str, str]] = field(default_factory=dict)
+    failing: str = ""
     url: str = ""
     web: str = ""
     commit_of: Callable[[str, str], str] | None = None
@@ -99,6 +101,15 @@ class FakeGitHub:
         pull["base"]["ref"] = body["base"]
         self.pulls.append(pull)
         return pull
+
+    def as_described(self, answer: Any) -> Any:
+        """An answer without the null of a fork that is gone, of which the description is silent."""
+        if isinstance(answer, list):
+            return [self.as_described(entry) for entry in answer]
+        if isinstance(answer, dict) and (answer.get("head") or {}).get("repo", "") is None:
+            repo = self.description.sample("repository")
+            return {**answer, "head": {**answer["head"], "repo": repo}}
+        return answer
 
     def listed(self, pull: dict[str, Any]) -> dict[str, Any]:
         """The shorter form of lists."""
@@ -280,6 +291,9 @@ class _Handler(BaseHTTPRequestHandler):
         if hub.refusals:
             self._send(*hub.refusals.pop(0))
             return
+        if hub.failing and self.command != "GET" and hub.failing in parts.path:
+            self._send(502, {}, {"message": "Bad Gateway"})
+            return
         self._answer(parts.path, query, body)
 
     def _answer(self, path: str, query: dict[str, str], body: Any) -> None:
@@ -303,7 +317,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         status, answer = _respond(hub, operation, login, query, body)
         if status < 300:
-            said = hub.description.answer_problems(operation, status, answer)
+            said = hub.description.answer_problems(operation, status, hub.as_described(answer))
             hub.problems += [f"answer {self.command} {path}: {problem}" for problem in said]
         self._page(path, query, status, answer)
 

@@ -65,8 +65,9 @@ def merge(  # noqa: PLR0913 - one parameter an option
     from moshi_hub.chair import MoreAttestations
     from moshi_hub.evaluation import gate_for
     from moshi_hub.heldout import evaluator_for, open_sealed_pool, store_pool
-    from moshi_hub.merge import NothingToMerge, Options, Outcome
+    from moshi_hub.merge import Options, Outcome
     from moshi_hub.merge import merge as run
+    from moshi_hub.pending import NothingToMerge
 
     replica = replica_for(hub)
     if eval_data:

@@ -55,7 +55,8 @@ def publish(
 
 def _is_merged(console: Console, replica: Replica, number: int | None) -> bool:
     """Whether a proposed round is on main; if none is, what a run before left undone is done."""
-    from moshi_hub.merge import finish, is_merged
+    from moshi_hub.merge import finish
+    from moshi_hub.pending import is_merged
 
     if is_merged(replica, number):
         return True

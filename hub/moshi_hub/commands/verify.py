@@ -84,8 +84,9 @@ def _judge_head(console: Console, replica: Replica, head: str, out: Path) -> int
 def _judge_all(
     console: Console, replica: Replica, ids: tuple[str, ...], *, record: bool, comment: bool
 ) -> int:
+    from moshi_hub.announce import announce
     from moshi_hub.intake import publish_intake
-    from moshi_hub.merge import announce, look
+    from moshi_hub.merge import look
     from moshi_hub.publish import author
 
     with replica.workspace() as folder:

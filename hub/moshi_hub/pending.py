@@ -1,0 +1,61 @@
+"""For timers: whether there is a round to make or to publish now, or one that is under way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from moshi_fl.errors import HubError
+from moshi_fl.records import Contribution
+from moshi_fl.replica import Replica
+from moshi_fl.store import PushRejected
+from moshi_hub.announce import show_round
+from moshi_hub.intake import publish_intake
+from moshi_hub.publish import author, has_round, proposed_now, proposed_report
+
+if TYPE_CHECKING:
+    from moshi_hub.merge import OpenRound
+
+
+class NothingToMerge(HubError):
+    """There is no round to make now. Looking again later is all that is to do."""
+
+
+def record_arrivals(replica: Replica, found: OpenRound, name: str) -> None:
+    """Put on the hub who came first: a machine that forgets everything merges here."""
+    names, intake = found.snapshot.state.refs, found.arrivals.intake
+    if intake.seen:
+        with suppress(PushRejected):  # another machine did so in this moment
+            publish_intake(replica, names, intake, author(name))
+
+
+def refuse_again(replica: Replica, found: OpenRound, chosen: Sequence[Contribution]) -> None:
+    """Leave a round that is under review as it is, while nothing has changed.
+
+    Raises:
+        NothingToMerge: It is proposed, with the same contributions, or merged and not published.
+    """
+    repo, number = replica.repo, found.snapshot.round + 1
+    proposed = proposed_now(repo, found.snapshot.state, number)
+    if proposed is None or not proposed.follows(found.snapshot.record):
+        return
+    record = proposed.manifest.newest
+    if has_round(repo, found.main, record):
+        raise NothingToMerge(
+            f"round {number} is merged and waits to be published.", hint="moshi-hub publish"
+        )
+    same = {entry.id for entry in chosen} == proposed.contributions
+    if same and proposed.branch and repo.parents(proposed.branch) == [found.main]:
+        report = proposed_report(repo, proposed)
+        problem = show_round(found.offers.forge, record, report)
+        said = f" It is not shown as a pull request: {problem}" if problem else ""
+        raise NothingToMerge(f"round {number} is proposed already, with the same.{said}")
+
+
+def is_merged(replica: Replica, number: int | None = None) -> bool:
+    """Whether main has a proposed round that is not published: somebody merged its pull request."""
+    state, main = replica.look(), replica.fetch_main()
+    wanted = state.newest.round + 1 if number is None else number
+    proposed = proposed_now(replica.repo, state, wanted)
+    return proposed is not None and has_round(replica.repo, main, proposed.manifest.newest)

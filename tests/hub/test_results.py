@@ -1,0 +1,440 @@
+"""What jobs hand to one another: one pinned head, files that nobody trusts, and the comment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+import moshi_hub.cli
+from moshi_fl.errors import ConfigError, DataError, HubError, MoshiError
+from moshi_fl.history import contribution_branch
+from moshi_fl.records import Contribution, dump, load
+from moshi_fl.replica import Replica
+from moshi_fl.store import RefUpdate
+from moshi_hub.comment import one_line, results_text
+from moshi_hub.heldout import POOL_KEY, open_sealed_pool, pool_path, seal_pool, store_pool
+from moshi_hub.keys import VARIABLES, KeyStore, private_pem
+from moshi_hub.local import ANCHOR, ANCHOR_KEY, local_signer
+from moshi_hub.metadata import keys_of
+from moshi_hub.pinned import pinned
+from moshi_hub.results import (
+    MAX_RESULT_BYTES,
+    Broken,
+    GateResult,
+    Measurement,
+    Results,
+    read_results,
+    verdict_of,
+)
+from moshi_hub.verify import REASONS
+from tests.support.hubs import git
+from tests.support.simulator import HubSimulator, write_corpus
+
+HOSTILE = "<script>x</script>|`a`\n# @carol #1 www.example.org ![x](y) **b**" * 20
+HEAD = "a" * 40
+
+
+@pytest.fixture
+def entry(hub: HubSimulator) -> Contribution:
+    return hub.contribute("ann")
+
+
+def head_of(hub: HubSimulator, entry: Contribution) -> str:
+    branch = contribution_branch(entry.round, entry.id)
+    return hub.replica.repo.remote_refs(branch)[branch]
+
+
+@pytest.fixture
+def gate(hub: HubSimulator, entry: Contribution) -> GateResult:
+    with pinned(hub.replica, head_of(hub, entry)) as one:
+        return load(one.as_result(), GateResult, name="verdict.json")
+
+
+def measurement(gate: GateResult, seat: str, **fields: Any) -> Measurement:
+    assert gate.contribution
+    found = Measurement(
+        hub=gate.hub,
+        head=gate.head,
+        contribution=gate.contribution.id,
+        evaluator=seat,
+        system=f"Linux {seat}",
+        software="moshi-fl test",
+        pool="b" * 64,
+        precision="float64",
+        share=0.25,
+        sequences=128,
+        losses="c" * 64,
+        before=2_616_412,
+        after=2_610_100,
+        gain=6_312,
+        standard_error=900,
+        outcome="credit",
+    )
+    return msgspec.structs.replace(found, **fields)
+
+
+# One head.
+
+
+def test_a_commit_is_judged_by_itself(hub: HubSimulator, entry: Contribution) -> None:
+    hub.contribute("bob", seed=2)
+    with pinned(hub.replica, head_of(hub, entry)) as one:
+        assert one.verdict.accepted
+        assert [c.id for c in one.found.accepted] == [entry.id]
+
+
+def test_who_came_first_is_not_forgotten_by_a_look_at_one(hub: HubSimulator) -> None:
+    first, second = hub.contribute("ann"), hub.contribute("bob", seed=2)
+    order = [c.id for c in hub.look().intake]
+    with pinned(hub.replica, head_of(hub, max(first, second, key=lambda c: c.id))):
+        pass
+    assert [c.id for c in hub.look().intake] == order
+
+
+def test_what_is_in_a_round_is_not_judged_again(hub: HubSimulator, entry: Contribution) -> None:
+    head, branch = head_of(hub, entry), contribution_branch(entry.round, entry.id)
+    hub.merge()
+    repo = hub.replica.repo
+    repo.push([RefUpdate(branch, head, None)])  # the clean-up was killed before it
+    with pytest.raises(HubError, match="is in a round already"), pinned(hub.replica, head):
+        pass
+
+
+def test_a_branch_that_moved_between_verify_and_merge_is_not_merged(
+    hub: HubSimulator, entry: Contribution
+) -> None:
+    head, branch = head_of(hub, entry), contribution_branch(entry.round, entry.id)
+    other = hub.contribute("bob", seed=9)
+    git(hub.path, "update-ref", branch, head_of(hub, other))
+    with pytest.raises(HubError, match="has the head"), pinned(hub.replica, head):
+        pass
+    verdicts = {v.branch: v for v in hub.look().verdicts}
+    assert not verdicts[branch].accepted
+    outcome = hub.merge()
+    assert [m.id for m in outcome.proposal.record.contributions] == [other.id]
+
+
+def run(*args: str | Path) -> int:
+    return moshi_hub.cli.main([*map(str, args)])
+
+
+def test_the_jobs_steps_on_a_bare_hub(
+    hub: HubSimulator,
+    entry: Contribution,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MOSHI_FL_HOME", str(hub.home))
+    monkeypatch.setenv("MOSHI_FL_HUB", hub.url)
+    summary = tmp_path / "summary.md"
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    held_out = write_corpus(tmp_path / "held-out", "for x in range(3):\n    print(x)\n")
+    assert run("pool", "new", "--eval-data", held_out) == 0
+    results = tmp_path / "results"
+    results.mkdir()
+    verdict = results / "verdict.json"
+    assert run("verify", "--head", head_of(hub, entry), "--out", verdict) == 0
+    for seat in ("1", "2"):
+        out = results / f"measure-{seat}.json"
+        assert run("attest", "--verdict", verdict, "--out", out, "--seat", seat) == 0
+    assert run("comment", "--results", results) == 0
+    out = capsys.readouterr().out
+    assert "| 2 of 2 |" in out
+    assert f"moshi-hub attest {entry.id[:12]} --local --hub {hub.url}" in out
+    assert summary.read_text().strip() in out
+    assert run("attest", "--verdict", verdict, "--out", out_of(results), "--seat", "a b") == 2
+    assert run("verify", "--head", "abc", "--out", verdict) == 2
+    assert run("verify", "--head", HEAD, "--out", verdict) == 1
+
+
+def out_of(folder: Path) -> Path:
+    return folder / "measure-3.json"
+
+
+def test_a_rejected_contribution_is_told_and_not_measured(
+    hub: HubSimulator,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MOSHI_FL_HOME", str(hub.home))
+    monkeypatch.setenv("MOSHI_FL_HUB", hub.url)
+    entry = hub.contribute("ann", base="0" * 64)
+    verdict, out = tmp_path / "verdict.json", tmp_path / "measure-1.json"
+    assert run("verify", "--head", head_of(hub, entry), "--out", verdict) == 0
+    assert run("attest", "--verdict", verdict, "--out", out) == 0
+    assert not out.exists()
+    assert "nothing to measure" in capsys.readouterr().err
+    assert run("comment", "--results", tmp_path) == 0
+    assert "**Rejected** by the gate.\n\n- `unknown-base`" in capsys.readouterr().out
+
+
+# Hostile files.
+
+
+def change(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def act(table: dict[str, Any]) -> None:
+        table[name] = value
+
+    return act
+
+
+WRONG: dict[str, Callable[[dict[str, Any]], None]] = {
+    "another hub": change("hub", "f" * 16),
+    "an unknown field": change("extra", 1),
+    "an abbreviated head": change("head", "abc"),
+    "a number that is none": change("pull_request", -1),
+    "a code that nobody has": change("findings", [{"code": "because", "message": "x"}]),
+    "a code with markup": change("findings", [{"code": "<b>", "message": "x"}]),
+    "endless findings": change("findings", [{"code": "copy", "message": "x"}] * 11),
+    "an endless message": change("findings", [{"code": "copy", "message": "x" * 501}]),
+    "an endless branch": change("branch", "x" * 201),
+    "a norm in words": change("norm", "large"),
+    "no contribution": change("contribution", None),
+    "half a contribution": change("contribution", {"format": 1}),
+    "another format": change("format", 2),
+    "another kind": change("kind", "order"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_verdict_is_refused_in_one_sentence(
+    what: str, gate: GateResult, tmp_path: Path
+) -> None:
+    table = json.loads(dump(gate))
+    WRONG[what](table)
+    data = json.dumps(table, sort_keys=True, indent=2).encode() + b"\n"
+    refuse(tmp_path, gate, data)
+
+
+def refuse(folder: Path, gate: GateResult, data: bytes) -> str:
+    (folder / "verdict.json").write_bytes(data)
+    with pytest.raises(MoshiError) as caught:
+        read_results(folder, gate.hub)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 700
+    return str(caught.value)
+
+
+RAW = {
+    "nothing": b"",
+    "no JSON": b"\xff\xfe{",
+    "a list": b"[]",
+    "an abyss": b"[" * 60_000,
+    "a large number": b'{"kind": ' + b"9" * 60_000 + b"}",
+    "too much": b" " * (MAX_RESULT_BYTES + 1),
+}
+
+
+@pytest.mark.parametrize("what", RAW)
+def test_bytes_that_are_no_result(what: str, gate: GateResult, tmp_path: Path) -> None:
+    refuse(tmp_path, gate, RAW[what])
+
+
+def test_a_second_spelling_is_refused(gate: GateResult, tmp_path: Path) -> None:
+    assert "canonical" in refuse(tmp_path, gate, dump(gate) + b" ")
+
+
+def test_links_and_folders_are_not_followed(gate: GateResult, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").write_bytes(dump(gate))
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "verdict.json").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(MoshiError, match="no plain file"):
+        read_results(results, gate.hub)
+    (results / "verdict.json").unlink()
+    (results / "verdict.json").mkdir()
+    with pytest.raises(MoshiError, match="no plain file"):
+        read_results(results, gate.hub)
+
+
+def test_results_that_do_not_belong_together(gate: GateResult, tmp_path: Path) -> None:
+    (tmp_path / "verdict.json").write_bytes(dump(gate))
+    path = tmp_path / "measure-1.json"
+    for fields in ({"head": HEAD}, {"hub": "f" * 16}, {"contribution": "f" * 32}):
+        path.write_bytes(dump(measurement(gate, "1", **fields)))
+        with pytest.raises(MoshiError, match="measured something else"):
+            read_results(tmp_path, gate.hub)
+    path.write_bytes(dump(measurement(gate, "1")))
+    (tmp_path / "measure-2.json").write_bytes(dump(measurement(gate, "1")))
+    with pytest.raises(MoshiError, match="by the same evaluator"):
+        read_results(tmp_path, gate.hub)
+    (tmp_path / "measure-2.json").unlink()
+    assert len(read_results(tmp_path, gate.hub).measured) == 1
+    (tmp_path / "again.json").write_bytes(dump(gate))
+    with pytest.raises(HubError, match="holds 2 verdicts"):
+        read_results(tmp_path, gate.hub)
+    for number in range(40):
+        (tmp_path / f"{number}.json").write_bytes(dump(gate))
+    with pytest.raises(MoshiError, match="more than 32"):
+        read_results(tmp_path, gate.hub)
+
+
+# What they say together.
+
+
+def seen(gate: GateResult, *measured: Measurement) -> Results:
+    return Results(gate, measured)
+
+
+def test_evaluators_agree_when_every_number_is_the_same(gate: GateResult) -> None:
+    one, two, three = (measurement(gate, seat) for seat in "123")
+    odd = measurement(gate, "3", losses="d" * 64, gain=-100, outcome="reject")
+    assert seen(gate).outcome == "accepted"
+    assert seen(gate, one, two, three).outcome == "credit"
+    found = seen(gate, odd, one, two)
+    assert (len(found.agreeing), found.outcome) == (2, "credit")
+    assert one_line(found) == "helps: 2 of 3 evaluators agree"
+    assert seen(gate, one, odd).outcome == "disputed"
+    worse = [measurement(gate, seat, gain=-5_000, outcome="reject") for seat in "12"]
+    assert seen(gate, *worse).outcome == "rejected"
+    assert one_line(seen(gate, *worse)).startswith("no-gain")
+
+
+def test_the_verdict_comes_first_and_the_numbers_next(gate: GateResult) -> None:
+    found = seen(gate, *(measurement(gate, seat) for seat in "123"))
+    text = results_text(found, verdict_of(gate), "Signed by X.", "https://example.org/hub")
+    lines = text.splitlines()
+    assert lines[0] == "**Accepted**: it makes the model better."
+    assert lines[2].startswith("| loss before | after | change (95 % interval) | attestations |")
+    assert lines[4].startswith(
+        "| 2.616412 | 2.610100 | -0.006312 (-0.008076 to -0.004548) | 3 of 3 |"
+    )
+    assert "Signed by X." in lines
+    assert text.index("Signed by X.") < text.index("<details>")
+    assert text.rstrip().endswith("</details>")
+
+
+def test_a_dispute_shows_no_numbers_as_if_they_were_settled(gate: GateResult) -> None:
+    odd = measurement(gate, "2", losses="d" * 64)
+    text = results_text(seen(gate, measurement(gate, "1"), odd), verdict_of(gate))
+    assert text.startswith("**Disputed**")
+    assert "| attestations |" in text
+    assert "loss before" not in text
+
+
+def test_the_longest_comment_is_short_enough_and_says_nothing_by_itself(gate: GateResult) -> None:
+    entry = msgspec.structs.replace(
+        gate.contribution, contributor=HOSTILE[:200], software=HOSTILE[:200]
+    )
+    broken = tuple(Broken(code=code, message=HOSTILE[:500]) for code in list(REASONS)[:10])
+    gate = msgspec.structs.replace(gate, contribution=entry, findings=broken, branch=HOSTILE[:200])
+    measured = [
+        measurement(gate, f"s{n}", system=HOSTILE[:200], software=HOSTILE[:200]) for n in range(31)
+    ]
+    text = results_text(
+        seen(gate, *measured), verdict_of(gate), "x" * 300, "https://x/" + "y" * 900
+    )
+    assert len(text) < 65_536
+    assert all(line.count("\n") == 0 for line in text.splitlines())
+    for raw in (" <script>", "@carol", "#1", "**b**", "![", "www."):
+        assert raw not in text.replace("**Rejected**", "")
+    assert text.count("<details>") == text.count("</details>") == 1
+
+
+# Secrets.
+
+
+def test_a_sealed_pool_is_opened_with_its_key_only(
+    hub: HubSimulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = hub.replica.look()
+    held_out = write_corpus(tmp_path / "held-out")
+    store_pool(hub.replica, state.config, state.tokenizer, [held_out])
+    pool = pool_path(hub.replica).read_bytes()
+    job = hub.person("job")
+    assert open_sealed_pool(job) is False
+    monkeypatch.setenv(POOL_KEY, "AAAA")
+    with pytest.raises(ConfigError, match="holds no key"):
+        open_sealed_pool(job)
+    monkeypatch.setenv(POOL_KEY, "A" * 43 + "=")
+    with pytest.raises(DataError, match="no sealed pool is on the hub"):
+        open_sealed_pool(job)
+    monkeypatch.delenv(POOL_KEY)
+    key = seal_pool(hub.replica, state.refs, state.config.hub.id, "carol")
+    everything = sealed_bytes(hub)
+    assert pool not in everything
+    monkeypatch.setenv(POOL_KEY, "A" * 43 + "=")
+    with pytest.raises(DataError, match="is not the key"):
+        open_sealed_pool(job)
+    assert not pool_path(job).exists()
+    monkeypatch.setenv(POOL_KEY, key)
+    assert open_sealed_pool(job) is True
+    assert pool_path(job).read_bytes() == pool
+    assert seal_pool(hub.replica, state.refs, state.config.hub.id, "carol") == key
+    assert sealed_bytes(hub) != everything  # the same key, another nonce
+
+
+def sealed_bytes(hub: HubSimulator) -> bytes:
+    repo, ref = hub.replica.repo, hub.replica.look().refs.sealed_pool
+    commit = repo.fetch({ref: "refs/test/sealed"})["refs/test/sealed"]
+    return repo.read(commit, "held-out.pool.aes", limit=1 << 24)
+
+
+def test_a_job_signs_with_keys_from_variables(
+    hub: HubSimulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = hub.desk().root
+    ours = KeyStore(hub.home, hub.replica.look().config.hub.id)
+    stranger = KeyStore(tmp_path / "elsewhere", "f" * 16)
+    for role, variable in VARIABLES.items():
+        (key,) = keys_of(root, {"online": "timestamp"}.get(role, role))
+        assert stranger.signer(key) is None
+        (stored,) = [found for found in ours.stored() if found.role == role]
+        monkeypatch.setenv(variable, private_pem(ours.load(stored)))
+        assert stranger.where(key) == f"${variable}"
+        assert stranger.signer(key).public_key.keyid == key.keyid
+
+
+def test_a_job_evaluates_with_the_anchors_own_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    anchor = local_signer(tmp_path / "carol", "hub", ANCHOR)
+    assert local_signer(tmp_path / "job", "hub", ANCHOR).public_key != anchor.public_key
+    monkeypatch.setenv(ANCHOR_KEY, anchor.key_path.read_text())
+    again = local_signer(tmp_path / "next-job", "hub", ANCHOR)
+    assert again.public_key == anchor.public_key
+    assert again.key_path.stat().st_mode & 0o077 == 0
+    assert local_signer(tmp_path / "next-job", "hub", "1").public_key != anchor.public_key
+
+
+def test_a_timer_ends_well_when_there_is_nothing_to_do(
+    hub: HubSimulator,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MOSHI_FL_HOME", str(hub.home))
+    monkeypatch.setenv("MOSHI_FL_HUB", hub.url)
+    assert run("merge") == 1
+    assert run("merge", "--if-ready") == 0
+    assert run("publish", "--if-merged", "--sign") == 0
+    hub.contribute("ann")
+    assert run("merge", "--if-ready") == 0
+    proposed = branch_of(hub.replica)
+    assert run("merge", "--if-ready") == 0
+    assert branch_of(hub.replica) == proposed
+    capsys.readouterr()
+    assert run("publish", "--if-merged") == 0
+    assert "nothing to publish" in capsys.readouterr().err
+    hub.contribute("bob", seed=2)
+    assert run("merge", "--if-ready") == 0
+    assert branch_of(hub.replica) != proposed
+    assert hub.replica.repo.remote_refs("refs/moshi/intake")
+    (main,) = hub.replica.repo.remote_refs("refs/heads/main").values()
+    hub.replica.repo.push([RefUpdate("refs/heads/main", branch_of(hub.replica), main)])
+    assert run("merge", "--if-ready") == 0
+    assert "waits to be published" in capsys.readouterr().err
+    assert run("publish", "--if-merged", "--sign") == 0
+    assert hub.sync().round == 1
+    assert run("publish", "--if-merged", "--sign") == 0
+
+
+def branch_of(replica: Replica) -> str:
+    repo = replica.repo
+    return repo.fetch({"refs/heads/round/1": "refs/test/round"})["refs/test/round"]
