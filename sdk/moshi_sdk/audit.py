@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moshi_fl.errors import CorruptRecord, HubError, UntrustedHub
 from moshi_fl.evidence import Verdicts
-from moshi_fl.history import check_chain, check_signatures, read_contributions, read_rounds
+from moshi_fl.history import (
+    check_chain,
+    check_signatures,
+    read_contributions,
+    read_rounds,
+    round_branch,
+)
 from moshi_fl.records import Contribution, Location, Round
-from moshi_fl.replica import Replica
+from moshi_fl.replica import MAX_MAIN_PACK, Replica
 from moshi_fl.restore import (
     StrategyFinder,
     aggregate,
@@ -34,7 +40,8 @@ class Finding:
     """What the audit of one round found.
 
     ``identical`` is None when the round could not be recomputed because the hub no longer keeps
-    its deltas; ``problem`` says what is wrong, or why it could not be done.
+    its deltas; ``problem`` says what is wrong, or why it could not be done. ``proposed``: the
+    round waits for its publication.
     """
 
     round: int
@@ -42,6 +49,7 @@ class Finding:
     identical: bool | None
     weights: str
     problem: str = ""
+    proposed: bool = False
 
 
 class Auditor:
@@ -85,6 +93,32 @@ class Auditor:
                 self._on_round(record.round)
             finding, weights = self._audit_round(record, base, weights)
             yield finding
+
+    def audit_proposed(self, number: int) -> Finding:
+        """Recompute the round that waits for its publication on branch ``round/N``.
+
+        Raises:
+            HubError: The hub cannot be reached, or there is no such proposal.
+        """
+        state, repo, branch = self._replica.look(), self._replica.repo, round_branch(number)
+        present = repo.remote_refs(branch)
+        if number != state.newest.round + 1 or branch not in present:
+            raise HubError(
+                f"round {number} cannot be audited: {_range(state.newest.round)}",
+                hint=f"it is not proposed either: the hub has no {branch}",
+            )
+        local = "refs/moshi-fl/proposed"
+        fetched = repo.fetch({branch: local}, max_bytes=MAX_MAIN_PACK, expect=present)
+        self._main = fetched[local]
+        record = read_rounds(repo, self._main, number, number)[0]
+        if self._on_round:
+            self._on_round(number)
+        try:
+            check_chain([state.newest, record])
+        except UntrustedHub as error:
+            count = len(record.contributions)
+            return Finding(number, count, False, "", str(error), proposed=True)
+        return replace(self._audit_round(record, state.newest, None)[0], proposed=True)
 
     def _audit_round(
         self, record: Round, base: Round, at_hand: Weights | None

@@ -30,6 +30,7 @@ from moshi_hub.options import maintainer, passphrase_from, passphrase_option, re
     help="Held-out files to measure this and later merges on; they stay on this machine.",
 )
 @click.option("--accept", multiple=True, metavar="ID", help="Take this disputed contribution.")
+@click.option("--prompt", multiple=True, metavar="TEXT", help="The report shows what follows.")
 @click.option("--dry-run", is_flag=True, help="Compute and report; push nothing.")
 @passphrase_option
 @output_options
@@ -42,6 +43,7 @@ def merge(  # noqa: PLR0913 - one parameter an option
     exclude: tuple[str, ...],
     eval_data: tuple[Path, ...],
     accept: tuple[str, ...],
+    prompt: tuple[str, ...],
     dry_run: bool,
     passphrase_env: str,
 ) -> None:
@@ -59,6 +61,7 @@ def merge(  # noqa: PLR0913 - one parameter an option
     from moshi_hub.heldout import evaluator_for, store_pool
     from moshi_hub.merge import Options, Outcome
     from moshi_hub.merge import merge as run
+    from moshi_hub.samples import sampler
 
     replica = replica_for(hub)
     if eval_data:
@@ -72,6 +75,7 @@ def merge(  # noqa: PLR0913 - one parameter an option
         find_strategy=find_strategy,
         passphrase=passphrase_from(passphrase_env),
         gate=gate_for(replica, ensure_home(), _measured(console)),
+        sampler=sampler(prompt),
     )
     if outcome.open_round.arrivals.problem:
         console.warn(outcome.open_round.arrivals.problem)

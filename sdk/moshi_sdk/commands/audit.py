@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import click
 
 from moshi_fl.cli import hub_option, output_options
@@ -9,6 +11,9 @@ from moshi_fl.console import Console
 from moshi_fl.errors import Exit
 from moshi_fl.strategies import find_strategy
 from moshi_sdk.options import settings_for, sync_manager
+
+if TYPE_CHECKING:
+    from moshi_sdk.audit import Finding
 
 
 @click.command()
@@ -20,7 +25,8 @@ def audit(console: Console, hub: str | None, number: int | None, everything: boo
     r"""Recompute rounds from the accepted contributions and compare them bit for bit.
 
     Also checks that each contribution is signed by the key that it names. Without an option, the
-    newest round is audited. The status is 1 when a round differs.
+    newest round is audited. The round after it can be named while it is proposed, before it is
+    published. The status is 1 when a round differs.
 
     \b
     Examples:
@@ -33,33 +39,38 @@ def audit(console: Console, hub: str | None, number: int | None, everything: boo
 
     manager = sync_manager(settings_for(hub=hub))
     newest = manager.replica.look().newest.round
-    if newest == 0:
+    proposed = number == newest + 1
+    if newest == 0 and not proposed:
         console.done("Only round 0: random weights, nothing to recompute", audited=0)
         return Exit.DONE
     first, last = (1, newest) if everything else (number or newest, number or newest)
     auditor = Auditor(manager.replica, find_strategy=find_strategy)
     findings = []
     with console.progress("Auditing", last - first + 1, unit="rounds") as bar:
-        for finding in auditor.audit(first, last):
+        found = [auditor.audit_proposed(last)] if proposed else auditor.audit(first, last)
+        for finding in found:
             findings.append(finding)
             bar.advance()
-    rows = [
-        {
-            "round": finding.round,
-            "contributions": finding.contributions,
-            "result": {True: "identical", False: "DIFFERENT", None: "cannot be audited"}[
-                finding.identical
-            ],
-            "weights": finding.weights[:16],
-            "problem": finding.problem,
-        }
-        for finding in findings
-    ]
+    rows = [_row(finding) for finding in findings]
     shown = ["round", "contributions", "result", "weights"]
     console.table(rows, shown + ["problem"] * any(row["problem"] for row in rows), name="rounds")
+    if proposed:
+        console.note(f"Round {number} is proposed; a maintainer has yet to publish it.")
     if any(finding.identical is False for finding in findings):
         console.warn("a round is not what its contributions make; do not build on this hub.")
         return Exit.FAILED
     done = sum(finding.identical is True for finding in findings)
     console.done(f"{done} of {len(findings)} round(s) recomputed, bit for bit", audited=done)
     return Exit.DONE if done == len(findings) else Exit.FAILED
+
+
+def _row(finding: Finding) -> dict[str, Any]:
+    words = {True: "identical", False: "DIFFERENT", None: "cannot be audited"}
+    return {
+        "round": finding.round,
+        "contributions": finding.contributions,
+        "result": words[finding.identical],
+        "weights": finding.weights[:16],
+        "proposed": finding.proposed,
+        "problem": finding.problem,
+    }
