@@ -15,7 +15,7 @@ import msgspec
 
 from moshi_fl.errors import ConfigError, HubError
 from moshi_fl.history import HUB_FILE, MAIN, PREFIXES, TOKENIZER_FILE, Refs, round_path
-from moshi_fl.hubfile import parse_hubfile
+from moshi_fl.hubfile import VocabularyRules, parse_hubfile
 from moshi_fl.models.family import Preset
 from moshi_fl.records import Manifest, Round, dump
 from moshi_fl.replica import Replica, Snapshot
@@ -34,6 +34,7 @@ from moshi_hub.publish import (
     put_all,
     seconds,
 )
+from moshi_hub.regional import NO_GROWTH, Beginning
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Plan:
     maintainer: str = "moshi-hub"
     tokenizer: bytes | None = None
     passphrase: bytes = b""
+    beginning: Beginning | None = None
+    """Another hub's round to begin with, instead of random weights."""
 
 
 def create(plan: Plan, home: Path, preset: Preset | None = None) -> Snapshot:
@@ -66,7 +69,8 @@ def create(plan: Plan, home: Path, preset: Preset | None = None) -> Snapshot:
     """
     from moshi_fl.models import get_family, get_preset
 
-    preset = preset or get_preset(plan.family, plan.preset)
+    begun = plan.beginning
+    preset = preset or (begun.preset if begun else get_preset(plan.family, plan.preset))
     if plan.tokenizer is not None:
         preset = _with_tokenizer(plan.family, preset, plan.tokenizer)
     hubfile = render_hubfile(plan, preset)
@@ -78,7 +82,7 @@ def create(plan: Plan, home: Path, preset: Preset | None = None) -> Snapshot:
     replica.forget()
     replica.repo.prepare()
     task = get_family(plan.family).load(config.model_table, preset.tokenizer)
-    weights = task.initial_weights(plan.seed)
+    weights = begun.weights if begun else task.initial_weights(plan.seed)
     if plan.eval_data:
         replica.folder.mkdir(parents=True, exist_ok=True)
         store_pool(replica, config, preset.tokenizer, plan.eval_data)
@@ -90,6 +94,7 @@ def create(plan: Plan, home: Path, preset: Preset | None = None) -> Snapshot:
         parameters=count_parameters(weights),
         tokenizer=sha256_bytes(preset.tokenizer),
         vocabulary_tensors=task.vocabulary_tensors,
+        strategy=begun.origin.strategy if begun else None,
         created=utc_now(),
         software=software(),
     )
@@ -148,7 +153,8 @@ def _push_first(
         "README.md": render("README.md", name=plan.name, family=plan.family).encode(),
         round_path(0): dump(record),
     }
-    main = _first_commit(repo, texts, by, when)
+    what = plan.beginning.words if plan.beginning else "random weights"
+    main = _first_commit(repo, texts, what, by, when)
     try:
         repo.push(
             [
@@ -161,9 +167,11 @@ def _push_first(
         raise HubError(f"{repo.shown_url} was filled by someone else meanwhile.") from error
 
 
-def _first_commit(repo: HubRepo, texts: Mapping[str, bytes], by: Author, when: int) -> str:
+def _first_commit(
+    repo: HubRepo, texts: Mapping[str, bytes], what: str, by: Author, when: int
+) -> str:
     tree = repo.tree(put_all(repo, texts))
-    return repo.commit(tree, message="Round 0: random weights\n", author=by, when=when)
+    return repo.commit(tree, message=f"Round 0: {what}\n", author=by, when=when)
 
 
 def render(template: str, /, **values: str) -> str:
@@ -185,6 +193,7 @@ def render_hubfile(plan: Plan, preset: Preset) -> str:
         delta=_lines(preset.delta),
         evaluation=_lines(preset.evaluation),
         server_learning_rate=str(preset.server_learning_rate),
+        max_size=str(NO_GROWTH if plan.beginning else VocabularyRules().max_size),
     )
 
 

@@ -201,8 +201,8 @@ def merge(
         proposal = replace(proposal, decided=decided)
         if options.dry_run:
             return _outcome(found, proposal, None, waiting)
-        findings = _findings(replica, found, proposal, waiting, sampler)
-        return _push(replica, found, findings, options, passphrase)
+        findings = findings_on(replica, found, proposal, waiting, sampler)
+        return push_round(replica, found, findings, options, passphrase)
 
 
 def desk_for(
@@ -322,7 +322,7 @@ def strategy_of(found: OpenRound, override: str | None) -> Strategy:
     )
 
 
-def _findings(
+def findings_on(
     replica: Replica,
     found: OpenRound,
     proposal: Proposal,
@@ -347,13 +347,14 @@ def _findings(
     )
 
 
-def _push(
+def push_round(
     replica: Replica,
     found: OpenRound,
     findings: Findings,
     options: Options,
     passphrase: Passphrase,
 ) -> Outcome:
+    """Publish a round, or propose it, as the maintainer has decided."""
     repo, state = replica.repo, found.snapshot.state
     proposal, waiting = findings.proposal, findings.waiting
     desk = desk_for(replica, state, proposal.config, passphrase)

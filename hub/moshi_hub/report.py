@@ -15,6 +15,7 @@ from moshi_fl.history import round_folder
 from moshi_fl.ledger import ledger_of
 from moshi_fl.records import Contribution, Growth, Round
 from moshi_fl.text import Size, markdown
+from moshi_fl.upstream import origin_of
 from moshi_hub import disputes, drift, samples
 from moshi_hub.disputes import MICRO, cut
 from moshi_hub.propose import Proposal
@@ -90,6 +91,8 @@ def pull_request_body(found: Findings) -> str:
 def _summary(record: Round) -> str:
     count = len(record.contributions)
     text = f"{count} contribution{'' if count == 1 else 's'}"
+    if origin := origin_of(record):
+        text = f"Takes round {origin.round} of hub `{origin.hub}` as it is"
     if record.evaluation is None:
         return f"{text}. Held-out loss was not measured: no held-out data on the merging machine.\n"
     before, after = record.evaluation.before, record.evaluation.after
@@ -102,6 +105,8 @@ def _summary(record: Round) -> str:
 
 def _accepted(proposal: Proposal, rows: int) -> str:
     record, decided = proposal.record, proposal.decided
+    if not record.contributions:
+        return ""
     total = sum(merged.weight for merged in record.contributions)
     verdicts = decided.verdicts if decided else None
     # What the ledger of the round will say; the digest of the one before does not show here.

@@ -24,14 +24,16 @@ from moshi_fl.records import Contribution, Location, Round
 from moshi_fl.replica import MAX_MAIN_PACK, Replica
 from moshi_fl.restore import (
     StrategyFinder,
+    advance,
     aggregate,
     delta_name,
     fetch_locations,
+    grown,
     median_norm,
 )
 from moshi_fl.rules import MEASURES_NORMS, Claim, owner_of, round_weights, running_norm
-from moshi_fl.snapshot import grow
 from moshi_fl.trusted import check_evaluation, external_attestations
+from moshi_fl.upstream import Origin, origin_of
 from moshi_fl.weights import Weights, weights_digest
 
 
@@ -41,7 +43,7 @@ class Finding:
 
     ``identical`` is None when the round could not be recomputed because the hub no longer keeps
     its deltas; ``problem`` says what is wrong, or why it could not be done. ``proposed``: the
-    round waits for its publication.
+    round waits for its publication. ``origin``: what it takes of another hub, if it does.
     """
 
     round: int
@@ -50,6 +52,7 @@ class Finding:
     weights: str
     problem: str = ""
     proposed: bool = False
+    origin: Origin | None = None
 
 
 class Auditor:
@@ -59,6 +62,7 @@ class Auditor:
         replica: The hub's copy on this machine.
         find_strategy: Looks up an aggregation strategy by name.
         on_round: Called with each round's number before it is recomputed.
+        upstream: The hub that this one takes rounds of; None leaves its word for them.
     """
 
     def __init__(
@@ -67,8 +71,10 @@ class Auditor:
         *,
         find_strategy: StrategyFinder,
         on_round: Callable[[int], None] | None = None,
+        upstream: Replica | None = None,
     ) -> None:
         self._replica = replica
+        self._upstream = upstream
         self._find_strategy = find_strategy
         self._on_round = on_round
         self._main = ""
@@ -123,15 +129,21 @@ class Auditor:
     def _audit_round(
         self, record: Round, base: Round, at_hand: Weights | None
     ) -> tuple[Finding, Weights | None]:
-        count = len(record.contributions)
+        count, origin = len(record.contributions), None
         try:
+            for entry in (base, record):
+                if entry is record or not entry.round:
+                    origin = self._check_origin(entry)
             contributions = read_contributions(self._replica.repo, self._main, record)
             check_signatures(self._replica.repo, self._main, record, contributions)
             check_weights(record, contributions)
             check_running_norm(record, base)
             derive_verdicts(self._replica, self._main, record, base, contributions)
             known = at_hand or self._replica.pull(base.round).load()
-            weights = self._recompute(record, known, contributions)
+            if origin:
+                weights = self._take_over(record, known)
+            else:
+                weights = self._recompute(record, known, contributions)
         except (UntrustedHub, CorruptRecord) as error:
             return Finding(record.round, count, False, "", str(error)), None
         except HubError as error:
@@ -140,7 +152,34 @@ class Auditor:
         if found != record.weights:
             problem = f"recomputed {found[:12]}, published {record.weights[:12]}"
             return Finding(record.round, count, False, found, problem), None
-        return Finding(record.round, count, True, found), weights
+        return Finding(record.round, count, True, found, origin=origin), weights
+
+    def _check_origin(self, record: Round) -> Origin | None:
+        """What a round takes of another hub, compared with that hub where it is at hand."""
+        origin = origin_of(record)
+        if origin and self._upstream:
+            state = self._upstream.look()
+            if state.config.hub.id != origin.hub:
+                raise UntrustedHub(
+                    f"round {record.round} takes a round of hub {origin.hub}; "
+                    f"{self._upstream.repo.shown_url} is {state.config.hub.id}."
+                )
+            if origin.round > state.newest.round or (
+                self._upstream.chain(state, origin.round)[0].weights != origin.weights
+            ):
+                raise UntrustedHub(
+                    f"round {record.round} is not round {origin.round} of "
+                    f"{self._upstream.repo.shown_url}, which it says it takes."
+                )
+        return origin
+
+    def _take_over(self, record: Round, base: Weights) -> Weights:
+        """What the step of a round leads to that takes another hub's weights."""
+        assert record.update is not None
+        with self._replica.scratch() as scratch, self._replica.workspace() as files:
+            folder = fetch_locations(scratch, [record.update.location], files)[0]
+            weights = advance(base, record, folder)
+            return {name: array.copy() for name, array in weights.items()}
 
     def _recompute(
         self, record: Round, base: Weights, contributions: dict[str, Contribution]
@@ -154,10 +193,7 @@ class Auditor:
                 if recorded.get(delta_name(merged)) != entry.delta.files[0].sha256:
                     raise UntrustedHub(f"the delta of {merged.id[:12]} is not its contributor's.")
             check_median_norm(record, median_norm(base, record, folder))
-            weights = aggregate(base, record, folder, self._find_strategy)
-            if record.growth:
-                characters, first = record.growth.characters, record.growth.byte_row
-                weights = grow(weights, record.vocabulary_tensors, characters, first)
+            weights = grown(aggregate(base, record, folder, self._find_strategy), record)
             return {name: array.copy() for name, array in weights.items()}
 
 

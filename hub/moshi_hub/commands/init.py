@@ -22,6 +22,7 @@ from moshi_hub.options import maintainer
 @click.argument("hub", metavar="PATH|URL")
 @click.option("--family", default="char", show_default=True, help="Model family.")
 @click.option("--preset", default="tiny", show_default=True, help="Ready-made settings of it.")
+@click.option("--from", "upstream", metavar="URL", help="Begin with this hub's newest round.")
 @click.option("--name", help="The hub's name in texts. [default: from PATH or URL]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of round 0.")
 @click.option(
@@ -49,6 +50,7 @@ def init(  # noqa: PLR0913 - one parameter an option
     hub: str,
     family: str,
     preset: str,
+    upstream: str | None,
     name: str | None,
     seed: int,
     eval_data: tuple[Path, ...],
@@ -64,11 +66,15 @@ def init(  # noqa: PLR0913 - one parameter an option
       moshi-hub init ./hub.git --eval-data ~/held-out
       moshi-hub init https://git.example.org/team/model.git --preset base
       moshi-hub init ./hub.git --family moc --tokenizer tokenizer.json
+      moshi-hub init ./region.git --from https://git.example.org/team/model.git
     """
     from moshi_fl.subwords import start_of
     from moshi_hub.create import Plan, create
     from moshi_hub.keys import KeyStore
+    from moshi_hub.regional import begin_from, refuse_choices
 
+    if upstream:
+        refuse_choices(click.get_current_context())
     plan = Plan(
         url=hub,
         family=family,
@@ -81,12 +87,14 @@ def init(  # noqa: PLR0913 - one parameter an option
         tokenizer=start_of(tokenizer) if tokenizer else None,
         passphrase=_passphrase(passphrase, passphrase_env),
     )
+    if upstream:
+        plan = begin_from(plan, upstream, ensure_home())
     snapshot = create(plan, ensure_home())
     record, shown = snapshot.record, redact(hub)
     console.done(
         f"Created a hub at {shown}",
         hub=snapshot.state.config.hub.id,
-        model=f"{family}/{preset}",
+        model=f"{family}/{preset}" if upstream is None else plan.family,
         parameters=record.parameters,
         keyframe=Size(record.keyframe.bytes if record.keyframe else 0),
         weights=record.weights,

@@ -12,6 +12,7 @@ from moshi_fl.records import Contribution, Merged, Round
 from moshi_fl.replica import Replica
 from moshi_fl.rules import owner_of
 from moshi_fl.trusted import read_evaluators, read_ledger, read_verdicts
+from moshi_fl.upstream import Origin, origin_of
 from moshi_hub.trust import Reputation, reputations, status
 
 MICRO = 1e6  # micro-nats in a nat
@@ -53,6 +54,11 @@ class Entry:
 
     record: Round
     parts: tuple[Part, ...] = ()
+
+    @property
+    def origin(self) -> Origin | None:
+        """What it takes of another hub."""
+        return origin_of(self.record)
 
     @property
     def update_bytes(self) -> int:
