@@ -80,7 +80,7 @@ def contribute(sender: Replica, state: HubState, shapes: Shapes, *, name: str, s
         signer = own_signer(sender.folder / "people" / name)
         record = fabricated_record(sender, state, data, name, signer.public_key)
         signature = signer.sign(dump(record), CONTRIBUTION_NAMESPACE)
-        return submit(sender, state, record, signature, path)
+        return submit(sender, state, record, signature, path, sender.repo)
 
 
 def fabricated_delta(shapes: Shapes, seed: list[int]) -> dict[str, Array]:

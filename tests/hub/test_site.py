@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from moshi_hub.cli import main
+from tests.support.hubs import git
 from tests.support.simulator import HubSimulator
 
 HOSTILE = '<script>alert(1)</script>"\u202e'
@@ -90,6 +91,40 @@ def test_a_screen_reader_finds_its_way(site: Path) -> None:
     assert text.count("<caption>") == text.count("<table>")
     assert 'scope="col"' in text
     assert 'scope="row"' in text
+
+
+def test_each_round_leads_to_its_commit(site: Path) -> None:
+    at = "https://git.example.org/team/model"
+    repo = site.parent / "hub.git"
+    for number in range(4):
+        page = Page(site / "rounds" / f"{number:04d}.html")
+        folder = f"rounds/{number:04d}"
+        added = git(repo, "log", "--format=%H", "--diff-filter=A", "main", "--", folder).split()
+        assert len(added) == 1
+        assert f"{at}/commit/{added[0]}" in page.links
+        assert f"{at}/tree/{added[0]}/{folder}" in page.links
+        files = git(repo, "ls-tree", "-r", "--name-only", added[0]).splitlines()
+        shown = [ln.removeprefix(f"{at}/blob/{added[0]}/") for ln in page.links if "/blob/" in ln]
+        assert set(shown) <= set(files)
+        assert len(shown) == (3 if number else 0)  # the report and two contributions
+        for link in page.links:
+            if "/commit/" in link:
+                assert git(repo, "cat-file", "-t", link.rsplit("/", 1)[1]).strip() == "commit"
+
+
+def test_a_site_needs_no_address_of_the_repository(hub: HubSimulator, tmp_path: Path) -> None:
+    hub.rounds(1)
+    assert main(["report", "--hub", hub.url, "--out", str(tmp_path / "site"), "--json"]) == 0
+    page = Page(tmp_path / "site" / "rounds" / "0001.html")
+    assert all(link.startswith(("#", "../", "0")) for link in page.links)
+
+
+def test_a_regions_site_says_what_it_took(tmp_path: Path) -> None:
+    above = HubSimulator(tmp_path / "above")
+    below = HubSimulator(tmp_path / "below", upstream=above.url)
+    assert main(["report", "--hub", below.url, "--out", str(tmp_path / "site"), "--json"]) == 0
+    text = (tmp_path / "site" / "rounds" / "0000.html").read_text(encoding="utf-8")
+    assert f"Taken as it is from round 0 of hub <code>{above.sync().state.config.hub.id}" in text
 
 
 @pytest.mark.parametrize("width", [390, 1280])
