@@ -127,15 +127,22 @@ def test_a_regions_site_says_what_it_took(tmp_path: Path) -> None:
     assert f"Taken as it is from round 0 of hub <code>{above.sync().state.config.hub.id}" in text
 
 
+@pytest.mark.parametrize("page", ["index.html", "rounds/0001.html"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_shows_it_without_overflow(site: Path, tmp_path: Path, width: int) -> None:
+def test_a_browser_shows_it_in_light_and_in_dark(
+    site: Path, tmp_path: Path, width: int, page: str
+) -> None:
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium here: pages are not looked at")
-    shot = tmp_path / "shot.png"
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
     flags += ["--disable-background-networking", f"--user-data-dir={tmp_path / 'profile'}"]
-    flags += [f"--window-size={width},900", f"--screenshot={shot}"]
-    page = (site / "index.html").as_uri()
-    subprocess.run([browser, *flags, page], check=True, capture_output=True, timeout=120)
-    assert shot.stat().st_size > 10_000
+    shots = []
+    for scheme in (0, 1):  # dark, light
+        shot = tmp_path / f"{scheme}.png"
+        more = [f"--window-size={width},900", f"--blink-settings=preferredColorScheme={scheme}"]
+        command = [browser, *flags, *more, f"--screenshot={shot}", (site / page).as_uri()]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        assert shot.stat().st_size > 10_000
+        shots.append(shot.read_bytes())
+    assert shots[0] != shots[1]
