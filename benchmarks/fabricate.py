@@ -20,15 +20,15 @@ from moshi_fl.codec import get_codec
 from moshi_fl.codec.delta import delta_bytes, encode_delta
 from moshi_fl.history import DELTA_FILE, HubState
 from moshi_fl.hubfile import HubConfig
-from moshi_fl.records import Contribution, File, Location, Metrics, Training, dump
+from moshi_fl.records import Contribution, Metrics, Training, dump
 from moshi_fl.replica import Replica
 from moshi_fl.rules import Shapes, shapes_of
 from moshi_fl.signing import CONTRIBUTION_NAMESPACE, own_signer
+from moshi_fl.submit import Sent, delta_location, submit
 from moshi_fl.weights import Array, Weights, sha256_bytes
 from moshi_hub.create import Plan, create
 from moshi_hub.merge import Options, Outcome, merge
 from moshi_hub.propose import Evaluator
-from moshi_sdk.submit import Sent, delta_commit, submit
 
 SCALE = 3e-4  # typical change of a weight after 200 steps at a learning rate of 1e-3
 
@@ -80,7 +80,7 @@ def contribute(sender: Replica, state: HubState, shapes: Shapes, *, name: str, s
         signer = own_signer(sender.folder / "people" / name)
         record = fabricated_record(sender, state, data, name, signer.public_key)
         signature = signer.sign(dump(record), CONTRIBUTION_NAMESPACE)
-        return submit(sender, state, record, signature, path)
+        return submit(sender, state, record, signature, path, sender.repo)
 
 
 def fabricated_delta(shapes: Shapes, seed: list[int]) -> dict[str, Array]:
@@ -111,7 +111,6 @@ def fabricated_record(
 ) -> Contribution:
     """The record of a delta, with every field that a trained one has."""
     newest, sha256 = state.newest, sha256_bytes(data)
-    ref = state.refs.delta(newest.round, sha256)
     loss = np.random.default_rng(list(sha256.encode())).uniform(0.5, 3.0)
     return Contribution(
         hub=newest.hub,
@@ -121,11 +120,7 @@ def fabricated_record(
         codec=state.config.delta.codec,
         contributor=name,
         key=key,
-        delta=Location(
-            ref=ref,
-            commit=delta_commit(sender.repo, ref, data),
-            files=(File(name=DELTA_FILE, bytes=len(data), sha256=sha256),),
-        ),
+        delta=delta_location(sender.repo, state.refs, newest.round, data),
         num_examples=1600,
         training=Training(
             steps=200,

@@ -105,7 +105,7 @@ class _Frame:
         first, last = (min(xs), max(xs)) if min(xs) < max(xs) else (marks[0], marks[-1])
         self._first, self._last = first, last
         self.across = [mark for mark in marks if first <= mark <= last]
-        self.up = ticks(ys, at_most=7)
+        self.up = ticks(ys, at_most=7, whole=all(float(y).is_integer() for y in ys))
 
     def x(self, value: float) -> float:
         share = (value - self._first) / (self._last - self._first)
@@ -165,7 +165,7 @@ def _legend(lines: Sequence[Line]) -> list[str]:
         parts.append(f'<path class="line line-{index}" d="M{x} 84h34"/>')
         parts.append(_mark(index, x + 17, 84, 5))
         parts.append(_label(x + 42, 90, line.name))
-        x += 42 + 9.5 * len(line.name) + 24
+        x += 42 + 12 * len(line.name) + 24
     return parts
 
 

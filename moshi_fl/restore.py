@@ -22,6 +22,7 @@ from moshi_fl.records import Location, Merged, Round
 from moshi_fl.rules import MEASURES_NORMS, Shapes, shapes_before_growth, shapes_of
 from moshi_fl.snapshot import decode_keyframe, decode_step, grow
 from moshi_fl.store import HubRepo
+from moshi_fl.upstream import takes_upstream
 from moshi_fl.weights import Weights, open_weights, save_weights, sha256_file, weights_digest
 
 PACK_OVERHEAD = 1 << 20
@@ -193,16 +194,23 @@ def advance(
     if record.update is None:
         raise UntrustedHub(f"round {record.round} has no update.")
     try:
+        if takes_upstream(record):  # the other hub has trained the new rows: the step covers them
+            return decode_step(grown(weights, record), files)
         if record.update.kind == "step":
             weights = decode_step(weights, files)
         else:
             weights = aggregate(weights, record, files, find_strategy)
     except CorruptRecord as error:
         raise UntrustedHub(f"round {record.round}: {error}") from error
-    if record.growth:
-        growth = record.growth
-        weights = grow(weights, record.vocabulary_tensors, growth.characters, growth.byte_row)
-    return weights
+    return grown(weights, record)
+
+
+def grown(weights: Weights, record: Round) -> Weights:
+    """The weights with the rows that a round's growth of the vocabulary appends."""
+    if record.growth is None:
+        return weights
+    characters, first = record.growth.characters, record.growth.byte_row
+    return grow(weights, record.vocabulary_tensors, characters, first)
 
 
 def aggregate(

@@ -176,6 +176,15 @@ def grow(
     return grown
 
 
+def lengthened(delta: Weights, tensors: Sequence[str], rows: int) -> dict[str, Array]:
+    """A delta made before the vocabulary gained so many rows: of those it says nothing."""
+    longer = dict(delta)
+    for name in tensors if rows else ():
+        unchanged = np.zeros((rows, *longer[name].shape[1:]), np.float32)
+        longer[name] = np.concatenate([longer[name], unchanged])
+    return longer
+
+
 def _mean_row(tensor: Array, byte_row: int, spelling: bytes) -> Array:
     total = np.zeros(tensor.shape[1:])
     for byte in spelling:

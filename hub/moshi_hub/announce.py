@@ -177,7 +177,7 @@ def propose_round(forge: Forge, record: Round, report: str) -> tuple[str, str]:
     title = f"Round {record.round}: {count} contribution{'' if count == 1 else 's'}"
     branch = round_branch(record.round).removeprefix("refs/heads/")
     try:
-        return forge.propose(Offer(branch, "main", title, report, ("round",))).url, ""
+        return forge.propose(Offer(branch, "main", title, report, ("round",), anew=True)).url, ""
     except HubError as error:
         return "", error.in_full
 

@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluators": ("moshi_hub.commands.evaluators:evaluators", "Show or change who evaluates."),
     "pool": ("moshi_hub.commands.pool:pool", "Keep the sealed held-out data."),
     "publish": ("moshi_hub.commands.publish:publish", "Make a prepared round the current one."),
+    "upward": ("moshi_hub.commands.upward:upward", "Contribute this hub's rounds to another hub."),
     "keys": ("moshi_hub.commands.keys:keys", "Show and change whose signatures count."),
     "report": ("moshi_hub.commands.report:report", "Write a static site about the hub's rounds."),
     "doctor": ("moshi_hub.commands.doctor:doctor", "Check a hub's repository and its settings."),

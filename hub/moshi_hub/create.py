@@ -17,7 +17,7 @@ import moshi_fl
 from moshi_fl.errors import ConfigError, HubError
 from moshi_fl.forge import Repository
 from moshi_fl.history import HUB_FILE, MAIN, PREFIXES, TOKENIZER_FILE, Refs, round_path
-from moshi_fl.hubfile import parse_hubfile
+from moshi_fl.hubfile import VocabularyRules, parse_hubfile
 from moshi_fl.models.family import Preset
 from moshi_fl.records import Manifest, Round, dump
 from moshi_fl.replica import Replica, Snapshot
@@ -36,6 +36,7 @@ from moshi_hub.publish import (
     put_all,
     seconds,
 )
+from moshi_hub.regional import NO_GROWTH, Beginning
 
 TEMPLATE = files("moshi_hub") / "template"
 WORKFLOWS = ("submit", "verify", "evaluate", "report", "merge", "pages")
@@ -69,6 +70,8 @@ class Plan:
     """Keys of ``[model]`` to have otherwise than the preset."""
     repository: Repository | None = None
     """Where on a GitHub it lies; workflows for it are written then."""
+    beginning: Beginning | None = None
+    """Another hub's round to begin with, instead of random weights."""
 
 
 def create(plan: Plan, home: Path, preset: Preset | None = None) -> Snapshot:
@@ -87,10 +90,10 @@ def create(plan: Plan, home: Path, preset: Preset | None = None) -> Snapshot:
     from moshi_fl.models.common import require_part
     from moshi_fl.models.folder import read_folder, require_weights_of
 
-    begun = read_folder(plan.source) if plan.source else None
-    plan = replace(plan, family=begun.family) if begun else plan
-    preset = preset or get_preset(plan.family, plan.preset)
-    preset = begun.over(preset) if begun else preset
+    given, upstream = read_folder(plan.source) if plan.source else None, plan.beginning
+    plan = replace(plan, family=given.family) if given else plan
+    preset = preset or (upstream.preset if upstream else get_preset(plan.family, plan.preset))
+    preset = given.over(preset) if given else preset
     preset = replace(preset, model={**preset.model, **plan.model})
     if plan.tokenizer is not None:
         preset = _with_tokenizer(plan.family, preset, plan.tokenizer)
@@ -104,8 +107,9 @@ def create(plan: Plan, home: Path, preset: Preset | None = None) -> Snapshot:
     _refuse_used(replica.repo)
     replica.forget()
     replica.repo.prepare()
+    begun = given or upstream
     weights = begun.weights if begun else task.initial_weights(plan.seed)
-    if begun:
+    if given:
         require_weights_of(task, weights)
     if plan.eval_data:
         replica.folder.mkdir(parents=True, exist_ok=True)
@@ -118,6 +122,7 @@ def create(plan: Plan, home: Path, preset: Preset | None = None) -> Snapshot:
         parameters=count_parameters(weights),
         tokenizer=sha256_bytes(preset.tokenizer),
         vocabulary_tensors=task.vocabulary_tensors,
+        strategy=upstream.origin.strategy if upstream else None,
         created=utc_now(),
         software=software(),
     )
@@ -176,8 +181,9 @@ def _push_first(
         TOKENIZER_FILE: tokenizer,
         round_path(0): dump(record),
     }
-    what = "given" if plan.source else "random"
-    main = _first_commit(repo, texts, f"Round 0: {what} weights\n", by, when)
+    what = plan.beginning.words if plan.beginning else None
+    what = what or ("given weights" if plan.source else "random weights")
+    main = _first_commit(repo, texts, f"Round 0: {what}\n", by, when)
     try:
         repo.push(
             [
@@ -235,6 +241,7 @@ def render_hubfile(plan: Plan, preset: Preset) -> str:
         delta=_lines(preset.delta),
         evaluation=_lines(preset.evaluation),
         server_learning_rate=str(preset.server_learning_rate),
+        max_size=str(NO_GROWTH if plan.beginning else VocabularyRules().max_size),
     )
 
 

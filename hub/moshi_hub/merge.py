@@ -16,10 +16,11 @@ from moshi_fl.restore import StrategyFinder
 from moshi_fl.rules import owner_of, shapes_of, strategy_options
 from moshi_fl.signed.files import TARGETS
 from moshi_fl.signing import check_ssh_keygen
-from moshi_fl.store import HubRepo
+from moshi_fl.store import HubRepo, is_local
 from moshi_hub.announce import announce, announce_past, propose_round
 from moshi_hub.cleanup import clean_up, settle
 from moshi_hub.collect import judge, known_deltas, known_keys, make_rules
+from moshi_hub.drift import drifts
 from moshi_hub.intake import Arrivals, arrivals
 from moshi_hub.judging import Decided, held, without_gain
 from moshi_hub.keys import KeyStore, Passphrase, passphrase_from_environment
@@ -37,7 +38,8 @@ from moshi_hub.publish import (
     push_proposed,
     push_published,
 )
-from moshi_hub.report import round_report
+from moshi_hub.report import Findings, pull_request_body, round_report
+from moshi_hub.samples import Sampler, Samples
 from moshi_hub.selection import Candidate, Selection, select
 from moshi_hub.verify import Rules, Verdict
 
@@ -163,6 +165,7 @@ def merge(
     find_strategy: StrategyFinder = get_strategy,
     passphrase: Passphrase = passphrase_from_environment,
     gate: Gate | None = None,
+    sampler: Sampler | None = None,
 ) -> Outcome:
     """Merge the open contributions into the next round.
 
@@ -173,6 +176,7 @@ def merge(
         find_strategy: Looks up an aggregation strategy by name.
         passphrase: Gives the passphrase of a key that has one.
         gate: Gives the verdicts on the open contributions; None takes all that pass ``look``.
+        sampler: Lets the model speak before and after, for the report.
 
     Raises:
         HubError: Too few contributions; someone else published first; or the keys here do not
@@ -211,7 +215,8 @@ def merge(
         proposal = replace(proposal, decided=decided)
         if options.dry_run:
             return _outcome(found, proposal, None, waiting)
-        return _push(replica, found, proposal, waiting, options, passphrase)
+        findings = findings_on(replica, found, proposal, waiting, sampler)
+        return push_round(replica, found, findings, options, passphrase)
 
 
 def desk_for(
@@ -332,28 +337,54 @@ def strategy_of(found: OpenRound, override: str | None) -> Strategy:
     )
 
 
-def _push(
+def findings_on(
     replica: Replica,
     found: OpenRound,
     proposal: Proposal,
     waiting: Sequence[Contribution],
+    sampler: Sampler | None,
+) -> Findings:
+    """What a maintainer should know of a round before publishing it."""
+    state, base = found.snapshot.state, found.snapshot.load()
+    settled = {*proposal.contributions, *(entry.id for entry in waiting)}
+    samples = Samples()
+    if sampler:
+        before, after = (base, state.tokenizer), (proposal.weights, proposal.tokenizer)
+        samples = sampler(proposal.config, before, after)
+    return Findings(
+        proposal=proposal,
+        verdicts=found.verdicts,
+        waiting=waiting,
+        excluded=[entry for entry in found.accepted if entry.id not in settled],
+        drift=drifts(base, proposal.weights),
+        samples=samples,
+        address="" if is_local(replica.url) else replica.repo.shown_url,
+    )
+
+
+def push_round(
+    replica: Replica,
+    found: OpenRound,
+    findings: Findings,
     options: Options,
     passphrase: Passphrase,
 ) -> Outcome:
+    """Publish a round, or propose it, as the maintainer has decided."""
     repo, state = replica.repo, found.snapshot.state
+    proposal, waiting = findings.proposal, findings.waiting
     desk = desk_for(replica, state, proposal.config, passphrase)
 
     def sign(files: Mapping[str, bytes], number: int) -> Mapping[str, bytes]:
         metadata = desk.propose(files, number)
         return desk.publish(metadata[TARGETS]) if options.publish else metadata
 
-    report = round_report(proposal, found.verdicts, waiting)
+    report = round_report(findings)
     by = author(options.name)
     built = build_round(repo, state, found.main, proposal, report, by, found.signatures, sign)
     present = repo.remote_refs(f"{state.refs.prefix}*", round_branch(built.record.round))
     if not options.publish:
         push_proposed(repo, state, built, present)
-        page, problem = propose_round(found.offers.forge, built.record, report)
+        page, problem = propose_round(found.offers.forge, built.record, pull_request_body(findings))
         return replace(_outcome(found, proposal, built, waiting, problem), page=page)
     push_published(repo, state, built, present)
     leftovers = _clean_up(replica, found, {c.id for c in waiting}, built.record)

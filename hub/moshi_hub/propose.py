@@ -115,7 +115,7 @@ def propose(
         update=msgspec.structs.replace(_update_of(record), kind=kind),
         median_norm=median_norm(base, record, folder / "deltas"),
         growth=growth,
-        evaluation=_evaluation(evaluate, (base, state.tokenizer), (weights, tokenizer)),
+        evaluation=evaluation_of(evaluate, (base, state.tokenizer), (weights, tokenizer)),
     )
     by_id = {contribution.id: contribution for contribution in contributions}
     return Proposal(
@@ -242,9 +242,10 @@ def needs_keyframe(rules: StorageRules, rounds: Sequence[Round], update_bytes: i
     return True
 
 
-def _evaluation(
+def evaluation_of(
     evaluate: Evaluator | None, before: tuple[Weights, bytes], after: tuple[Weights, bytes]
 ) -> Evaluation | None:
+    """Held-out loss of two models, each with its tokenizer; None where it cannot be measured."""
     if evaluate is None:
         return None
     old, _, _ = evaluate(*before)

@@ -40,6 +40,7 @@ from moshi_fl.records import File, Location, Manifest, Round, Update, digest, du
 from moshi_fl.signed.files import TARGETS
 from moshi_fl.store import NOREPLY, Author, HubRepo, PushRejected, RefUpdate
 from moshi_fl.trusted import read_evaluators
+from moshi_fl.upstream import origin_of
 from moshi_fl.weights import sha256_file
 from moshi_hub.judging import Decided, with_anchor
 from moshi_hub.propose import Proposal
@@ -150,6 +151,8 @@ def seconds(created: str) -> int:
 def _subject(record: Round) -> str:
     count = len(record.contributions)
     text = f"{count} contribution{'' if count == 1 else 's'}"
+    if origin := origin_of(record):
+        text = f"round {origin.round} of hub {origin.hub}"
     if record.evaluation:
         text += f", held-out loss {record.evaluation.before:.4f} to {record.evaluation.after:.4f}"
     return text
@@ -165,7 +168,7 @@ def _locate(
     update = commit_files(repo, refs.update(number), proposal.update_files, by, when)
     places = [update]
     archive = keyframe = None
-    if record.update.kind == "step":
+    if record.update.kind == "step" and record.contributions:
         archive = commit_files(repo, refs.archive(number), proposal.delta_files, by, when)
         places.append(archive)
     if proposal.keyframe_files:

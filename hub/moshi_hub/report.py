@@ -5,43 +5,94 @@ Everything a contributor chose is escaped: it may hold anything.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from moshi_fl.evidence import Verdicts
-from moshi_fl.records import Contribution, Round
-from moshi_fl.signing import fingerprint
-from moshi_fl.text import markdown
+from moshi_fl.evidence import Credit
+from moshi_fl.forge.github import MAX_BODY
+from moshi_fl.history import round_folder
+from moshi_fl.ledger import ledger_of
+from moshi_fl.records import Contribution, Growth, Round
+from moshi_fl.text import Size, markdown
+from moshi_fl.upstream import origin_of
+from moshi_hub import disputes, drift, samples
+from moshi_hub.disputes import MICRO, cut
 from moshi_hub.propose import Proposal
 from moshi_hub.verify import Verdict
 
 MAX_ROWS = 200
+ACCEPTED = (
+    "| contribution | contributor | base | examples | weight | verdict | credit | claims | size |",
+    "|---|---|--:|--:|--:|---|--:|--:|--:|",
+)
+FEWER_ROWS = (MAX_ROWS, 100, 50, 20, 10, 5, 2)
 
 
-def round_report(
-    proposal: Proposal, verdicts: Sequence[Verdict], waiting: Sequence[Contribution]
-) -> str:
-    """Report of a proposed round.
+@dataclass(frozen=True)
+class Findings:
+    """All that a report tells of.
 
-    Args:
+    Attributes:
         proposal: The round.
         verdicts: What the gate said of every open contribution.
-        waiting: Accepted contributions that this round does not take.
+        waiting: Accepted contributions that the round leaves for the next.
+        excluded: Accepted contributions that the maintainer leaves out.
+        drift: How far each layer moves.
+        samples: What the model says before and after.
+        address: Where everybody finds the hub; empty when that is a path on this machine.
     """
+
+    proposal: Proposal
+    verdicts: Sequence[Verdict]
+    waiting: Sequence[Contribution] = ()
+    excluded: Sequence[Contribution] = ()
+    drift: Sequence[drift.Drift] = ()
+    samples: samples.Samples = samples.NOTHING
+    address: str = ""
+
+
+def round_report(found: Findings, rows: int = MAX_ROWS) -> str:
+    """The report.
+
+    Args:
+        found: What it tells of.
+        rows: How long its tables get.
+    """
+    proposal = found.proposal
+    taken = [merged.id for merged in proposal.record.contributions]
     parts = [
         f"# Round {proposal.record.round}\n",
         _summary(proposal.record),
-        _accepted(proposal),
-        _evaluated(proposal),
-        _rejected([verdict for verdict in verdicts if not verdict.accepted]),
-        _waiting(waiting),
-        _facts(proposal),
+        _accepted(proposal, rows),
+        disputes.disputes(proposal.decided, taken, rows),
+        _listed("Left out by the maintainer", found.excluded, rows),
+        _rejected([verdict for verdict in found.verdicts if not verdict.accepted], rows),
+        _listed("Waiting for the next round", found.waiting, rows),
+        samples.shown(found.samples, rows),
+        disputes.evaluation(proposal.decided, rows),
+        drift.table(found.drift, rows),
+        _facts(proposal, found.address, rows),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def pull_request_body(found: Findings) -> str:
+    """The report as the text of a pull request: with shorter tables where it would be too long."""
+    name = f"{round_folder(found.proposal.record.round)}/report.md"
+    said = f"\n*Tables are shortened here; `{name}` on this branch is whole.*\n"
+    for rows in FEWER_ROWS:
+        body = round_report(found, rows) + (said if rows < MAX_ROWS else "")
+        if len(body) <= MAX_BODY:
+            return body
+    return body  # what is longer still, the forge cuts
 
 
 def _summary(record: Round) -> str:
     count = len(record.contributions)
     text = f"{count} contribution{'' if count == 1 else 's'}"
+    if origin := origin_of(record):
+        text = f"Takes round {origin.round} of hub `{origin.hub}` as it is"
     if record.evaluation is None:
         return f"{text}. Held-out loss was not measured: no held-out data on the merging machine.\n"
     before, after = record.evaluation.before, record.evaluation.after
@@ -52,104 +103,86 @@ def _summary(record: Round) -> str:
     )
 
 
-def _accepted(proposal: Proposal) -> str:
-    total = sum(merged.weight for merged in proposal.record.contributions)
-    rows = [
-        "## Accepted\n",
-        "| contribution | contributor | base | examples | weight | own loss | after | size |",
-        "|---|---|--:|--:|--:|--:|--:|--:|",
-    ]
-    for merged in proposal.record.contributions[:MAX_ROWS]:
+def _accepted(proposal: Proposal, rows: int) -> str:
+    record, decided = proposal.record, proposal.decided
+    if not record.contributions:
+        return ""
+    total = sum(merged.weight for merged in record.contributions)
+    verdicts = decided.verdicts if decided else None
+    # What the ledger of the round will say; the digest of the one before does not show here.
+    ledger = ledger_of(record, None, proposal.contributions, verdicts).entries
+    lines = ["## Accepted\n", *ACCEPTED]
+    for merged, credit in list(zip(record.contributions, ledger, strict=True))[:rows]:
         entry = proposal.contributions[merged.id]
         metrics = entry.metrics
-        rows.append(
+        lines.append(
             f"| {merged.id[:12]} | {markdown(entry.contributor)} | {merged.base_round} "
-            f"| {entry.num_examples} | {merged.weight / total:.1%} "
-            f"| {_loss(metrics.held_out_before)} | {_loss(metrics.held_out_after)} "
+            f"| {entry.num_examples:,} | {merged.weight / total:.1%} "
+            f"| {credit.outcome} | {_credit(credit)} "
+            f"| {_loss(metrics.held_out_before)} to {_loss(metrics.held_out_after)} "
             f"| {entry.delta.bytes / 1000:.1f} kB |"
         )
-    rows.append(_cut(len(proposal.record.contributions)))
-    return "\n".join(rows) + "\n"
-
-
-def _evaluated(proposal: Proposal) -> str:
-    """What the evaluation found; what is disputed with its evidence, for the maintainer."""
-    if proposal.decided is None:
-        return ""
-    verdicts, opening = proposal.decided.verdicts, proposal.decided.session.opening
-    who = {"local": "processes of this machine", "appointed": "appointed evaluators"}
-    intro = (
-        f"By {who[verdicts.mode]}, on {opening.sequences} sequences, in {opening.precision}. Gain "
-        "and standard error of each contribution alone, in nats per token:\n"
+    lines.append(cut(len(record.contributions), rows))
+    lines.append(
+        "Credit: measured gain on held-out data, in nats per token. Claims: the contributor's own "
+        "loss, before and after."
     )
-    rows = [
-        f"| {entry.submission[:12]} | {entry.outcome} | {entry.gain / 1e6:+.6f} "
-        f"| {entry.standard_error / 1e6:.6f} | {len(entry.attesters)} "
-        f"| {markdown(entry.reason, 200)} |"
-        for entry in verdicts.judged[:MAX_ROWS]
-    ]
-    head = "| contribution | verdict | gain | standard error | agreeing beside the anchor | why |"
-    text = ["## Evaluation\n", intro, head, "|---|---|--:|--:|--:|---|", *rows]
-    return "\n".join([*text, _cut(len(verdicts.judged)), *_lies(verdicts)]) + "\n"
+    return "\n".join(lines) + "\n"
 
 
-def _lies(verdicts: Verdicts) -> list[str]:
-    liars = [tally for tally in verdicts.tallies if tally.lies]
-    if not verdicts.rulings:
-        return []
-    rows = [
-        "\nThe referee measured again what was disputed, in nats per token:\n",
-        "| contribution | sequence | before | after |",
-        "|---|--:|--:|--:|",
-    ]
-    rows += [
-        f"| {r.submission[:12]} | {r.sequence} | {r.before / 1e6:.6f} | {r.after / 1e6:.6f} |"
-        for r in verdicts.rulings[:MAX_ROWS]
-    ]
-    return [*rows, "", *(f"Proven to have lied: `{fingerprint(t.key)}`." for t in liars)]
+def _credit(entry: Credit) -> str:
+    if entry.outcome == "unmeasured":
+        return "-"
+    return f"{entry.credit / MICRO:.6f}"
 
 
 def _loss(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _cut(count: int) -> str:
-    return f"\n… and {count - MAX_ROWS} more." if count > MAX_ROWS else ""
-
-
-def _rejected(verdicts: Sequence[Verdict]) -> str:
+def _rejected(verdicts: Sequence[Verdict], rows: int) -> str:
     if not verdicts:
         return ""
-    rows = ["## Rejected\n", "| branch | reason | detail |", "|---|---|---|"]
-    for verdict in verdicts[:MAX_ROWS]:
+    lines = ["## Rejected\n", "| branch | reason | detail |", "|---|---|---|"]
+    for verdict in verdicts[:rows]:
         first = verdict.findings[0]
         branch = markdown(verdict.branch.removeprefix("refs/heads/"), 60)
-        rows.append(f"| {branch} | {first.code} | {markdown(first.message, 200)} |")
-    rows.append(_cut(len(verdicts)))
-    return "\n".join(rows) + "\n"
+        lines.append(f"| {branch} | {first.code} | {markdown(first.message, 200)} |")
+    lines.append(cut(len(verdicts), rows))
+    return "\n".join(lines) + "\n"
 
 
-def _waiting(contributions: Sequence[Contribution]) -> str:
+def _listed(title: str, contributions: Sequence[Contribution], rows: int) -> str:
     if not contributions:
         return ""
-    ids = ", ".join(contribution.id[:12] for contribution in contributions[:MAX_ROWS])
-    return f"## Waiting for the next round\n\n{ids}\n"
+    lines = [
+        f"- {entry.id[:12]}, {markdown(entry.contributor)}, on round {entry.round}"
+        for entry in contributions[:rows]
+    ]
+    return "\n".join([f"## {title}\n", *lines, cut(len(contributions), rows)]) + "\n"
 
 
-def _facts(proposal: Proposal) -> str:
+def _facts(proposal: Proposal, address: str, rows: int) -> str:
     record, update = proposal.record, sum(p.stat().st_size for p in proposal.update_files)
     keyframe = sum(path.stat().st_size for path in proposal.keyframe_files)
+    deltas = sum(entry.delta.bytes for entry in proposal.contributions.values())
     kind = record.update.kind if record.update else "none"
     lines = [
         "## Facts\n",
         f"- strategy: {record.strategy.name if record.strategy else 'none'}",
         f"- weights: `{record.weights}`, {record.parameters:,} parameters",
-        f"- update: {update / 1000:.1f} kB ({kind})",
+        f"- update: {update / 1000:.1f} kB ({kind}); all deltas: {Size(deltas)}",
     ]
     if keyframe:
         lines.append(f"- keyframe: {keyframe / 1000:.1f} kB")
     if record.growth:
-        characters = " ".join(f"U+{ord(character):04X}" for character in record.growth.characters)
-        lines.append(f"- new characters: {characters}")
-    lines.append(f"- recompute it: `moshi-fl audit --round {record.round}`")
+        lines.append(f"- new characters: {_characters(record.growth, rows)}")
+    hub = f" --hub {shlex.quote(address)}" if address else ""
+    lines.append(f"- recompute it: `moshi-fl audit{hub} --round {record.round}`")
     return "\n".join(lines) + "\n"
+
+
+def _characters(growth: Growth, rows: int) -> str:
+    names = " ".join(f"U+{ord(character):04X}" for character in growth.characters[:rows])
+    more = len(growth.characters) - rows
+    return f"{names} and {more} more" if more > 0 else names

@@ -23,11 +23,11 @@ from moshi_fl.history import (
 from moshi_fl.hubfile import MAX_HUBFILE_BYTES, changed_settings, parse_hubfile
 from moshi_fl.records import MAX_RECORD_BYTES, Location, Round, dump
 from moshi_fl.replica import Replica, Snapshot
-from moshi_fl.restore import StrategyFinder, aggregate, delta_name, fetch_locations
+from moshi_fl.restore import StrategyFinder, advance, aggregate, delta_name, fetch_locations, grown
 from moshi_fl.signed.files import TARGETS
-from moshi_fl.snapshot import grow
 from moshi_fl.store import HubRepo, PushRejected, RefUpdate
-from moshi_fl.weights import sha256_bytes, weights_digest
+from moshi_fl.upstream import origin_of
+from moshi_fl.weights import Weights, sha256_bytes, weights_digest
 from moshi_hub.keys import Passphrase, passphrase_from_environment
 from moshi_hub.merge import desk_for, rules_of, settings_on
 from moshi_hub.metadata import counted, keys_of
@@ -162,6 +162,9 @@ def _recompute(
     rules: Rules,
     find_strategy: StrategyFinder,
 ) -> None:
+    if origin_of(record):
+        _take_over(replica, snapshot, record)
+        return
     contributions = read_contributions(replica.repo, source, record)
     if not contributions:
         raise UntrustedHub(f"round {record.round} names no contributions.", hint=ADVICE)
@@ -172,14 +175,25 @@ def _recompute(
     _compare_deltas(record, place, sent)
     with replica.scratch() as scratch, replica.workspace() as files:
         folder = fetch_locations(scratch, [place], files)[0]
-        weights = aggregate(snapshot.load(), record, folder, find_strategy)
-        if record.growth:
-            characters, first = record.growth.characters, record.growth.byte_row
-            weights = grow(weights, record.vocabulary_tensors, characters, first)
-        found = weights_digest(weights)
+        weights = grown(aggregate(snapshot.load(), record, folder, find_strategy), record)
+        _check_weights(weights, record, "what its contributions make")
+
+
+def _take_over(replica: Replica, snapshot: Snapshot, record: Round) -> None:
+    """Of a round that takes another hub's weights: that its step leads to those that it names."""
+    if record.update is None:
+        raise UntrustedHub(f"round {record.round} has no update.", hint=ADVICE)
+    with replica.scratch() as scratch, replica.workspace() as files:
+        folder = fetch_locations(scratch, [record.update.location], files)[0]
+        weights = advance(snapshot.load(), record, folder)
+        _check_weights(weights, record, "what its step leads to")
+
+
+def _check_weights(weights: Weights, record: Round, what: str) -> None:
+    found = weights_digest(weights)
     if found != record.weights:
         raise UntrustedHub(
-            f"round {record.round} is not what its contributions make "
+            f"round {record.round} is not {what} "
             f"(recomputed {found[:12]}, proposed {record.weights[:12]}).",
             hint=ADVICE,
         )

@@ -19,6 +19,7 @@ class Offer:
         title: One line.
         body: Markdown.
         labels: Names of labels; missing ones are made where the token may.
+        anew: Whether another one is opened when the last one of this branch was closed.
     """
 
     branch: str
@@ -26,6 +27,7 @@ class Offer:
     title: str
     body: str
     labels: tuple[str, ...] = ()
+    anew: bool = False
 
 
 @dataclass(frozen=True)

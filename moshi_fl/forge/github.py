@@ -87,14 +87,15 @@ class GitHub:
     def propose(self, offer: Offer) -> Proposal:
         """Open the pull request of a branch, or bring the one there is up to date.
 
-        A closed one stays closed and is returned as it is. Without a token nothing is opened: the
-        proposal's ``url`` is the page on which a person can.
+        A closed one stays closed and is returned as it is, unless the offer is to be made anew:
+        GitHub reopens none whose branch was pushed anew since. Without a token nothing is opened:
+        the proposal's ``url`` is the page on which a person can.
         """
         if not self.api.token:
             url = self.repository.compare_url(offer.base, quote(offer.branch))
             return Proposal(0, url, offer.branch, title=offer.title)
         found = self._find(offer.branch)
-        if found is None:
+        if found is None or (offer.anew and found["state"] != "open"):
             found = self._open(offer)
         elif found["state"] == "open":
             found = self._update(found, offer)

@@ -222,6 +222,24 @@ class ObjectStore(StoreFolder):
         lines = self._git("reading history", "log", *options).lines
         return [(oid, subject) for oid, _, subject in (line.partition(" ") for line in lines)]
 
+    def added(self, ref: str, pattern: str) -> dict[str, str]:
+        """Paths of this pattern, each with the commit that added it, along first parents.
+
+        ``pattern`` is one of Git's globs. Where a path was added again, the newest commit counts.
+        """
+        options = ["--first-parent", "--diff-merges=first-parent", "--diff-filter=A"]
+        options += ["--no-renames", "--name-only", "--no-show-signature", "--format=commit %H"]
+        options += ["--end-of-options", checked_object(ref), "--", f":(glob){pattern}"]
+        found: dict[str, str] = {}
+        commit = ""
+        env = {"GIT_LITERAL_PATHSPECS": "0"}  # the pattern is ours
+        for line in self._git("reading history", "log", *options, env=env).lines:
+            if line.startswith("commit "):
+                commit = line.removeprefix("commit ")
+            elif line:
+                found.setdefault(line, commit)
+        return found
+
     def parents(self, commit: str) -> list[str]:
         """Parents of a commit, in order.
 

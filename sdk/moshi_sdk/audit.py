@@ -9,23 +9,31 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moshi_fl.errors import CorruptRecord, HubError, UntrustedHub
 from moshi_fl.evidence import Verdicts
-from moshi_fl.history import check_chain, check_signatures, read_contributions, read_rounds
+from moshi_fl.history import (
+    check_chain,
+    check_signatures,
+    read_contributions,
+    read_rounds,
+    round_branch,
+)
 from moshi_fl.records import Contribution, Location, Round
-from moshi_fl.replica import Replica
+from moshi_fl.replica import MAX_MAIN_PACK, Replica
 from moshi_fl.restore import (
     StrategyFinder,
+    advance,
     aggregate,
     delta_name,
     fetch_locations,
+    grown,
     median_norm,
 )
 from moshi_fl.rules import MEASURES_NORMS, Claim, owner_of, round_weights, running_norm
-from moshi_fl.snapshot import grow
 from moshi_fl.trusted import check_evaluation, external_attestations
+from moshi_fl.upstream import Origin, origin_of
 from moshi_fl.weights import Weights, weights_digest
 
 
@@ -34,7 +42,8 @@ class Finding:
     """What the audit of one round found.
 
     ``identical`` is None when the round could not be recomputed because the hub no longer keeps
-    its deltas; ``problem`` says what is wrong, or why it could not be done.
+    its deltas; ``problem`` says what is wrong, or why it could not be done. ``proposed``: the
+    round waits for its publication. ``origin``: what it takes of another hub, if it does.
     """
 
     round: int
@@ -42,6 +51,8 @@ class Finding:
     identical: bool | None
     weights: str
     problem: str = ""
+    proposed: bool = False
+    origin: Origin | None = None
 
 
 class Auditor:
@@ -51,6 +62,7 @@ class Auditor:
         replica: The hub's copy on this machine.
         find_strategy: Looks up an aggregation strategy by name.
         on_round: Called with each round's number before it is recomputed.
+        upstream: The hub that this one takes rounds of; None leaves its word for them.
     """
 
     def __init__(
@@ -59,8 +71,10 @@ class Auditor:
         *,
         find_strategy: StrategyFinder,
         on_round: Callable[[int], None] | None = None,
+        upstream: Replica | None = None,
     ) -> None:
         self._replica = replica
+        self._upstream = upstream
         self._find_strategy = find_strategy
         self._on_round = on_round
         self._main = ""
@@ -86,18 +100,50 @@ class Auditor:
             finding, weights = self._audit_round(record, base, weights)
             yield finding
 
+    def audit_proposed(self, number: int) -> Finding:
+        """Recompute the round that waits for its publication on branch ``round/N``.
+
+        Raises:
+            HubError: The hub cannot be reached, or there is no such proposal.
+        """
+        state, repo, branch = self._replica.look(), self._replica.repo, round_branch(number)
+        present = repo.remote_refs(branch)
+        if number != state.newest.round + 1 or branch not in present:
+            raise HubError(
+                f"round {number} cannot be audited: {_range(state.newest.round)}",
+                hint=f"it is not proposed either: the hub has no {branch}",
+            )
+        local = "refs/moshi-fl/proposed"
+        fetched = repo.fetch({branch: local}, max_bytes=MAX_MAIN_PACK, expect=present)
+        self._main = fetched[local]
+        record = read_rounds(repo, self._main, number, number)[0]
+        if self._on_round:
+            self._on_round(number)
+        try:
+            check_chain([state.newest, record])
+        except UntrustedHub as error:
+            count = len(record.contributions)
+            return Finding(number, count, False, "", str(error), proposed=True)
+        return replace(self._audit_round(record, state.newest, None)[0], proposed=True)
+
     def _audit_round(
         self, record: Round, base: Round, at_hand: Weights | None
     ) -> tuple[Finding, Weights | None]:
-        count = len(record.contributions)
+        count, origin = len(record.contributions), None
         try:
+            for entry in (base, record):
+                if entry is record or not entry.round:
+                    origin = self._check_origin(entry)
             contributions = read_contributions(self._replica.repo, self._main, record)
             check_signatures(self._replica.repo, self._main, record, contributions)
             check_weights(record, contributions)
             check_running_norm(record, base)
             derive_verdicts(self._replica, self._main, record, base, contributions)
             known = at_hand or self._replica.pull(base.round).load()
-            weights = self._recompute(record, known, contributions)
+            if origin:
+                weights = self._take_over(record, known)
+            else:
+                weights = self._recompute(record, known, contributions)
         except (UntrustedHub, CorruptRecord) as error:
             return Finding(record.round, count, False, "", str(error)), None
         except HubError as error:
@@ -106,7 +152,34 @@ class Auditor:
         if found != record.weights:
             problem = f"recomputed {found[:12]}, published {record.weights[:12]}"
             return Finding(record.round, count, False, found, problem), None
-        return Finding(record.round, count, True, found), weights
+        return Finding(record.round, count, True, found, origin=origin), weights
+
+    def _check_origin(self, record: Round) -> Origin | None:
+        """What a round takes of another hub, compared with that hub where it is at hand."""
+        origin = origin_of(record)
+        if origin and self._upstream:
+            state = self._upstream.look()
+            if state.config.hub.id != origin.hub:
+                raise UntrustedHub(
+                    f"round {record.round} takes a round of hub {origin.hub}; "
+                    f"{self._upstream.repo.shown_url} is {state.config.hub.id}."
+                )
+            if origin.round > state.newest.round or (
+                self._upstream.chain(state, origin.round)[0].weights != origin.weights
+            ):
+                raise UntrustedHub(
+                    f"round {record.round} is not round {origin.round} of "
+                    f"{self._upstream.repo.shown_url}, which it says it takes."
+                )
+        return origin
+
+    def _take_over(self, record: Round, base: Weights) -> Weights:
+        """What the step of a round leads to that takes another hub's weights."""
+        assert record.update is not None
+        with self._replica.scratch() as scratch, self._replica.workspace() as files:
+            folder = fetch_locations(scratch, [record.update.location], files)[0]
+            weights = advance(base, record, folder)
+            return {name: array.copy() for name, array in weights.items()}
 
     def _recompute(
         self, record: Round, base: Weights, contributions: dict[str, Contribution]
@@ -120,10 +193,7 @@ class Auditor:
                 if recorded.get(delta_name(merged)) != entry.delta.files[0].sha256:
                     raise UntrustedHub(f"the delta of {merged.id[:12]} is not its contributor's.")
             check_median_norm(record, median_norm(base, record, folder))
-            weights = aggregate(base, record, folder, self._find_strategy)
-            if record.growth:
-                characters, first = record.growth.characters, record.growth.byte_row
-                weights = grow(weights, record.vocabulary_tensors, characters, first)
+            weights = grown(aggregate(base, record, folder, self._find_strategy), record)
             return {name: array.copy() for name, array in weights.items()}
 
 

@@ -6,7 +6,7 @@ train (in a Flower ``ClientApp``), measure, encode, sign, send.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,23 +19,31 @@ from moshi_fl.codec import get_codec
 from moshi_fl.codec.delta import delta_bytes, encode_delta
 from moshi_fl.config import home as default_home
 from moshi_fl.errors import Rejected, TrainingError
-from moshi_fl.history import DELTA_FILE, HubState
+from moshi_fl.feedback import Feedback
+from moshi_fl.history import HubState
 from moshi_fl.hubfile import HubConfig
 from moshi_fl.models.common import able_to_read, require_part
 from moshi_fl.models.family import Corpus, DataSummary, Explains, Task
 from moshi_fl.policy import NO_DEMANDS, Policy
-from moshi_fl.records import Contribution, File, Location, Metrics, Privacy, dump
+from moshi_fl.pull_request import forge_of, propose, pushing_to
+from moshi_fl.records import Contribution, Metrics, Privacy, dump
 from moshi_fl.replica import Replica, Snapshot
 from moshi_fl.signing import Signer, own_signer
+from moshi_fl.snapshot import lengthened
+from moshi_fl.submit import (
+    Sent,
+    delta_location,
+    is_merged,
+    merged_test,
+    signature_of,
+    submit,
+)
 from moshi_fl.train import Progress, Recipe
-from moshi_fl.weights import Array, Weights, open_weights, save_weights, sha256_bytes, write_atomic
-from moshi_sdk.feedback import Feedback
-from moshi_sdk.identity import before_sending, check_key, signature_of
+from moshi_fl.weights import Array, Weights, open_weights, save_weights, write_atomic
+from moshi_sdk.identity import before_sending, check_key
 from moshi_sdk.planning import Options, make_plan, recipe_of
 from moshi_sdk.privacy import BUDGET, Account, run_name, stated
-from moshi_sdk.pull_request import forge_of, propose, pushing_to
 from moshi_sdk.runs import Run, RunPlan, Runs
-from moshi_sdk.submit import Sent, delta_commit, is_merged, submit
 from moshi_sdk.sync import SyncManager
 
 if TYPE_CHECKING:
@@ -254,7 +262,7 @@ def _finish(work: _Work, dry_run: bool) -> Outcome:
         if dry_run:
             return Outcome(contribution, None, summary)
         contribution, note = _fit_to_present(work, contribution)
-        signature = signature_of(work.run, contribution, work.signer)
+        signature = signature_of(work.run.signature, contribution, work.signer)
         forge = forge_of(work.replica)
         to = pushing_to(forge, work.replica)
         sent = submit(work.replica, work.state, contribution, signature, work.run.delta, to)
@@ -394,7 +402,7 @@ def _encode(work: _Work, delta: Weights, number: int, base: str, **fields: Any) 
         codec=rules.codec,
         contributor=plan.contributor,
         key=plan.key,
-        delta=locate(work, data, number),
+        delta=delta_location(work.replica.repo, work.state.refs, number, data),
         num_examples=plan.training.steps * plan.training.batch_size,
         training=plan.training,
         software=f"moshi-fl {moshi_fl.__version__}",
@@ -415,31 +423,6 @@ def _carry(work: _Work) -> Weights | None:
         )
         return None
     return feedback.load(base)
-
-
-def locate(work: _Work, data: bytes, number: int) -> Location:
-    """Where the delta will lie on the hub; its commit follows from its content."""
-    sha256 = sha256_bytes(data)
-    ref = work.state.refs.delta(number, sha256)
-    commit = delta_commit(work.replica.repo, ref, data)
-    return Location(
-        ref=ref, commit=commit, files=(File(name=DELTA_FILE, bytes=len(data), sha256=sha256),)
-    )
-
-
-def merged_test(replica: Replica, state: HubState) -> Callable[[str, int], bool | None]:
-    """Whether a contribution became part of a round; None while it still may."""
-
-    def test(contribution_id: str, number: int) -> bool | None:
-        newest = state.newest.round
-        if number >= newest:
-            return None
-        rounds = replica.chain(state, number + 1)
-        if any(merged.id == contribution_id for entry in rounds for merged in entry.contributions):
-            return True
-        return None if newest - number <= state.config.delta.max_staleness else False
-
-    return test
 
 
 def _fit_to_present(work: _Work, contribution: Contribution) -> tuple[Contribution, str]:
@@ -468,12 +451,9 @@ def _rebase(work: _Work, contribution: Contribution, age: int) -> tuple[Contribu
     delta = _difference(open_weights(work.run.trained), open_weights(work.run.base))
     later = work.replica.chain(work.state, work.run.plan.base_round + 1)
     rows = sum(len(entry.growth.characters) for entry in later if entry.growth)
-    for name in set(newest.vocabulary_tensors) & set(delta) if rows else ():
-        unchanged = np.zeros((rows, *delta[name].shape[1:]), np.float32)
-        delta[name] = np.concatenate([delta[name], unchanged])
     rebased = _encode(
         work,
-        delta,
+        lengthened(delta, newest.vocabulary_tensors, rows),
         newest.round,
         newest.weights,
         privacy=contribution.privacy,

@@ -1,16 +1,12 @@
-"""Who contributes: the key of a run, its signature, and what to say before it is used."""
+"""Who contributes: the key of a run, and what to say before it is used."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 
-from moshi_fl.errors import BadSignature, SigningError
-from moshi_fl.history import check_signature
-from moshi_fl.records import Contribution, dump
-from moshi_fl.signing import CONTRIBUTION_NAMESPACE, Signer, fingerprint
-from moshi_fl.weights import write_atomic
-from moshi_sdk.runs import Run, RunPlan
+from moshi_fl.errors import SigningError
+from moshi_fl.signing import Signer, fingerprint
+from moshi_sdk.runs import RunPlan
 
 
 def before_sending(sent: Sequence[RunPlan], plan: RunPlan, signer: Signer) -> list[tuple[str, str]]:
@@ -52,19 +48,3 @@ def check_key(plan: RunPlan, signer: Signer) -> None:
             f"and {signer.key_path} is {signer.fingerprint}.",
             hint="--key FILE   (the key it was begun with), or --discard it",
         )
-
-
-def signature_of(run: Run, contribution: Contribution, signer: Signer) -> str:
-    """The signature on disk, if it is one over this record; else a new one, kept there.
-
-    Raises:
-        SigningError: The key cannot be used.
-    """
-    if run.signature.exists():
-        kept = run.signature.read_bytes()
-        with suppress(BadSignature):
-            check_signature(contribution, kept)
-            return kept.decode()
-    armoured = signer.sign(dump(contribution), CONTRIBUTION_NAMESPACE)
-    write_atomic(run.signature, armoured.encode())
-    return armoured

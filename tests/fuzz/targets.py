@@ -425,7 +425,6 @@ def run_delta(made: tuple[str, bytes]) -> str:
 
 @cache
 def _kinds() -> list[type[Record]]:
-    import moshi_sdk.feedback
     import moshi_sdk.runs  # noqa: F401 - to know their records
 
     return list(records_below())

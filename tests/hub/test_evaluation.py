@@ -112,7 +112,13 @@ def test_what_is_disputed_waits_until_the_maintainer_decides(hub: HubSimulator) 
     outcome = merged(hub, accept=(odd.id[:8],))
     assert outcome.built
     assert [entry.id for entry in outcome.built.record.contributions] == [odd.id]
-    assert "Proven to have lied" in report(hub, 1)
+    text = report(hub, 1)
+    disputed = text.split("## Disputed")[1].split("## ")[0]
+    assert f"**{odd.id[:12]}** (taken by the maintainer)" in disputed
+    assert disputed.count("| proven to have lied |") == 2
+    assert "| the hub's anchor |" in disputed
+    assert "The referee measured" in disputed
+    assert "Proven to have lied" in text
     (finding,) = Auditor(hub.person("reader"), find_strategy=find_strategy).audit(1, 1)
     assert finding.identical, finding.problem
 

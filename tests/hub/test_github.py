@@ -6,6 +6,8 @@ Git is served over loopback HTTP; the API is held to GitHub's published descript
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -119,6 +121,45 @@ def test_a_round_is_proposed_as_a_pull_request(
     status, published, said = call("carol", "moshi-hub", "publish")
     assert (status, published["round"]) == (0, 1), said
     assert github.pulls[0]["state"] == "closed"
+
+
+def test_a_maintainer_excludes_one_and_the_same_pull_request_says_so(
+    github: FakeGitHub, call: Call, tmp_path: Path
+) -> None:
+    held_out = write_corpus(tmp_path / "held-out", text="def f(x):\n    return x\n")
+    url = f"{github.web}/hub/model.git"
+    assert call("carol", "moshi-hub", "init", url, "--eval-data", held_out)[0] == 0
+    data = write_corpus(tmp_path / "data")
+    assert call("carol", "moshi-fl", "contribute", "--data", data, *LITTLE)[0] == 0
+    fork(github, "bob", tmp_path)
+    status, sent, said = call("bob", "moshi-fl", "contribute", "--data", data, *LITTLE)
+    assert status == 0, said
+    assert call("carol", "moshi-hub", "merge")[1]["contributions"] == 2
+    pull = github.pulls[2]
+    first, bob = pull["body"], sent["contribution"]
+    for part in (
+        "| credit |",
+        "## Samples",
+        "Drift by layer",
+        "held-out loss **",
+        "Evaluation of 2",
+    ):
+        assert part in first
+    (command,) = re.findall(r"recompute it: `(.*)`", first)
+    status, audited, said = call("bob", *shlex.split(command))
+    assert (status, audited["audited"]) == (0, 1), said
+    status, proposed, said = call("carol", "moshi-hub", "merge", "--exclude", bob[:10])
+    assert (status, proposed["contributions"]) == (0, 1), said
+    assert proposed["pull_request"] == pull["html_url"]
+    assert len(github.pulls) == 3
+    assert pull["title"] == "Round 1: 1 contribution"
+    assert bob[:12] in pull["body"].split("## Left out by the maintainer")[1].split("##")[0]
+    pull["state"] = "closed"
+    status, proposed, said = call("carol", "moshi-hub", "merge", "--exclude", bob[:10])
+    assert (status, proposed["pull_request"]) == (0, github.pulls[3]["html_url"]), said
+    status, published, said = call("carol", "moshi-hub", "publish")
+    assert (status, published["round"]) == (0, 1), said
+    assert [entry["state"] for entry in github.pulls[:2]] == ["closed", "open"]
 
 
 def test_a_fork_that_moved_after_it_was_shown_is_not_taken(

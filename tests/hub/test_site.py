@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from moshi_hub.cli import main
+from tests.support.hubs import git
 from tests.support.simulator import HubSimulator
 
 HOSTILE = '<script>alert(1)</script>"\u202e'
@@ -92,15 +93,56 @@ def test_a_screen_reader_finds_its_way(site: Path) -> None:
     assert 'scope="row"' in text
 
 
+def test_each_round_leads_to_its_commit(site: Path) -> None:
+    at = "https://git.example.org/team/model"
+    repo = site.parent / "hub.git"
+    for number in range(4):
+        page = Page(site / "rounds" / f"{number:04d}.html")
+        folder = f"rounds/{number:04d}"
+        added = git(repo, "log", "--format=%H", "--diff-filter=A", "main", "--", folder).split()
+        assert len(added) == 1
+        assert f"{at}/commit/{added[0]}" in page.links
+        assert f"{at}/tree/{added[0]}/{folder}" in page.links
+        files = git(repo, "ls-tree", "-r", "--name-only", added[0]).splitlines()
+        shown = [ln.removeprefix(f"{at}/blob/{added[0]}/") for ln in page.links if "/blob/" in ln]
+        assert set(shown) <= set(files)
+        assert len(shown) == (3 if number else 0)  # the report and two contributions
+        for link in page.links:
+            if "/commit/" in link:
+                assert git(repo, "cat-file", "-t", link.rsplit("/", 1)[1]).strip() == "commit"
+
+
+def test_a_site_needs_no_address_of_the_repository(hub: HubSimulator, tmp_path: Path) -> None:
+    hub.rounds(1)
+    assert main(["report", "--hub", hub.url, "--out", str(tmp_path / "site"), "--json"]) == 0
+    page = Page(tmp_path / "site" / "rounds" / "0001.html")
+    assert all(link.startswith(("#", "../", "0")) for link in page.links)
+
+
+def test_a_regions_site_says_what_it_took(tmp_path: Path) -> None:
+    above = HubSimulator(tmp_path / "above")
+    below = HubSimulator(tmp_path / "below", upstream=above.url)
+    assert main(["report", "--hub", below.url, "--out", str(tmp_path / "site"), "--json"]) == 0
+    text = (tmp_path / "site" / "rounds" / "0000.html").read_text(encoding="utf-8")
+    assert f"Taken as it is from round 0 of hub <code>{above.sync().state.config.hub.id}" in text
+
+
+@pytest.mark.parametrize("page", ["index.html", "rounds/0001.html"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_shows_it_without_overflow(site: Path, tmp_path: Path, width: int) -> None:
+def test_a_browser_shows_it_in_light_and_in_dark(
+    site: Path, tmp_path: Path, width: int, page: str
+) -> None:
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium here: pages are not looked at")
-    shot = tmp_path / "shot.png"
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
     flags += ["--disable-background-networking", f"--user-data-dir={tmp_path / 'profile'}"]
-    flags += [f"--window-size={width},900", f"--screenshot={shot}"]
-    page = (site / "index.html").as_uri()
-    subprocess.run([browser, *flags, page], check=True, capture_output=True, timeout=120)
-    assert shot.stat().st_size > 10_000
+    shots = []
+    for scheme in (0, 1):  # dark, light
+        shot = tmp_path / f"{scheme}.png"
+        more = [f"--window-size={width},900", f"--blink-settings=preferredColorScheme={scheme}"]
+        command = [browser, *flags, *more, f"--screenshot={shot}", (site / page).as_uri()]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        assert shot.stat().st_size > 10_000
+        shots.append(shot.read_bytes())
+    assert shots[0] != shots[1]

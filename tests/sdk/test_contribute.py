@@ -18,6 +18,7 @@ from moshi_fl.errors import (
     SigningError,
     TrainingError,
 )
+from moshi_fl.feedback import Feedback
 from moshi_fl.history import accepted_signature_path, check_signature
 from moshi_fl.records import Contribution, dump
 from moshi_fl.signing import Signer, fingerprint
@@ -25,7 +26,6 @@ from moshi_fl.train import Progress
 from moshi_fl.weights import open_weights
 from moshi_sdk.cli import main
 from moshi_sdk.contribute import Options, contribute, discard, load_task, resume
-from moshi_sdk.feedback import Feedback
 from moshi_sdk.planning import make_plan, recipe_of
 from moshi_sdk.runs import Runs
 from moshi_sdk.sync import SyncManager

@@ -30,13 +30,14 @@ from moshi_fl.replica import Replica, Snapshot
 from moshi_fl.signing import CONTRIBUTION_NAMESPACE
 from moshi_fl.store import ANY, Author, RefUpdate
 from moshi_fl.strategies import find_strategy
+from moshi_fl.submit import DELTA_AUTHOR
 from moshi_fl.weights import Weights, sha256_bytes
 from moshi_hub.create import Plan, create
 from moshi_hub.keys import KeyStore
 from moshi_hub.merge import OpenRound, Options, Outcome, look, merge
 from moshi_hub.metadata import Desk, utc_now
+from moshi_hub.regional import begin_from
 from moshi_hub.verify import Verdict
-from moshi_sdk.submit import DELTA_AUTHOR
 from moshi_sdk.sync import SyncManager
 from tests.support.keys import signature_by, signer_of
 
@@ -78,13 +79,24 @@ def random_delta(base: Weights, seed: int, scale: float = 1e-2) -> dict[str, np.
 class HubSimulator:
     """A hub in a folder, its maintainer's home, and contributors who need no training."""
 
-    def __init__(self, folder: Path, *, url: str | None = None, **tables: Mapping[str, Any]):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        url: str | None = None,
+        upstream: str | None = None,
+        **tables: Mapping[str, Any],
+    ):
         self.folder = folder
         self.path = folder / "hub.git"
         self.url = url or str(self.path)
         self.home = folder / "maintainer"
-        plan = Plan(url=self.url, family="char", preset="tiny", name="test", eval_data=())
-        create(plan, self.home, small_preset(**tables))
+        name = "test" if upstream is None else folder.name
+        plan = Plan(url=self.url, family="char", preset="tiny", name=name, eval_data=())
+        if upstream:
+            create(begin_from(plan, upstream, self.home), self.home)
+        else:
+            create(plan, self.home, small_preset(**tables))
         self.replica = Replica(self.url, self.home)
         self._seed = 1_000_000
 

@@ -37,6 +37,7 @@ from moshi_hub.options import maintainer
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Begin with the model in this folder, which says its family, instead of random weights.",
 )
+@click.option("--upstream", metavar="URL", help="Begin with this hub's model and newest round.")
 @click.option("--name", help="The hub's name in texts. [default: from PATH or URL]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of round 0.")
 @click.option(
@@ -71,6 +72,7 @@ def init(  # noqa: PLR0913 - one parameter an option
     preset: str,
     model: dict[str, bool | int | float | str],
     source: Path | None,
+    upstream: str | None,
     name: str | None,
     seed: int,
     eval_data: tuple[Path, ...],
@@ -89,13 +91,17 @@ def init(  # noqa: PLR0913 - one parameter an option
       moshi-hub init ./hub.git --family moc --tokenizer tokenizer.json
       moshi-hub init ./hub.git --family speech --set ttt_layers=1
       moshi-hub init ./hub.git --from imported
+      moshi-hub init ./region.git --upstream https://git.example.org/team/model.git
     """
     from moshi_fl.models import get_preset
     from moshi_fl.subwords import start_of
     from moshi_hub.create import Plan, create
     from moshi_hub.keys import KeyStore
+    from moshi_hub.regional import begin_from, refuse_choices
 
     repository = _repository(hub, github)
+    if upstream:
+        refuse_choices(click.get_current_context())
     plan = Plan(
         url=hub,
         family=family,
@@ -111,12 +117,15 @@ def init(  # noqa: PLR0913 - one parameter an option
         model=model,
         repository=repository,
     )
+    if upstream:
+        plan = begin_from(plan, upstream, ensure_home())
     snapshot = create(plan, ensure_home())
     record, shown = snapshot.record, redact(hub)
+    begun = "" if upstream else f"/{source.name if source else preset}"
     console.done(
         f"Created a hub at {shown}",
         hub=snapshot.state.config.hub.id,
-        model=f"{snapshot.state.config.family}/{source.name if source else preset}",
+        model=f"{snapshot.state.config.family}{begun}",
         parameters=record.parameters,
         keyframe=Size(record.keyframe.bytes if record.keyframe else 0),
         weights=record.weights,

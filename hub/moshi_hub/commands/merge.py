@@ -30,6 +30,7 @@ from moshi_hub.options import maintainer, passphrase_from, passphrase_option, re
     help="Held-out files to measure this and later merges on; they stay on this machine.",
 )
 @click.option("--accept", multiple=True, metavar="ID", help="Take this disputed contribution.")
+@click.option("--prompt", multiple=True, metavar="TEXT", help="The report shows what follows.")
 @click.option("--dry-run", is_flag=True, help="Compute and report; push nothing.")
 @click.option(
     "--if-ready",
@@ -47,6 +48,7 @@ def merge(  # noqa: PLR0913 - one parameter an option
     exclude: tuple[str, ...],
     eval_data: tuple[Path, ...],
     accept: tuple[str, ...],
+    prompt: tuple[str, ...],
     dry_run: bool,
     if_ready: bool,
     passphrase_env: str,
@@ -68,6 +70,7 @@ def merge(  # noqa: PLR0913 - one parameter an option
     from moshi_hub.merge import Options, Outcome
     from moshi_hub.merge import merge as run
     from moshi_hub.pending import NothingToMerge
+    from moshi_hub.samples import sampler
 
     replica = replica_for(hub)
     if eval_data:
@@ -83,6 +86,7 @@ def merge(  # noqa: PLR0913 - one parameter an option
             find_strategy=find_strategy,
             passphrase=passphrase_from(passphrase_env),
             gate=gate_for(replica, ensure_home(), _measured(console)),
+            sampler=sampler(prompt),
         )
     except (NothingToMerge, MoreAttestations) as error:
         if not if_ready:

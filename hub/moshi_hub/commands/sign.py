@@ -9,6 +9,7 @@ import click
 from moshi_fl.cli import hub_option, output_options
 from moshi_fl.console import Console
 from moshi_fl.strategies import find_strategy
+from moshi_fl.upstream import origin_of
 from moshi_hub.options import maintainer, passphrase_from, passphrase_option, replica_for
 
 
@@ -49,6 +50,11 @@ def sign(console: Console, number: int | None, hub: str | None, passphrase_env: 
     )
     for change in done.settings:
         console.warn(f"you have signed a change of hub.toml: {change}")
+    if origin := origin_of(done.record):
+        console.warn(
+            f"you have signed that these are the weights of round {origin.round} of hub "
+            f"{origin.hub}: {origin.weights}; its own clients see them by moshi-fl sync --json"
+        )
     where = f" --hub {shlex.quote(hub)}" if hub else ""
     if done.have >= done.need:
         console.hint(f"moshi-hub publish{where}   (makes it the current round)")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moshi_fl.evidence import Credit, Evaluators, Verdicts
-from moshi_fl.history import HubState, read_contributions
+from moshi_fl.history import HubState, read_contributions, round_path
 from moshi_fl.records import Contribution, Merged, Round
 from moshi_fl.replica import Replica
 from moshi_fl.rules import owner_of
 from moshi_fl.trusted import read_evaluators, read_ledger, read_verdicts
+from moshi_fl.upstream import Origin, origin_of
 from moshi_hub.trust import Reputation, reputations, status
 
+ROUND_FILES = "rounds/*/round.json"
 MICRO = 1e6  # micro-nats in a nat
 
 
@@ -53,6 +55,13 @@ class Entry:
 
     record: Round
     parts: tuple[Part, ...] = ()
+    commit: str = ""
+    """The commit that brought it to main."""
+
+    @property
+    def origin(self) -> Origin | None:
+        """What it takes of another hub."""
+        return origin_of(self.record)
 
     @property
     def update_bytes(self) -> int:
@@ -100,6 +109,15 @@ class History:
         """The current round."""
         return self.entries[-1].record
 
+    def people_so_far(self) -> list[tuple[int, int]]:
+        """How many identities had contributed by each round."""
+        seen: set[str] = set()
+        found = []
+        for entry in self.entries:
+            seen |= {part.merged.owner for part in entry.parts}
+            found.append((entry.record.round, len(seen)))
+        return found
+
     def people(self) -> list[Person]:
         """Contributors, most credit first, then most contributions, then by name."""
         found: dict[str, list[Part]] = defaultdict(list)
@@ -131,13 +149,14 @@ def gather(replica: Replica, url: str = "") -> History:
     state = replica.look()
     main = replica.fetch_main()
     rounds = replica.chain(state, 0)
+    commits = replica.repo.added(main, ROUND_FILES)
     listed = read_evaluators(replica.repo, main)
     return History(
         name=state.config.hub.name,
         hub=state.config.hub.id,
         model=_model_of(state),
         url=url.rstrip("/"),
-        entries=tuple(_entry(replica, main, record) for record in rounds),
+        entries=tuple(_entry(replica, main, record, commits) for record in rounds),
         evaluators=_jurors(listed, read_verdicts(replica.repo, main, rounds)) if listed else (),
     )
 
@@ -146,7 +165,7 @@ def _model_of(state: HubState) -> str:
     return f"{state.config.family}, {state.newest.parameters:,} parameters"
 
 
-def _entry(replica: Replica, main: str, record: Round) -> Entry:
+def _entry(replica: Replica, main: str, record: Round, commits: Mapping[str, str]) -> Entry:
     contributions = read_contributions(replica.repo, main, record)
     ledger = read_ledger(replica.repo, main, record)
     lines = {entry.contribution: entry for entry in ledger.entries} if ledger else {}
@@ -155,7 +174,7 @@ def _entry(replica: Replica, main: str, record: Round) -> Entry:
         Part(merged, contributions[merged.id], merged.weight / total, lines.get(merged.id))
         for merged in record.contributions
     )
-    return Entry(record, tuple(parts))
+    return Entry(record, tuple(parts), commits.get(round_path(record.round), ""))
 
 
 def _jurors(listed: Evaluators, rounds: Sequence[Verdicts | None]) -> tuple[Juror, ...]:

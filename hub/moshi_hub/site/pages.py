@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -84,7 +83,10 @@ def _charts(history: History) -> Iterator[Chart]:
         yield _chart("Held-out loss", "nats per token", [first, *losses])
     if len(history.entries) > 1:
         counts = [(e.record.round, float(len(e.parts))) for e in history.entries[1:]]
-        yield _chart("Contributions", "accepted in the round", counts)
+        people = [(number, float(count)) for number, count in history.people_so_far()[1:]]
+        yield _chart(
+            "Contributions", "accepted in each round", counts, Line("Contributors so far", people)
+        )
         sizes = itertools.accumulate(e.update_bytes + e.keyframe_bytes for e in history.entries)
         megabytes = [
             (entry.record.round, total / 1e6)
@@ -93,13 +95,16 @@ def _charts(history: History) -> Iterator[Chart]:
         yield _chart("Published weights", "megabytes, all rounds together", megabytes)
 
 
-def _chart(title: str, unit: str, points: Sequence[tuple[float, float]]) -> Chart:
-    last: Any = points[-1]
+def _chart(title: str, unit: str, points: Sequence[tuple[float, float]], *more: Line) -> Chart:
+    lines = [Line(title, points), *more]
+    ends = "; ".join(
+        f"{ln.name} {ln.points[-1][1]:.4g} at round {ln.points[-1][0]:g}" for ln in lines
+    )
     return Chart(
         title=title,
         subtitle=unit,
-        description=f"{title} by round, {unit}; {last[1]:.4g} at round {last[0]:g}.",
+        description=f"{title} by round, {unit}. {ends}.",
         x="Round",
         y="",
-        lines=[Line(title, points)],
+        lines=lines,
     )

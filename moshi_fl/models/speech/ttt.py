@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moshi_fl.models.speech.attention import floating
 from moshi_fl.models.speech.streaming import StreamingModule
 from moshi_fl.models.speech.ttt_config import TttConfig
 from moshi_fl.models.speech.ttt_rule import (

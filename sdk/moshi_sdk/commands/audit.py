@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import click
+import msgspec
 
 from moshi_fl.cli import hub_option, output_options
 from moshi_fl.console import Console
 from moshi_fl.errors import Exit
+from moshi_fl.replica import Replica
 from moshi_fl.strategies import find_strategy
 from moshi_sdk.options import settings_for, sync_manager
+
+if TYPE_CHECKING:
+    from moshi_sdk.audit import Finding
 
 
 @click.command()
 @hub_option
 @click.option("--round", "number", type=click.IntRange(1), help="Audit this round.")
 @click.option("--all", "everything", is_flag=True, help="Audit every round since round 0.")
+@click.option("--upstream", metavar="URL", help="Compare rounds taken of this hub with its own.")
 @output_options
-def audit(console: Console, hub: str | None, number: int | None, everything: bool) -> int:
+def audit(
+    console: Console, hub: str | None, number: int | None, everything: bool, upstream: str | None
+) -> int:
     r"""Recompute rounds from the accepted contributions and compare them bit for bit.
 
     Also checks that each contribution is signed by the key that it names. Without an option, the
-    newest round is audited. The status is 1 when a round differs.
+    newest round is audited. The round after it can be named while it is proposed, before it is
+    published. The status is 1 when a round differs.
 
     \b
     Examples:
@@ -33,33 +44,44 @@ def audit(console: Console, hub: str | None, number: int | None, everything: boo
 
     manager = sync_manager(settings_for(hub=hub))
     newest = manager.replica.look().newest.round
-    if newest == 0:
+    proposed = number == newest + 1
+    if newest == 0 and not proposed:
         console.done("Only round 0: random weights, nothing to recompute", audited=0)
         return Exit.DONE
     first, last = (1, newest) if everything else (number or newest, number or newest)
-    auditor = Auditor(manager.replica, find_strategy=find_strategy)
+    other = Replica(upstream, manager.replica.home) if upstream else None
+    auditor = Auditor(manager.replica, find_strategy=find_strategy, upstream=other)
     findings = []
     with console.progress("Auditing", last - first + 1, unit="rounds") as bar:
-        for finding in auditor.audit(first, last):
+        found = [auditor.audit_proposed(last)] if proposed else auditor.audit(first, last)
+        for finding in found:
             findings.append(finding)
             bar.advance()
-    rows = [
-        {
-            "round": finding.round,
-            "contributions": finding.contributions,
-            "result": {True: "identical", False: "DIFFERENT", None: "cannot be audited"}[
-                finding.identical
-            ],
-            "weights": finding.weights[:16],
-            "problem": finding.problem,
-        }
-        for finding in findings
-    ]
+    rows = [_row(finding) for finding in findings]
     shown = ["round", "contributions", "result", "weights"]
     console.table(rows, shown + ["problem"] * any(row["problem"] for row in rows), name="rounds")
+    for finding in findings:
+        if finding.origin and not upstream:
+            theirs = f"round {finding.origin.round} of hub {finding.origin.hub}"
+            console.note(f"Round {finding.round} is {theirs}, by this hub's word: --upstream URL")
+    if proposed:
+        console.note(f"Round {number} is proposed; a maintainer has yet to publish it.")
     if any(finding.identical is False for finding in findings):
         console.warn("a round is not what its contributions make; do not build on this hub.")
         return Exit.FAILED
     done = sum(finding.identical is True for finding in findings)
     console.done(f"{done} of {len(findings)} round(s) recomputed, bit for bit", audited=done)
     return Exit.DONE if done == len(findings) else Exit.FAILED
+
+
+def _row(finding: Finding) -> dict[str, Any]:
+    words = {True: "identical", False: "DIFFERENT", None: "cannot be audited"}
+    return {
+        "round": finding.round,
+        "contributions": finding.contributions,
+        "result": words[finding.identical],
+        "weights": finding.weights[:16],
+        "proposed": finding.proposed,
+        "upstream": msgspec.to_builtins(finding.origin),
+        "problem": finding.problem,
+    }

@@ -1,21 +1,27 @@
-"""Sends a contribution to its hub: two refs, one atomic push, the same bytes however often."""
+"""Signs a contribution and sends it: two refs, one atomic push, the same bytes however often."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from moshi_fl.errors import HubError, Rejected
+from moshi_fl.errors import BadSignature, HubError, Rejected
 from moshi_fl.history import (
     DELTA_FILE,
     HubState,
+    Refs,
+    check_signature,
     contribution_branch,
     contribution_path,
     signature_path,
 )
-from moshi_fl.records import Contribution, dump
+from moshi_fl.records import Contribution, File, Location, dump
 from moshi_fl.replica import Replica
+from moshi_fl.signing import CONTRIBUTION_NAMESPACE, Signer
 from moshi_fl.store import NOREPLY, Author, HubRepo, PushRejected, RefUpdate
+from moshi_fl.weights import sha256_bytes, write_atomic
 
 DELTA_AUTHOR = Author("moshi-fl", NOREPLY)
 
@@ -44,6 +50,39 @@ def delta_commit(repo: HubRepo, ref: str, data: bytes) -> str:
     repo.prepare()
     tree = repo.tree({DELTA_FILE: repo.put(data)})
     return repo.commit(tree, message=f"{ref}\n", author=DELTA_AUTHOR, when=0)
+
+
+def delta_location(repo: HubRepo, refs: Refs, number: int, data: bytes) -> Location:
+    """Where a delta made on this round will lie; its commit, stored here, follows from its content.
+
+    Args:
+        repo: The store to put it into.
+        refs: Names of the hub's refs.
+        number: The round.
+        data: The delta file.
+    """
+    sha256 = sha256_bytes(data)
+    ref = refs.delta(number, sha256)
+    file = File(name=DELTA_FILE, bytes=len(data), sha256=sha256)
+    return Location(ref=ref, commit=delta_commit(repo, ref, data), files=(file,))
+
+
+def signature_of(path: Path, contribution: Contribution, signer: Signer) -> str:
+    """The signature in this file, if it is one over this record; else a new one, kept there.
+
+    Not every key would make the same one again.
+
+    Raises:
+        SigningError: The key cannot be used.
+    """
+    if path.exists():
+        kept = path.read_bytes()
+        with suppress(BadSignature):
+            check_signature(contribution, kept)
+            return kept.decode()
+    armoured = signer.sign(dump(contribution), CONTRIBUTION_NAMESPACE)
+    write_atomic(path, armoured.encode())
+    return armoured
 
 
 def submit(
@@ -114,3 +153,18 @@ def is_merged(replica: Replica, state: HubState, contribution: Contribution) -> 
         return False
     later = replica.chain(state, contribution.round + 1)
     return any(merged.id == contribution.id for entry in later for merged in entry.contributions)
+
+
+def merged_test(replica: Replica, state: HubState) -> Callable[[str, int], bool | None]:
+    """Whether a contribution became part of a round; None while it still may."""
+
+    def test(contribution_id: str, number: int) -> bool | None:
+        newest = state.newest.round
+        if number >= newest:
+            return None
+        rounds = replica.chain(state, number + 1)
+        if any(merged.id == contribution_id for entry in rounds for merged in entry.contributions):
+            return True
+        return None if newest - number <= state.config.delta.max_staleness else False
+
+    return test

@@ -1,0 +1,432 @@
+"""What a hub on GitHub costs in a month, from what one contribution and one round cost here.
+
+Bytes, seconds and calls are measured: bytes and seconds on a hub of the ``base`` model, calls on a
+GitHub of loopback that is held to the published description (it needs npm, once). The rest is
+arithmetic, in ``costs``: change ``PLANS`` to your own case and run it again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+import msgspec
+
+from benchmarks.common import Row
+from benchmarks.fabricate import Fabricated, contribute
+from moshi_fl.history import round_folder
+from moshi_fl.records import dump
+from moshi_fl.rules import shapes_of
+from moshi_hub.heldout import pool_path, store_pool
+from moshi_hub.merge import look
+
+MONTH = 30 * 24  # hours
+FEW, MANY = 2, 8  # contributions of a round: what they differ by is what one costs
+SEQUENCES = 8  # measured; the evaluation's own number is reckoned from it
+EVALUATORS = 3  # processes of the hub's machine
+JOBS = 4  # of a workflow that judges one pull request: signal, verify, evaluate, report
+STARTING = 60.0  # seconds that a job takes before ours begins: checkout, Python, install
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """GitHub's, as its documentation names them in November 2026."""
+
+    file: float = 100e6  # bytes that a blob may have
+    push: float = 2e9  # bytes that a push may have
+    repository: float = 5e9  # bytes above which GitHub asks to reduce a repository
+    user_calls: int = 5000  # an hour, of a token
+    workflow_calls: int = 1000  # an hour and repository, of a workflow's token
+    writes: int = 500  # an hour, of what creates content
+    private_minutes: int = 2000  # a month, of private repositories; public ones are free
+    jobs: int = 20  # at the same time
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one contribution and one round cost.
+
+    ``calls``: of the API, by a contributor, then by the hub for a contribution, then for a round;
+    the second numbers count only what creates content. None where they could not be counted.
+    """
+
+    sent: float  # bytes that a contribution pushes
+    delta: float  # bytes of its delta
+    text: float  # bytes of main, packed, for a contribution
+    round_text: float  # and for a round
+    record: float  # bytes of the round's record for each contribution in it
+    step: float  # bytes of a round as a step
+    keyframe: float
+    verify: float  # CPU seconds for a contribution
+    merge: float
+    evaluate: float
+    calls: tuple[tuple[float, float], tuple[float, float], tuple[float, float]] | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """So many contributions a month, in so many rounds."""
+
+    contributions: int
+    rounds: int
+
+    @property
+    def each(self) -> int:
+        """Contributions of a round."""
+        return math.ceil(self.contributions / self.rounds)
+
+
+PLANS = (Plan(10, 4), Plan(1000, 30), Plan(100_000, 240))
+REGIONS = 25
+
+
+# Measuring.
+
+
+def cpu() -> float:
+    """CPU seconds of this process and those it started."""
+    used = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(entry.ru_utime + entry.ru_stime for entry in used)
+
+
+def measure() -> Measured:
+    """Two rounds of one hub of the base model, and the calls of two small ones on GitHub."""
+    with tempfile.TemporaryDirectory(prefix="moshi-fl-bench-") as name:
+        folder = Path(name)
+        hub = Fabricated(folder)
+        hub.create("base")
+        evaluate = evaluation_seconds(hub)
+        few, many = (one_round(hub, count) for count in (FEW, MANY))
+        steps = (many[key] - few[key] for key in range(5))
+        text, record, verify, merged, delta = (step / (MANY - FEW) for step in steps)
+        step, keyframe = step_bytes(hub)
+        return Measured(
+            sent=delta + text,
+            delta=delta,
+            text=text,
+            round_text=few[0] - FEW * text,
+            record=record,
+            step=step,
+            keyframe=keyframe,
+            verify=verify,
+            merge=max(0.0, merged - verify),
+            evaluate=evaluate,
+            calls=count_calls(folder),
+        )
+
+
+def one_round(hub: Fabricated, count: int) -> tuple[float, float, float, float, float]:
+    """Bytes on main and in the record, seconds to judge and to merge, bytes of the deltas."""
+    state = hub.contributors.look()
+    shapes = shapes_of(hub.maintainer.pull().load())
+    for index in range(count):
+        contribute(hub.contributors, state, shapes, name=f"c{index}", seed=hub.seed)
+    maintainer = hub.maintainer
+    with maintainer.workspace() as folder:
+        start = cpu()
+        look(maintainer, folder)
+        verify = cpu() - start
+    start = cpu()
+    outcome = hub.round(0)
+    merged = cpu() - start
+    assert outcome.built is not None
+    record = outcome.built.record
+    assert len(record.contributions) == count
+    assert record.update is not None
+    deltas = sum(entry.delta.bytes for entry in outcome.proposal.contributions.values())
+    return (
+        float(text_bytes(hub, record.round)),
+        float(len(dump(record))),
+        verify,
+        merged,
+        float(deltas),
+    )
+
+
+def text_bytes(hub: Fabricated, number: int) -> int:
+    """Bytes of a round's folder on main, compressed as Git compresses objects."""
+    repo, main = hub.maintainer.repo, hub.maintainer.fetch_main()
+    paths = [e.path for e in repo.entries(main) if e.path.startswith(round_folder(number))]
+    return sum(len(zlib.compress(data)) for data in repo.read_many(main, paths, limit=1 << 20))
+
+
+def step_bytes(hub: Fabricated) -> tuple[float, float]:
+    """Bytes of the newest round as a step from the one before, and of a keyframe."""
+    from moshi_fl.snapshot import encode_step
+
+    replica = hub.maintainer
+    newest = replica.pull()
+    old, new = replica.pull(newest.round - 1).load(), newest.load()
+    with replica.workspace() as folder:
+        step = sum(file.bytes for file in encode_step(old, new, folder))
+    first = replica.chain(newest.state, 0)[0]
+    assert first.keyframe is not None
+    return float(step), float(first.keyframe.bytes)
+
+
+def evaluation_seconds(hub: Fabricated) -> float:
+    """CPU seconds of all evaluators for one contribution, reckoned from a few sequences."""
+    from moshi_hub.measure import BaseModel, Desk, Meter
+
+    replica = hub.maintainer
+    snapshot = replica.pull()
+    config, tokenizer = snapshot.state.config, snapshot.state.tokenizer
+    store_pool(replica, config, tokenizer, [ROOT / "moshi_fl"])
+    desk = Desk(config, pool_path(replica), {0: BaseModel(snapshot.path, tokenizer)}, {}, Path())
+    meter = Meter(desk, config.evaluation.precision)
+    meter.base_losses(0, [0])
+    start = cpu()
+    meter.base_losses(0, list(range(SEQUENCES)))
+    each = (cpu() - start) / SEQUENCES
+    pool_path(replica).unlink()  # the rounds that follow are not evaluated
+    return EVALUATORS * each * (config.evaluation.sequences + config.evaluation.private_sequences)
+
+
+# Counting calls.
+
+WRITES = ("POST", "PATCH", "PUT", "DELETE")
+
+
+def count_calls(folder: Path) -> tuple[tuple[float, float], ...] | None:
+    """Calls of a contributor, of the hub for each contribution, and for a round."""
+    from tests.support.openapi import CACHE
+
+    if shutil.which("npm") is None and not CACHE.exists():
+        print("  calls are not counted: npm is not here", file=sys.stderr)
+        return None
+    one, three = (counted(folder / f"github-{count}", count) for count in (1, 3))
+    contributor = tuple(value / 3 for value in three[0])
+    each = tuple((b - a) / 2 for a, b in zip(one[1], three[1], strict=True))
+    fixed = tuple(a - b for a, b in zip(one[1], each, strict=True))
+    return contributor, each, fixed
+
+
+def counted(folder: Path, count: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Calls, and those of them that write: of so many contributors together, and of the hub."""
+    from tests.support.github import FakeGitHub, serving
+    from tests.support.http_hub import serve
+    from tests.support.openapi import description
+
+    served = folder / "served"
+    hub = served / "hub" / "model.git"
+    people = [f"person{number}" for number in range(count)]
+    tokens = {f"t-{who}": who for who in (*people, "carol")}
+    fake = FakeGitHub(description(), tokens=tokens, writers={"carol"})
+    fake.commit_of = lambda owner, branch: git(
+        served / owner / "model.git", "rev-parse", f"refs/heads/{branch}"
+    )
+    hub.mkdir(parents=True)
+    git(hub, "init", "--quiet", "--bare")
+    git(hub, "config", "http.receivepack", "true")
+    with serve(served) as base, serving(fake):
+        fake.web = base
+        address = f"{base}/hub/model.git"
+        command(folder, fake, "carol", "moshi-hub", "init", address)
+        for who in people:
+            fork = served / who / "model.git"
+            git(folder, "clone", "--quiet", "--bare", str(hub), str(fork))
+            git(fork, "config", "http.receivepack", "true")
+            fake.forks[f"{who}/model"] = 0
+        first = len(fake.requests)
+        for who in people:
+            words = ("--data", str(ROOT / "examples"), "--steps", "1", "--hub", address)
+            command(folder, fake, who, "moshi-fl", "contribute", *words)
+        second = len(fake.requests)
+        for words in (("verify", "--comment"), ("merge",), ("publish",)):
+            command(folder, fake, "carol", "moshi-hub", *words, "--hub", address)
+        assert fake.problems == []
+        assert all(pull["state"] == "closed" for pull in fake.pulls[:count])
+        parts = fake.requests[first:second], fake.requests[second:]
+    theirs, ours = ((len(part), sum(r.startswith(WRITES) for r in part)) for part in parts)
+    return theirs, ours
+
+
+def git(folder: Path, *words: str) -> str:
+    """Git as on a machine where nobody ever configured it."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    env |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+    done = subprocess.run(
+        ["git", *words], cwd=folder, env=env, check=True, capture_output=True, text=True
+    )
+    return done.stdout.strip()
+
+
+def command(folder: Path, fake: object, who: str, *words: str) -> None:
+    """Someone gives a command, which must succeed."""
+    import moshi_hub.cli
+    import moshi_sdk.cli
+
+    run = {"moshi-fl": moshi_sdk.cli.main, "moshi-hub": moshi_hub.cli.main}[words[0]]
+    said = StringIO()
+    values = {
+        "MOSHI_FL_GITHUB_API": fake.url,
+        "MOSHI_FL_HOME": str(folder / f"home-{who}"),
+        "GH_TOKEN": f"t-{who}",
+    }
+    with environment(values), redirect_stdout(said), redirect_stderr(said):
+        status = run([*words[1:], "--json"])
+    assert status == 0, said.getvalue()
+
+
+@contextmanager
+def environment(values: dict[str, str]) -> Iterator[None]:
+    """These variables, until the block ends."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+# Arithmetic.
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a plan costs in a month, and the busiest push and hour."""
+
+    received: float  # bytes that contributors push
+    kept: float  # bytes that stay, when every round can be audited for ever
+    kept_short: float  # bytes that stay of the updates and archives of 10 rounds
+    push: float  # bytes of a round's push
+    calls: float  # of the hub's token, an hour on average
+    writes: float
+    burst: float  # of the hub's token, when a round is merged and published
+    cpu_hours: float  # of judging, evaluating and merging
+    minutes: float  # of Actions
+    jobs: float  # running at the same time on average
+    open: int  # pull requests at the end of a round
+
+
+def costs(plan: Plan, found: Measured, *, keep_rounds: int = 10) -> Costs:
+    """The arithmetic, in one place."""
+    n, each = plan.contributions, plan.each
+    deltas = each * found.delta
+    update = min(deltas, found.step)
+    archive = deltas if update < deltas else 0.0
+    # A keyframe comes when the updates since the last have half its size; three stay.
+    keyframes = min(plan.rounds, math.floor(plan.rounds * update / (found.keyframe / 2)))
+    a_round = update + archive
+    text = n * found.text + plan.rounds * found.round_text
+    kept = text + plan.rounds * a_round + 3 * found.keyframe
+    short = text + min(plan.rounds, keep_rounds) * a_round + 3 * found.keyframe
+    own, fixed = (found.calls[1], found.calls[2]) if found.calls else ((0.0, 0.0), (0.0, 0.0))
+    seconds = found.verify + found.evaluate + found.merge
+    job = STARTING + found.verify
+    minutes = n * ((JOBS - 1) * math.ceil(job / 60) + math.ceil((STARTING + found.evaluate) / 60))
+    minutes += plan.rounds * math.ceil((STARTING + each * found.merge) / 60)
+    return Costs(
+        received=n * found.sent,
+        kept=kept,
+        kept_short=short,
+        push=a_round + (found.keyframe if keyframes else 0.0) + each * found.text,
+        calls=(n * own[0] + plan.rounds * fixed[0]) / MONTH,
+        writes=(n * own[1] + plan.rounds * fixed[1]) / MONTH,
+        burst=each * own[0] + fixed[0],
+        cpu_hours=n * seconds / 3600,
+        minutes=minutes,
+        jobs=minutes / 60 / MONTH,
+        open=each,
+    )
+
+
+def largest_month(found: Measured, limits: Limits) -> dict[str, float]:
+    """Contributions a month at which each limit is reached by one repository; inf: never."""
+    own = found.calls[1] if found.calls else (math.nan, math.nan)
+    job = costs(Plan(1, 1), found).minutes
+    return {
+        "calls of a workflow's token": limits.workflow_calls * MONTH / own[0],
+        "calls of a user's token": limits.user_calls * MONTH / own[0],
+        "writes": limits.writes * MONTH / own[1],
+        "jobs at the same time": limits.jobs * MONTH * 60 / job,
+        "private minutes": limits.private_minutes / job,
+        "storage of a year": limits.repository / 12 / (found.delta + found.text),
+    }
+
+
+def most_in_a_round(found: Measured, limits: Limits) -> dict[str, float]:
+    """Contributions of a round at which each limit is reached."""
+    from moshi_fl.records import MAX_RECORD_BYTES
+
+    return {
+        "push": limits.push / found.sent,
+        "record of 1 MiB": MAX_RECORD_BYTES / found.record,
+    }
+
+
+def run() -> list[Row]:
+    """All rows: what is measured, then what follows."""
+    found, limits = measure(), Limits()
+    print(json.dumps(msgspec.to_builtins(found), indent=2), file=sys.stderr)
+    rows = [*measured_rows(found), *(row for plan in PLANS for row in plan_rows(plan, found))]
+    region = Plan(math.ceil(PLANS[-1].contributions / REGIONS), 60)
+    above = Plan(REGIONS * 30, 30)
+    rows += plan_rows(region, found, f"each of {REGIONS} regions: ")
+    rows += plan_rows(above, found, "the hub above them: ")
+    for what, value in {**largest_month(found, limits), **most_in_a_round(found, limits)}.items():
+        rows.append(Row(f"reached at: {what}", f"{value:,.0f}", "", math.nan, "-"))
+    return rows
+
+
+def measured_rows(found: Measured) -> list[Row]:
+    """What one contribution and one round cost."""
+    facts = {
+        "a contribution pushes": megabytes(found.sent),
+        "text on main, packed": f"{found.text:,.0f} B, and {found.round_text:,.0f} B a round",
+        "a round as a step": megabytes(found.step),
+        "a keyframe": megabytes(found.keyframe),
+        "to judge a contribution": f"{found.verify:.2f} s of CPU",
+        "to merge it": f"{found.merge:.2f} s of CPU",
+        "to evaluate it, three evaluators": f"{found.evaluate:.0f} s of CPU",
+    }
+    if found.calls:
+        words = ("a contributor", "the hub, for a contribution", "the hub, for a round")
+        for who, (calls, writes) in zip(words, found.calls, strict=True):
+            facts[f"calls of {who}"] = f"{calls:.1f}, {writes:.1f} of them write"
+    return [Row(what, said, "", math.nan, "-") for what, said in facts.items()]
+
+
+def plan_rows(plan: Plan, found: Measured, who: str = "") -> list[Row]:
+    """What a plan costs beside GitHub's limits; the ratio is how far away they are."""
+    limits, cost = Limits(), costs(plan, found)
+    name = f"{who}{plan.contributions:,} a month in {plan.rounds} rounds"
+    facts = (
+        ("pushed by contributors", megabytes(cost.received), "", math.nan),
+        ("stays in a month", megabytes(cost.kept), "5 GB asked", limits.repository / cost.kept),
+        ("… with keep_rounds = 10", megabytes(cost.kept_short), "", math.nan),
+        ("a round's push", megabytes(cost.push), "2 GB", limits.push / cost.push),
+        ("calls an hour", f"{cost.calls:.1f}", "1,000", limits.workflow_calls / cost.calls),
+        ("writes an hour", f"{cost.writes:.1f}", "500", limits.writes / cost.writes),
+        ("calls when a round is made", f"{cost.burst:,.0f}", "", math.nan),
+        ("CPU", f"{cost.cpu_hours:,.2f} h", "", math.nan),
+        ("Actions", f"{cost.minutes:,.0f} min", "2,000", limits.private_minutes / cost.minutes),
+        ("jobs at a time", f"{cost.jobs:.2f}", "20", limits.jobs / cost.jobs),
+        ("open pull requests", f"{cost.open:,}", "", math.nan),
+    )
+    return [Row(f"{name}: {what}", ours, limit, ratio, "-") for what, ours, limit, ratio in facts]
+
+
+def megabytes(count: float) -> str:
+    """Bytes for people."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} B"

@@ -1,0 +1,101 @@
+"""A hub takes the newest round of the hub that it began with, as its own next round.
+
+The weights become the other hub's, bit for bit: whoever follows this hub needs nothing of the
+other one, and whoever audits it compares two digests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from moshi_fl.hubfile import HubConfig
+from moshi_fl.records import Growth
+from moshi_fl.restore import grown
+from moshi_fl.snapshot import encode_step
+from moshi_fl.upstream import Origin
+from moshi_fl.weights import count_parameters, sha256_bytes
+from moshi_hub.bridge import Bridge
+from moshi_hub.keys import Passphrase
+from moshi_hub.merge import OpenRound, Options, Outcome, desk_for, findings_on, look, push_round
+from moshi_hub.propose import (
+    Evaluator,
+    Proposal,
+    draft,
+    evaluation_of,
+    keyframe_files,
+    needs_keyframe,
+)
+from moshi_hub.samples import Sampler
+
+
+def take(
+    bridge: Bridge,
+    options: Options,
+    *,
+    evaluator: Callable[[HubConfig], Evaluator | None],
+    passphrase: Passphrase,
+    sampler: Sampler | None = None,
+) -> Outcome | None:
+    """Make the other hub's newest round this hub's next; None where there is none to take.
+
+    Contributions that are open stay open: they count as made on an older round.
+
+    Args:
+        bridge: The two hubs.
+        options: The maintainer's decisions.
+        evaluator: As for ``merge``.
+        passphrase: As for ``merge``.
+        sampler: As for ``merge``.
+
+    Raises:
+        HubError: Rounds of this hub are not sent yet, or the keys here do not suffice.
+    """
+    origin = bridge.to_take()
+    if origin is None:
+        return None
+    replica, growth = bridge.replica, bridge.growth()
+    with replica.workspace() as folder:
+        found = look(replica, folder)
+        if options.publish:
+            desk_for(replica, found.snapshot.state, found.rules.config, passphrase).require_keys()
+        proposal = _proposal(bridge, found, origin, growth, folder, evaluator(found.rules.config))
+        findings = findings_on(replica, found, proposal, found.accepted, sampler)
+        return push_round(replica, found, findings, options, passphrase)
+
+
+def _proposal(
+    bridge: Bridge,
+    found: OpenRound,
+    origin: Origin,
+    growth: Growth | None,
+    folder: Path,
+    evaluate: Evaluator | None,
+) -> Proposal:
+    state, config = found.snapshot.state, found.rules.config
+    base, weights, tokenizer = (
+        found.snapshot.load(),
+        bridge.above.load(),
+        bridge.above.state.tokenizer,
+    )
+    record = draft(state, found.rules, (), origin.strategy)
+    assert record.update is not None
+    record = msgspec.structs.replace(
+        record,
+        weights=origin.weights,
+        parameters=count_parameters(weights),
+        tokenizer=sha256_bytes(tokenizer),
+        update=msgspec.structs.replace(record.update, kind="step"),
+        growth=growth,
+        evaluation=evaluation_of(evaluate, (base, state.tokenizer), (weights, tokenizer)),
+    )
+    out = folder / "step"
+    out.mkdir()
+    files = tuple(out / file.name for file in encode_step(grown(base, record), weights, out))
+    keyframe: tuple[Path, ...] = ()
+    size = sum(path.stat().st_size for path in files)
+    if needs_keyframe(config.storage, state.manifest.rounds, size):
+        keyframe = keyframe_files(weights, folder / "keyframe")
+    return Proposal(record, config, tokenizer, weights, {}, folder / "deltas", files, keyframe)

@@ -1,0 +1,507 @@
+"""Hubs that contribute to another hub: what goes up, what comes down, and what an auditor finds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from moshi_fl.codec import get_codec
+from moshi_fl.codec.delta import Delta
+from moshi_fl.errors import HubError, UntrustedHub
+from moshi_fl.records import Round
+from moshi_fl.replica import Replica
+from moshi_fl.rules import shapes_of
+from moshi_fl.signing import fingerprint
+from moshi_fl.snapshot import encode_step
+from moshi_fl.strategies import find_strategy
+from moshi_fl.upstream import origin_of
+from moshi_fl.weights import open_weights, weights_digest
+from moshi_hub import taking
+from moshi_hub.bridge import Bridge
+from moshi_hub.cli import main as hub_command
+from moshi_hub.keys import passphrase_from_environment
+from moshi_hub.local import ANCHOR, key_folder
+from moshi_hub.merge import Options, Outcome, publish_round
+from moshi_hub.review import sign_round
+from moshi_hub.upward import Upward, encode_within, send
+from moshi_sdk.audit import Auditor, Finding
+from moshi_sdk.cli import main as sdk_command
+from tests.support.children import Ended, Nursery
+from tests.support.simulator import HubSimulator, random_delta, write_corpus
+
+
+@pytest.fixture
+def upstream(tmp_path: Path) -> HubSimulator:
+    hub = HubSimulator(tmp_path / "upstream", delta={"codec": "f32"})
+    hub.edit_settings('strategy = "robust"', 'strategy = "fedavg"')
+    return hub
+
+
+@pytest.fixture
+def region(tmp_path: Path, upstream: HubSimulator) -> HubSimulator:
+    return HubSimulator(tmp_path / "region", upstream=upstream.url)
+
+
+def bridge_of(region: HubSimulator, upstream: HubSimulator) -> Bridge:
+    return Bridge(region.replica, Replica(upstream.url, region.home))
+
+
+def up(region: HubSimulator, upstream: HubSimulator) -> Upward | None:
+    return send(bridge_of(region, upstream), region.home, lambda _: None)
+
+
+def down(region: HubSimulator, upstream: HubSimulator, publish: bool = True) -> Outcome | None:
+    return taking.take(
+        bridge_of(region, upstream),
+        Options(publish=publish),
+        evaluator=lambda _: None,
+        passphrase=passphrase_from_environment,
+    )
+
+
+def audit(hub: HubSimulator, upstream: HubSimulator | None = None) -> list[Finding]:
+    replica = hub.person("auditor")
+    other = Replica(upstream.url, hub.folder / "auditor") if upstream else None
+    auditor = Auditor(replica, find_strategy=find_strategy, upstream=other)
+    return list(auditor.audit(1, replica.look().newest.round))
+
+
+def changes(hub: HubSimulator, first: int, last: int) -> dict[str, np.ndarray]:
+    old, new = (hub.person("reader").pull(number).load() for number in (first, last))
+    return {name: new[name] - old[name] for name in old}
+
+
+def decoded(hub: HubSimulator, outcome: Outcome, number: int) -> dict[str, np.ndarray]:
+    """What the only contribution of a published round says, by its delta on the hub."""
+    record: Round = outcome.built.record
+    repo, (merged,) = hub.replica.repo, record.contributions
+    rules = record.update
+    place = record.archive or rules.location
+    repo.fetch({place.ref: "refs/test/delta"})
+    data = repo.read(place.commit, f"{merged.id}.safetensors", limit=1 << 24)
+    shapes = shapes_of(hub.person("reader").pull(number).load())
+    delta = Delta.parse(data, shapes, get_codec(rules.codec, rules.codec_options), "delta")
+    return {name: delta.decode(name) for name in delta.names}
+
+
+# Beginning.
+
+
+def test_a_hub_begins_with_another_hubs_newest_round_and_says_so(
+    tmp_path: Path, upstream: HubSimulator
+) -> None:
+    upstream.rounds(2)
+    region = HubSimulator(tmp_path / "region", upstream=upstream.url)
+    above, below = upstream.sync(), region.sync()
+    assert below.round == 0
+    assert below.record.weights == above.record.weights
+    assert below.state.tokenizer == above.state.tokenizer
+    assert below.state.config.model == above.state.config.model
+    assert below.state.config.hub.id != above.state.config.hub.id
+    origin = origin_of(below.record)
+    assert (origin.hub, origin.round) == (above.state.config.hub.id, 2)
+    assert region.replica.repo.remote_refs()["refs/heads/main"]
+
+
+def test_what_the_other_hub_has_settled_cannot_be_asked_for(
+    tmp_path: Path, upstream: HubSimulator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["init", str(tmp_path / "x.git"), "--upstream", upstream.url, "--preset", "base"]
+    assert hub_command(words) == 2
+    assert "--preset and --upstream exclude each other" in capsys.readouterr().err
+    assert not (tmp_path / "x.git").exists()
+
+
+def test_a_hub_of_its_own_has_nobody_above(upstream: HubSimulator, tmp_path: Path) -> None:
+    other = HubSimulator(tmp_path / "other")
+    with pytest.raises(HubError, match="did not begin with another hub's round"):
+        up(other, upstream)
+
+
+def test_a_third_hub_is_not_the_one_above(region: HubSimulator, tmp_path: Path) -> None:
+    other = HubSimulator(tmp_path / "other")
+    with pytest.raises(HubError, match="stands on hub"):
+        up(region, other)
+
+
+# Up.
+
+
+def test_what_goes_up_is_the_sum_of_the_rounds(
+    region: HubSimulator, upstream: HubSimulator
+) -> None:
+    region.rounds(3, contributors=2)
+    wanted = changes(region, 0, 3)
+    sent = up(region, upstream)
+    assert sent
+    assert (sent.passed.first, sent.passed.last) == (0, 3)
+    assert sent.contribution.num_examples == 3 * 2 * 12
+    assert sent.contribution.contributor == "region"
+    outcome = upstream.merge()
+    (merged,) = outcome.built.record.contributions
+    assert merged.id == sent.contribution.id
+    said = decoded(upstream, outcome, 0)
+    assert all(np.array_equal(said[name], wanted[name]) for name in wanted)
+    key = key_folder(region.home, region.sync().state.config.hub.id, ANCHOR) / "identity.pub"
+    assert merged.owner == fingerprint(" ".join(key.read_text().split()[:2]))
+
+
+def test_nothing_is_sent_twice(region: HubSimulator, upstream: HubSimulator) -> None:
+    region.rounds(1)
+    assert up(region, upstream)
+    refs = upstream.refs()
+    assert up(region, upstream) is None
+    region.rounds(1)
+    assert up(region, upstream) is None  # one contribution for each round of the other hub
+    assert upstream.refs() == refs
+
+
+def test_rounds_made_meanwhile_go_to_the_next_round(
+    region: HubSimulator, upstream: HubSimulator
+) -> None:
+    region.rounds(1)
+    up(region, upstream)
+    region.rounds(2)
+    upstream.merge()
+    sent = up(region, upstream)
+    assert sent
+    assert (sent.passed.first, sent.passed.last) == (1, 3)
+    assert (sent.contribution.round, sent.contribution.rebased_from) == (1, 0)
+    outcome = upstream.merge()
+    wanted, said = changes(region, 1, 3), decoded(upstream, outcome, 1)
+    assert all(np.array_equal(said[name], wanted[name]) for name in wanted)
+
+
+def test_what_the_codec_could_not_say_goes_into_the_next(tmp_path: Path) -> None:
+    upstream = HubSimulator(tmp_path / "upstream", delta={"codec": "topk"})
+    upstream.edit_settings('strategy = "robust"', 'strategy = "fedavg"')
+    region = HubSimulator(tmp_path / "region", upstream=upstream.url)
+    said: dict[str, np.ndarray] = {}
+    for number in range(3):
+        region.rounds(1)
+        assert up(region, upstream)
+        parts = decoded(upstream, upstream.merge(), number)
+        said = {n: said.get(n, 0) + parts.get(n, 0) for n in {*said, *parts}}
+    carries = region.replica.folder.glob("upward/*/feedback/*.safetensors")
+    newest = max(carries, key=lambda path: path.stat().st_mtime)
+    rest, wanted = open_weights(newest), changes(region, 0, 3)
+    for name, value in wanted.items():
+        total = said.get(name, np.zeros_like(value)) + rest.get(name, 0)
+        np.testing.assert_allclose(total, value, atol=1e-6)
+
+
+def test_a_change_longer_than_the_other_hub_accepts_arrives_in_parts(
+    upstream: HubSimulator,
+) -> None:
+    base = upstream.sync().load()
+    rules = msgspec.structs.replace(upstream.sync().state.config.delta, max_norm=1.0)
+    delta = random_delta(base, 4, scale=0.05)
+    norm = np.sqrt(sum(float((value.astype(np.float64) ** 2).sum()) for value in delta.values()))
+    assert norm > 2
+    data, rest = encode_within(delta, None, rules, shapes_of(base))
+    codec = get_codec(rules.codec, rules.options)
+    sent = Delta.parse(data, shapes_of(base), codec, "delta")
+    assert 0.9 < sent.norm() < 1.0
+    for name, value in delta.items():
+        np.testing.assert_allclose(sent.decode(name) + rest[name], value, atol=1e-6)
+
+
+def test_what_the_contributors_of_a_region_propose_is_proposed_above(
+    region: HubSimulator, upstream: HubSimulator
+) -> None:
+    region.contribute("ann", seed=1, proposed_characters="éß")
+    region.contribute("bob", seed=2, proposed_characters="é→")
+    record = region.merge().built.record
+    assert record.growth is None  # the other hub decides
+    assert up(region, upstream).contribution.proposed_characters == "é"
+
+
+# Down.
+
+
+def test_the_other_hubs_round_becomes_this_hubs_own_bit_for_bit(
+    region: HubSimulator, upstream: HubSimulator
+) -> None:
+    region.rounds(2)
+    up(region, upstream)
+    upstream.contribute("someone", seed=77)
+    upstream.merge()
+    assert down(region, upstream)
+    below, above = region.sync("newcomer"), upstream.sync()
+    assert (below.round, below.record.weights) == (3, above.record.weights)
+    assert weights_digest(below.load()) == above.record.weights
+    assert region.person("reader").pull(2)  # the way there still leads through the updates
+    assert down(region, upstream) is None
+    region.rounds(1)
+    findings = audit(region, upstream)
+    assert [finding.identical for finding in findings] == [True] * 4
+    assert [finding.origin is not None for finding in findings] == [False, False, True, False]
+
+
+def test_nothing_is_taken_before_all_is_sent(region: HubSimulator, upstream: HubSimulator) -> None:
+    region.rounds(1)
+    upstream.rounds(1)
+    assert down(region, upstream) is None
+    up(region, upstream)
+    assert down(region, upstream)
+
+
+def test_open_contributions_stay_open_over_a_taken_round(
+    region: HubSimulator, upstream: HubSimulator
+) -> None:
+    upstream.rounds(1)
+    late = region.contribute("slow", seed=5)
+    assert down(region, upstream)
+    outcome = region.merge()
+    assert [merged.id for merged in outcome.built.record.contributions] == [late.id]
+    assert outcome.built.record.contributions[0].base_round == 0
+    assert [finding.identical for finding in audit(region, upstream)] == [True, True]
+
+
+def test_a_vocabulary_that_grew_above_grows_below(
+    region: HubSimulator, upstream: HubSimulator
+) -> None:
+    region.rounds(1)
+    old = region.contribute("slow", seed=9)
+    upstream.contribute("ann", seed=1, proposed_characters="é")
+    upstream.contribute("bob", seed=2, proposed_characters="é")
+    upstream.merge()
+    sent = up(region, upstream)  # made of the shorter vocabulary
+    assert sent
+    upstream.merge()
+    upstream.rounds(1)
+    assert down(region, upstream)
+    below, above = region.sync("newcomer"), upstream.sync()
+    assert below.record.weights == above.record.weights
+    assert below.record.growth.characters == "é"
+    assert below.state.tokenizer == above.state.tokenizer
+    outcome = region.merge()
+    assert [merged.id for merged in outcome.built.record.contributions] == [old.id]
+    assert outcome.built.record.contributions[0].missing_rows == 1
+    assert [finding.identical for finding in audit(region, upstream)] == [True] * 3
+    assert [finding.identical for finding in audit(upstream)] == [True] * 3
+
+
+def test_a_taken_round_can_be_proposed_signed_and_published(
+    region: HubSimulator, upstream: HubSimulator
+) -> None:
+    upstream.rounds(1)
+    assert down(region, upstream, publish=False)
+    assert region.sync().round == 0
+    signed = sign_round(region.replica)
+    assert signed.record.round == 1
+    record, leftovers = publish_round(region.replica)
+    assert (origin_of(record).round, leftovers) == (1, "")
+    assert region.sync().record.weights == upstream.sync().record.weights
+
+
+# Lies.
+
+
+def lie(region: HubSimulator, upstream: HubSimulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The region takes other weights than those that the other hub has, and says it does not."""
+    honest = taking._proposal
+
+    def falsify(bridge, found, origin, growth, folder, evaluate):
+        proposal = honest(bridge, found, origin, growth, folder, evaluate)
+        weights = {name: array.copy() for name, array in proposal.weights.items()}
+        weights["fc_out.bias"][0] += np.float32(1e-3)
+        out = folder / "lie"
+        out.mkdir()
+        base = found.snapshot.load()
+        files = tuple(out / file.name for file in encode_step(base, weights, out))
+        false = msgspec.structs.replace(origin, weights=weights_digest(weights))
+        record = msgspec.structs.replace(
+            proposal.record, weights=false.weights, strategy=false.strategy
+        )
+        return replace(proposal, record=record, weights=weights, update_files=files)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(taking, "_proposal", falsify)
+        down(region, upstream)
+
+
+def test_a_region_that_takes_other_weights_than_it_says_is_found_out(
+    region: HubSimulator, upstream: HubSimulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upstream.rounds(1)
+    lie(region, upstream, monkeypatch)
+    (finding,) = audit(region)
+    assert finding.identical  # by itself it is consistent: its word is shown as such
+    assert finding.origin
+    (finding,) = audit(region, upstream)
+    assert finding.identical is False
+    assert "is not round 1 of" in finding.problem
+
+
+def test_a_region_that_began_elsewhere_than_it_says_is_found_out(
+    region: HubSimulator, tmp_path: Path
+) -> None:
+    region.rounds(1)
+    other = HubSimulator(tmp_path / "other")
+    (finding,) = audit(region, other)
+    assert finding.identical is False
+    assert "round 0 takes a round of hub" in finding.problem
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"weights": "0" * 64}, "its weights are not those"),
+        ({"contributions": "some"}, "contributions of its own"),
+        ({"options": {"hub": "x"}}, "its options"),
+    ],
+)
+def test_a_record_that_only_claims_to_take_a_round_is_refused(
+    region: HubSimulator, upstream: HubSimulator, change: dict[str, object], said: str
+) -> None:
+    region.rounds(1)
+    upstream.rounds(1)
+    up(region, upstream)
+    record = down(region, upstream).built.record
+    made = region.replica.chain(region.replica.look(), 1)[0]
+    if "options" in change:
+        strategy = msgspec.structs.replace(record.strategy, options=change["options"])
+        change = {"strategy": strategy}
+    elif "contributions" in change:
+        change = {"contributions": made.contributions}
+    with pytest.raises(UntrustedHub, match=said):
+        origin_of(msgspec.structs.replace(record, **change))
+
+
+# The command, and its deaths.
+
+
+class Scene:
+    """An upstream and a region with one round to send; put back as often as wanted."""
+
+    def __init__(self, upstream: HubSimulator, region: HubSimulator, commands: Nursery) -> None:
+        self.upstream, self.region, self.commands = upstream, region, commands
+
+    def upward(self, **how: object) -> Ended:
+        words = ("moshi-hub", "upward", "--publish", "--hub", self.region.url)
+        words += ("--to", self.upstream.url, "--json")
+        return self.commands.run(*words, home=self.region.home, **how)
+
+
+@pytest.mark.slow
+def test_an_upward_run_killed_at_every_write_in_turn_sends_once_and_takes_once(
+    region: HubSimulator, upstream: HubSimulator, commands: Nursery
+) -> None:
+    scene = Scene(upstream, region, commands)
+    region.rounds(1)
+    upstream.rounds(1)  # so that there is something to send, and something to take
+    deaths = 0
+    while (ended := scene.upward(kill_at=deaths + 1)).was_killed:
+        deaths += 1
+    assert ended.status == 0, ended.err
+    assert deaths > 10
+    assert len([ref for ref in upstream.refs() if "/contribute/" in ref]) == 1
+    assert region.sync().round == 2
+    assert [finding.identical for finding in audit(region, upstream)] == [True, True]
+    outcome = upstream.merge()
+    assert len(outcome.built.record.contributions) == 1
+    left = [path.name for path in region.replica.folder.glob("upward/*/*")]
+    assert "work" not in left
+
+
+def test_the_command_sends_and_takes_and_then_has_nothing_to_do(
+    region: HubSimulator, upstream: HubSimulator, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("MOSHI_FL_HOME", str(region.home))
+    words = ["upward", "--hub", region.url, "--to", upstream.url, "--publish", "--json"]
+    region.rounds(1)
+    upstream.rounds(1)
+    capsys.readouterr()
+    assert hub_command(words) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["rounds"], said["upstream_round"], said["round"], said["taken"]) == (1, 1, 2, 1)
+    assert hub_command(words) == 0
+    assert json.loads(capsys.readouterr().out) == {"unsent": 0, "upstream_round": 1}
+    command = ["audit", "--hub", region.url, "--all", "--upstream", upstream.url, "--json"]
+    assert sdk_command(command) == 0
+    rows = json.loads(capsys.readouterr().out)["rounds"]
+    assert [row["upstream"] and row["upstream"]["round"] for row in rows] == [None, 1]
+
+
+# Two tiers, with training.
+
+
+class Tiers:
+    """An upstream and two regions with two contributors each, who really train."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self._patch = folder, monkeypatch
+        self.held = write_corpus(folder / "held", files=4)
+        self.upstream = HubSimulator(folder / "upstream", training={"steps": 15, "batch_size": 8})
+        self.upstream.edit_settings('strategy = "robust"', 'strategy = "fedavg"')
+        names = {"west": ("ann", "bob"), "east": ("cat", "dan")}
+        self.regions = {
+            name: (HubSimulator(folder / name, upstream=self.upstream.url), people)
+            for name, people in names.items()
+        }
+        for hub, _ in self.regions.values():  # what evaluators say of a round is told elsewhere
+            hub.edit_settings("[evaluation]\n", "[evaluation]\ngate = false\n")
+        self.losses: dict[str, list[tuple[float, float]]] = {}
+
+    def command(self, home: Path, *words: str) -> None:
+        self._patch.setenv("MOSHI_FL_HOME", str(home))
+        run = sdk_command if words[0] == "contribute" else hub_command
+        assert run([*words, "--quiet"]) == 0
+
+    def merge(self, hub: HubSimulator) -> None:
+        data = ("--eval-data", str(self.held))
+        self.command(hub.home, "merge", "--publish", "--hub", hub.url, *data)
+        found = hub.replica.look().newest.evaluation
+        self.losses.setdefault(hub.folder.name, []).append((found.before, found.after))
+
+    def round_below(self, name: str) -> None:
+        hub, people = self.regions[name]
+        for number, person in enumerate(people):
+            data = self.folder / f"data-{person}"
+            if not data.exists():
+                write_corpus(data, files=2 + number)
+            words = ("contribute", "--hub", hub.url, "--contributor", person, "--data", str(data))
+            self.command(self.folder / f"home-{person}", *words)
+        self.merge(hub)
+
+    def upward(self, name: str) -> None:
+        hub, _ = self.regions[name]
+        to = ("--to", self.upstream.url)
+        self.command(hub.home, "upward", "--publish", "--hub", hub.url, *to)
+
+    def round_above(self) -> None:
+        for name in ("west", "west", "east"):
+            self.round_below(name)
+        for name in self.regions:
+            self.upward(name)
+        self.merge(self.upstream)
+        for name in self.regions:
+            self.upward(name)
+
+
+@pytest.mark.slow
+def test_two_regions_under_one_hub_learn_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tiers of rounds: held-out loss falls in the regions, and above them."""
+    tiers = Tiers(tmp_path, monkeypatch)
+    tiers.round_above()
+    tiers.round_above()
+    above = tiers.upstream.replica.chain(tiers.upstream.replica.look(), 1)
+    assert [len(record.contributions) for record in above] == [2, 2]
+    for name, number in (("west", 6), ("east", 4)):
+        region, _ = tiers.regions[name]
+        assert region.sync().round == number
+        assert region.sync().record.weights == above[-1].weights
+        assert all(finding.identical for finding in audit(region, tiers.upstream))
+    assert all(finding.identical for finding in audit(tiers.upstream))
+    for name, found in tiers.losses.items():
+        assert all(after < before for before, after in found), (name, found)
+        assert found[-1][1] < found[0][0] - 0.05, (name, found)
