@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 
 from moshi_fl.errors import ConfigError, DataError
 from moshi_fl.models.speech.audio import (
-    STEREO,
-    SoundError,
     audio_blocks,
     audio_info,
     audio_writer,
@@ -28,12 +26,9 @@ def require_files(source: Path, out: Path) -> None:
     """Check both ends of a conversation before any work is done.
 
     Raises:
-        DataError: ``source`` is no mono sound, or ``out`` cannot be made.
+        DataError: ``source`` is no sound, or ``out`` cannot be made.
     """
-    if audio_info(source).channels != 1:
-        raise SoundError(
-            f"{source} is stereo; a user's voice is mono.", reason=STEREO, hint="mix it down first"
-        )
+    audio_info(source)
     require_writable(out)
     if out.exists():
         raise DataError(f"{out} is there already.", hint="Give another --out, or remove it.")
@@ -65,7 +60,7 @@ def converse(
 
     Args:
         session: Open, and at its beginning.
-        source: Mono sound at any rate.
+        source: Sound at any rate; of two channels the mean is heard.
         out: A .wav or .flac file.
         seconds: How long to go on, in silence, after the file has ended.
         stereo: Write the model left and the user right, instead of the model alone.
@@ -90,7 +85,7 @@ def _frames(session: DuplexSession, source: Path, seconds: float) -> Iterator[Te
     import torch.nn.functional as F
 
     size, rate = session.frame_size, session.mimi.sample_rate
-    for block in audio_blocks(source, sample_rate=rate, channels=1, block=size):
-        yield F.pad(torch.from_numpy(block[0]), (0, size - block.shape[1]))
+    for block in audio_blocks(source, sample_rate=rate, block=size):
+        yield F.pad(torch.from_numpy(block.mean(axis=0)), (0, size - block.shape[1]))
     for _ in range(math.ceil(round(seconds * rate / size, 6))):
         yield torch.zeros(size)

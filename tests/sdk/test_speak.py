@@ -91,6 +91,13 @@ def test_a_voice_at_another_rate_is_resampled_and_both_are_written(
     assert len(right) == 10 * FRAME
 
 
+def test_of_two_channels_the_mean_is_heard(session: DuplexSession, tmp_path: Path) -> None:
+    source, out = tmp_path / "user.wav", tmp_path / "both.wav"
+    write_audio(source, np.stack([voice(0.4), np.zeros_like(voice(0.4))]))
+    list(converse(session, source, out, stereo=True))
+    np.testing.assert_allclose(read_audio(out)[1], voice(0.4) / 2, atol=1e-3)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), DataError("no more")])
 def test_an_interrupted_conversation_leaves_no_half_file(
     session: DuplexSession, tmp_path: Path, error: BaseException
@@ -141,13 +148,11 @@ def test_pieces_make_the_same_file_as_the_whole(tmp_path: Path) -> None:
 
 
 def test_files_that_cannot_be_used_are_named_before_any_work(tmp_path: Path) -> None:
-    mono, stereo = tmp_path / "mono.wav", tmp_path / "stereo.wav"
+    mono = tmp_path / "mono.wav"
     write_audio(mono, voice(0.1))
-    write_audio(stereo, np.stack([voice(0.1)] * 2))
     text = tmp_path / "notes.wav"
     text.write_text("no sound at all")
     for source, out, message in (
-        (stereo, tmp_path / "a.wav", "a user's voice is mono"),
         (text, tmp_path / "a.wav", "not sound that can be read"),
         (mono, tmp_path / "a.mp3", "end in .wav or .flac"),
         (mono, mono, "is there already"),

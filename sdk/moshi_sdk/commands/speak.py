@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--in", "source", required=True, type=FILE, help="The user's voice, mono.")
+@click.option("--in", "source", required=True, type=FILE, help="The user's voice.")
 @click.option(
     "--out",
     required=True,
