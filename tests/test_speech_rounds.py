@@ -86,6 +86,11 @@ def test_a_whole_round_of_the_tiny_preset(
     merged = call("maintainer", "moshi-hub", "merge", "--hub", hub, "--publish")
     assert merged["contributions"] == 3
     assert merged["held_out_after"] < merged["held_out_before"] - 0.5
+    measured = call("maintainer", "moshi-hub", "pool", "measure", "--hub", hub)
+    assert measured["loss"] == pytest.approx(merged["held_out_after"], abs=1e-3)
+    before = call("maintainer", "moshi-hub", "pool", "measure", "--hub", hub, "--round", 0)
+    assert measured["text_perplexity"] < before["text_perplexity"]
+    assert measured["codebook_1"] < before["codebook_1"]
     audited = call("ann", "moshi-fl", "audit", "--hub", hub, "--all")
     assert [row["result"] for row in audited["rounds"]] == ["identical"]
     synced = call("bob", "moshi-fl", "sync", "--hub", hub)
