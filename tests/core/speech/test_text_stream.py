@@ -116,6 +116,13 @@ def test_what_is_no_tokenizer_is_refused(model: bytes) -> None:
         TextStream(model)
 
 
+@pytest.mark.parametrize("name", [b"<0xzz>", b"\xff0x41>", b"banana"])
+def test_a_tokenizer_with_a_byte_by_another_name_is_refused(name: bytes) -> None:
+    """It comes with the hub: whoever reads text with it must not fail on the way."""
+    with pytest.raises(CorruptRecord, match="the tokenizer"):
+        TextStream(tiny_text().replace(b"<0x41>", name))
+
+
 def test_a_tokenizer_beyond_every_limit_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(text_stream, "MAX_MODEL_BYTES", 1000)
     with pytest.raises(CorruptRecord, match=f"has {len(tiny_text())} bytes; 1000 are the most"):
