@@ -121,7 +121,7 @@ def test_adapters_alone_and_ttt_layers_alone(
 
     Not even what error feedback has kept of the adapters: it waits until they train again.
     """
-    call(
+    created = call(
         "maintainer", "moshi-hub", "init", hub, "--family", "speech", "--set", "ttt_layers=1",
         "--eval-data", voices / "held-out",
     )  # fmt: skip
@@ -139,6 +139,8 @@ def test_adapters_alone_and_ttt_layers_alone(
         assert all(map(theirs, carried))
         merged = call("maintainer", "moshi-hub", "merge", "--hub", hub, "--publish")
         assert merged["contributions"] == 1
+        assert merged["update"] == sent["delta"] < created["keyframe"] / 20
+        assert merged["keyframe"] is None
         assert merged["held_out_after"] < merged["held_out_before"]
     audited = call("ann", "moshi-fl", "audit", "--hub", hub, "--all")
     assert [row["result"] for row in audited["rounds"]] == ["identical"] * 2
