@@ -59,6 +59,12 @@ def test_words_without_a_character_are_left_out() -> None:
     assert parsed(entry("  ", 1, 2), entry("", 2, 3)) == ()
 
 
+def test_words_that_last_no_time_are_left_out_as_the_reference_does() -> None:
+    assert spans(parsed(entry("a", 1, 1), entry("b", 1, 1.5))) == [("b", 1, 1.5)]
+    both = parsed(entry("a", 1, 1.2), entry("b", 1, 1.5))  # of which the second hides the first
+    assert spans(both) == [("a", 1, 1), ("b", 1, 1.5)]
+
+
 def test_no_words_are_no_error() -> None:
     assert parsed() == ()
 
@@ -130,7 +136,7 @@ def test_any_bytes_are_words_or_an_error(data: bytes) -> None:
 
 @given(
     st.lists(
-        st.tuples(st.floats(0, 9.99), st.floats(0, 5), st.sampled_from(["SPEAKER_MAIN", "B"])),
+        st.tuples(st.floats(0, 9.99), st.floats(0.01, 5), st.sampled_from(["SPEAKER_MAIN", "B"])),
         max_size=12,
     )
 )
