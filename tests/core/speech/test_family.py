@@ -24,14 +24,18 @@ from moshi_fl.models.common import (
     weight_tensors,
 )
 from moshi_fl.models.family import DataSummary, Sampling, Speaks
+from moshi_fl.models.speech.audio import read_audio
 from moshi_fl.models.speech.corpus import Encoded, SpeechCorpus, make_corpus, pool_file, read_pool
 from moshi_fl.models.speech.family import SpeechTask
-from moshi_fl.models.speech.family_config import SpeechConfig
+from moshi_fl.models.speech.family_config import SpeechConfig, codec_table
 from moshi_fl.models.speech.lm_config import LMConfig
-from moshi_fl.models.speech.model import ADAPTERS, SpeechModel
+from moshi_fl.models.speech.model import ADAPTERS, SpeechModel, make_codec
+from moshi_fl.models.speech.start import lay_codebooks
+from moshi_fl.models.speech.tiny import TINY_MIMI, tiny_codec
 from moshi_fl.train import Recipe, train
 from moshi_fl.weights import serialize, weights_digest
 from tests.support.espeak import write_dialogues
+from tests.support.mimis import small_mimi
 from tests.support.speeches import FIXTURES, codes_of
 
 SMALL = {
@@ -168,6 +172,25 @@ def test_equal_seeds_give_equal_weights(task: SpeechTask) -> None:
     assert weights_digest(first) == weights_digest(again) != weights_digest(other)
     usage = [first[name] for name in first if name.endswith("_initialized")]
     assert all(flag == 1 for flag in usage)
+
+
+def test_the_tiny_preset_has_a_trained_codec(task: SpeechTask) -> None:
+    weights = task.initial_weights(0)
+    trained = tiny_codec().state_dict()
+    assert all(np.array_equal(weights[f"mimi.{name}"], trained[name]) for name in trained)
+
+
+def test_a_new_codec_tells_sounds_apart(tmp_path: Path) -> None:
+    config = task_of(card=64, mimi=codec_table(small_mimi().config)).config
+    assert config.mimi != TINY_MIMI
+    torch.manual_seed(0)
+    codec = make_codec(config)
+    (path,) = write_dialogues(tmp_path, client=1, count=1, length=2)
+    sound = torch.from_numpy(read_audio(path))[:, None]
+    assert len(codec.encode(sound).unique()) == 1
+    lay_codebooks(codec)
+    codes = codec.encode(sound)
+    assert all(len(row.unique()) > 8 for row in codes.unbind(1))
 
 
 # What trains.
