@@ -23,7 +23,7 @@ from moshi_fl.models.common import (
     train_only,
     weight_tensors,
 )
-from moshi_fl.models.family import DataSummary, Sampling, Speaks
+from moshi_fl.models.family import DataSummary, Sampling, Speaks, TakesTokenizer
 from moshi_fl.models.speech.audio import read_audio
 from moshi_fl.models.speech.corpus import Encoded, SpeechCorpus, make_corpus, pool_file, read_pool
 from moshi_fl.models.speech.family import SpeechTask
@@ -145,6 +145,16 @@ def test_a_wrong_setting_is_named(changes: dict[str, Any], said: str) -> None:
 def test_a_tokenizer_that_is_none_is_refused() -> None:
     with pytest.raises(CorruptRecord, match="not a SentencePiece model"):
         get_family("speech").load(get_preset("speech", "tiny").model, b"{}")
+
+
+def test_another_tokenizer_gets_the_room_it_needs() -> None:
+    family, preset = get_family("speech"), get_preset("speech", "tiny")
+    assert isinstance(family, TakesTokenizer)
+    smaller = replace(preset, model={**preset.model, "text_card": 100})
+    assert family.with_tokenizer(smaller, preset.tokenizer).model["text_card"] == 512
+    assert family.with_tokenizer(preset, preset.tokenizer).model["text_card"] == 512
+    with pytest.raises(CorruptRecord, match="not a SentencePiece model"):
+        family.with_tokenizer(preset, b"{}")
 
 
 # Weights.
