@@ -164,7 +164,7 @@ def test_imported_files_are_a_hubs_beginning(hub: Path, tmp_path: Path, call: Ca
     release = write_release(tmp_path / "release")
     made = call("maintainer", "moshi-fl", "import-checkpoint", release, "--out", tmp_path / "out")
     assert made["trains"] == "lora"
-    created = call("maintainer", "moshi-hub", "init", hub, "--from", tmp_path / "out")
+    created = call("maintainer", "moshi-hub", "init", hub, "--weights", tmp_path / "out")
     assert created["parameters"] == made["parameters"]
     snapshot = Replica(str(hub), tmp_path / "reader").pull()
     assert snapshot.state.config.training.trains == "lora"

@@ -29,7 +29,7 @@ def first_weights(config: SpeechConfig, seed: int) -> Weights:
         raise ConfigError(
             f"a model of {size / 1e9:.1f} billion parameters is not made from random numbers.",
             hint="moshi-fl import-checkpoint DIR --out FOLDER, then: "
-            "moshi-hub init HUB --from FOLDER",
+            "moshi-hub init HUB --weights FOLDER",
         )
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
