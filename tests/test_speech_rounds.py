@@ -76,8 +76,10 @@ def test_a_whole_round_of_the_tiny_preset(
     )  # fmt: skip
     assert made["model"] == "speech/tiny"
     for name in PEOPLE:
+        own = voices / name  # of which one dialogue counts twice
         sent = call(
-            name, "moshi-fl", "contribute", "--hub", hub, "--data", voices / name,
+            name, "moshi-fl", "contribute", "--hub", hub,
+            "--data", f"{own / 'dialogue-0.wav'}:2,{own}",
             "--steps", 30, "--contributor", name,
         )  # fmt: skip
         assert sent["loss_after"] < sent["loss_before"] - 1
@@ -86,6 +88,11 @@ def test_a_whole_round_of_the_tiny_preset(
     merged = call("maintainer", "moshi-hub", "merge", "--hub", hub, "--publish")
     assert merged["contributions"] == 3
     assert merged["held_out_after"] < merged["held_out_before"] - 0.5
+    measured = call("maintainer", "moshi-hub", "pool", "measure", "--hub", hub)
+    assert measured["loss"] == pytest.approx(merged["held_out_after"], abs=1e-3)
+    before = call("maintainer", "moshi-hub", "pool", "measure", "--hub", hub, "--round", 0)
+    assert measured["text_perplexity"] < before["text_perplexity"]
+    assert measured["codebook_1"] < before["codebook_1"]
     audited = call("ann", "moshi-fl", "audit", "--hub", hub, "--all")
     assert [row["result"] for row in audited["rounds"]] == ["identical"]
     synced = call("bob", "moshi-fl", "sync", "--hub", hub)
@@ -116,7 +123,7 @@ def test_adapters_alone_and_ttt_layers_alone(
 
     Not even what error feedback has kept of the adapters: it waits until they train again.
     """
-    call(
+    created = call(
         "maintainer", "moshi-hub", "init", hub, "--family", "speech", "--set", "ttt_layers=1",
         "--eval-data", voices / "held-out",
     )  # fmt: skip
@@ -134,6 +141,8 @@ def test_adapters_alone_and_ttt_layers_alone(
         assert all(map(theirs, carried))
         merged = call("maintainer", "moshi-hub", "merge", "--hub", hub, "--publish")
         assert merged["contributions"] == 1
+        assert merged["update"] == sent["delta"] < created["keyframe"] / 20
+        assert merged["keyframe"] is None
         assert merged["held_out_after"] < merged["held_out_before"]
     audited = call("ann", "moshi-fl", "audit", "--hub", hub, "--all")
     assert [row["result"] for row in audited["rounds"]] == ["identical"] * 2
@@ -155,7 +164,7 @@ def test_imported_files_are_a_hubs_beginning(hub: Path, tmp_path: Path, call: Ca
     release = write_release(tmp_path / "release")
     made = call("maintainer", "moshi-fl", "import-checkpoint", release, "--out", tmp_path / "out")
     assert made["trains"] == "lora"
-    created = call("maintainer", "moshi-hub", "init", hub, "--from", tmp_path / "out")
+    created = call("maintainer", "moshi-hub", "init", hub, "--weights", tmp_path / "out")
     assert created["parameters"] == made["parameters"]
     snapshot = Replica(str(hub), tmp_path / "reader").pull()
     assert snapshot.state.config.training.trains == "lora"

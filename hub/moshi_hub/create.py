@@ -95,7 +95,9 @@ def create(plan: Plan, home: Path, preset: Preset | None = None) -> Snapshot:
     preset = preset or (upstream.preset if upstream else get_preset(plan.family, plan.preset))
     preset = given.over(preset) if given else preset
     preset = replace(preset, model={**preset.model, **plan.model})
-    if plan.tokenizer is not None:
+    if plan.tokenizer is not None and begun:  # the model is settled
+        preset = replace(preset, tokenizer=plan.tokenizer)
+    elif plan.tokenizer is not None:
         preset = _with_tokenizer(plan.family, preset, plan.tokenizer)
     hubfile = render_hubfile(plan, preset)
     config = parse_hubfile(hubfile)
@@ -146,7 +148,7 @@ def _with_tokenizer(name: str, preset: Preset, tokenizer: bytes) -> Preset:
     if not isinstance(family, TakesTokenizer):
         raise ConfigError(
             f"family {name!r} has a tokenizer of its own.",
-            hint="Leave out --tokenizer, or choose --family moc.",
+            hint="Leave out --tokenizer, or choose --family moc or speech.",
         )
     return family.with_tokenizer(preset, tokenizer)
 

@@ -340,12 +340,12 @@ def _read_again(work: _Work) -> Corpus:
 
 def _train(work: _Work, corpus: Corpus, recipe: Recipe) -> None:
     from moshi_fl.flower import arrays_in, local_context, train_message
-    from moshi_sdk.client import app, job_config, watched
+    from moshi_sdk.client import ONLY_TRAINED, app, job_config, watched
 
     state = work.state
     tokenizer = work.run.tokenizer.read_bytes() if work.run.tokenizer.exists() else state.tokenizer
     config = job_config(state.config.family, state.config.model_table, tokenizer, recipe)
-    message = train_message(open_weights(work.run.base), config)
+    message = train_message(open_weights(work.run.base), {**config, ONLY_TRAINED: True})
     context = local_context(checkpoint=str(work.run.checkpoint))
     with watched(work.listener.step, corpus):
         try:
@@ -354,10 +354,7 @@ def _train(work: _Work, corpus: Corpus, recipe: Recipe) -> None:
             lower = "a lower learning rate (--lr)"
             hint = f"Try again with {lower}; nothing was sent. --discard drops this run."
             raise TrainingError(str(error), hint=hint) from error
-    base, trained = open_weights(work.run.base), arrays_in(reply)
-    if recipe.trains != "all":  # then most of it is what it was, and that is on the disk already
-        trained = {n: a for n, a in trained.items() if not np.array_equal(a, base[n])}
-    save_weights(work.run.trained, trained)
+    save_weights(work.run.trained, arrays_in(reply))
     work.run.checkpoint.unlink(missing_ok=True)
 
 

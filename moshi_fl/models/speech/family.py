@@ -106,15 +106,8 @@ class SpeechTask:
     def files(self, path: Path) -> Sequence[DataFile]:
         """The dialogues under a file or folder."""
         root = path if path.is_dir() else path.parent
-        return [
-            DataFile(
-                found.path,
-                found.path.relative_to(root).as_posix(),
-                bytes.fromhex(sha256_file(found.path)),
-                found.path.stat().st_size,
-            )
-            for found in find_dialogues([path], seed=0).dialogues
-        ]
+        found = [entry.path for entry in find_dialogues([path], seed=0).dialogues]
+        return [_data_file(entry, root) for entry in found]
 
     def read(
         self, paths: Sequence[Path], *, seed: int, max_bytes: int | None = None
@@ -220,6 +213,12 @@ class SpeechTask:
     def _predicted(self, codes: NDArray[np.integer]) -> int:
         """How many tokens of (..., rows, T) the model predicts."""
         return int(np.count_nonzero(codes[..., : 1 + self.config.lm.dep_q, :] != ZERO_TOKEN))
+
+
+def _data_file(path: Path, root: Path) -> DataFile:
+    inside = path.is_relative_to(root)  # a list may name files anywhere
+    name = path.relative_to(root).as_posix() if inside else path.name
+    return DataFile(path, name, bytes.fromhex(sha256_file(path)), path.stat().st_size)
 
 
 def _of_codec(name: str) -> bool:
