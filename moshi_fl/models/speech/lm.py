@@ -249,13 +249,15 @@ def check_codes(codes: Tensor, most: list[int]) -> None:
 
 def _undelayed(logits: Tensor, delays: list[int]) -> tuple[Tensor, Tensor]:
     """Logits (B, K, T, V), each stream as many frames earlier; zeros and False where none are."""
-    rows, masks = [], []
-    T = logits.shape[2]
+    B, K, T, V = logits.shape
+    times = torch.arange(T, device=logits.device)
+    mask = torch.stack([times < T - delay for delay in delays]).expand(B, -1, -1)
+    if not any(delays):
+        return logits, mask
+    rows: list[Tensor] = []
     for stream, delay in enumerate(delays):
-        rows.append(F.pad(logits[:, stream, delay:], (0, 0, 0, min(delay, T))))
-        masks.append(torch.arange(T, device=logits.device) < T - delay)
-    mask = torch.stack(masks).expand(len(logits), -1, -1)
-    return torch.stack(rows, dim=1), mask
+        rows += [logits[:, stream, delay:], logits.new_zeros(B, min(delay, T), V)]
+    return torch.cat(rows, dim=1).view(B, K, T, V), mask
 
 
 def _truncated_normal(weight: Tensor) -> None:
