@@ -11,6 +11,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import click
@@ -197,3 +198,25 @@ def _output_lost(console: Console, error: OSError) -> int:
     if not isinstance(error, BrokenPipeError):
         console.error(f"the output cannot be written: {error.strerror}.")
     return int(Exit.FAILED)
+
+
+def pairs(
+    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> dict[str, bool | int | float | str]:
+    """Read options ``NAME=VALUE``, where a value is a number, true, false or a word."""
+    found = {}
+    for text in values:
+        name, _, value = text.partition("=")
+        if not name or not value:
+            raise click.BadParameter(f"{text!r} is not NAME=VALUE.", ctx, param)
+        found[name] = _scalar(value)
+    return found
+
+
+def _scalar(text: str) -> bool | int | float | str:
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text

@@ -56,12 +56,31 @@ def to_arrays(weights: Weights) -> ArrayRecord:
     return ArrayRecord({name: Array(np.asarray(weights[name])) for name in sorted(weights)})
 
 
-def to_weights(arrays: ArrayRecord) -> dict[str, NDArray[np.float32]]:
+class _Decoded(Mapping[str, NDArray[np.float32]]):
+    """Of the bytes that Flower keeps, each array when it is asked for.
+
+    So a large model is not in memory once more.
+    """
+
+    def __init__(self, arrays: ArrayRecord) -> None:
+        self._arrays = arrays
+
+    def __getitem__(self, name: str) -> NDArray[np.float32]:
+        return np.asarray(self._arrays[name].numpy(), dtype=np.float32)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._arrays))
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+
+def to_weights(arrays: ArrayRecord) -> Mapping[str, NDArray[np.float32]]:
     """A Flower record as float32 weights, in canonical order."""
-    return {name: np.asarray(arrays[name].numpy(), dtype=np.float32) for name in sorted(arrays)}
+    return _Decoded(arrays)
 
 
-def arrays_in(message: Message) -> dict[str, NDArray[np.float32]]:
+def arrays_in(message: Message) -> Mapping[str, NDArray[np.float32]]:
     """The weights that a message carries."""
     record = message.content[ARRAYS]
     if not isinstance(record, ArrayRecord):

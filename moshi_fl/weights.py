@@ -47,6 +47,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype("?"),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+WITH_BFLOAT16 = {**DTYPES, "BF16": np.dtype("<u2")}
+"""Of released checkpoints: a number that numpy has no type for, as the bits that it is."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,16 @@ def dtype_name(array: Array) -> str:
         raise TypeError(f"dtype {array.dtype} cannot be stored") from None
 
 
-def parse_header(prefix: bytes, size: int, *, name: str) -> Header:
+def parse_header(
+    prefix: bytes, size: int, *, name: str, dtypes: Mapping[str, np.dtype[Any]] = DTYPES
+) -> Header:
     """Check the header of a safetensors file and return it.
 
     Args:
         prefix: The first bytes of the file, up to ``8 + MAX_HEADER_BYTES``; more does no harm.
         size: Length of the whole file in bytes.
         name: What to call the file in an error.
+        dtypes: Those that are accepted, by name.
 
     Raises:
         CorruptRecord: Anything that is not exactly one well-formed safetensors file.
@@ -102,7 +107,7 @@ def parse_header(prefix: bytes, size: int, *, name: str) -> Header:
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CorruptRecord(f"{name}: metadata must map text to text.")
-    tensors = {key: _tensor_spec(key, value, name) for key, value in table.items()}
+    tensors = {key: _tensor_spec(key, value, name, dtypes) for key, value in table.items()}
     _check_layout(tensors, size - 8 - length, name)
     return Header(tensors, metadata, 8 + length)
 
@@ -123,13 +128,15 @@ def _json_object(data: bytes, name: str) -> dict[str, Any]:
     return table
 
 
-def _tensor_spec(key: str, value: object, name: str) -> TensorSpec:
+def _tensor_spec(
+    key: str, value: object, name: str, dtypes: Mapping[str, np.dtype[Any]]
+) -> TensorSpec:
     if not 0 < len(key) <= MAX_NAME_LENGTH or not key.isprintable():
         raise CorruptRecord(f"{name}: unusable tensor name {key[:60]!r}.")
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise CorruptRecord(f"{name}: entry {key!r} must have dtype, shape and data_offsets.")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in dtypes:
         raise CorruptRecord(
             f"{name}: {key!r} has dtype {str(dtype)[:20]!r}, which is not accepted."
         )
@@ -137,7 +144,7 @@ def _tensor_spec(key: str, value: object, name: str) -> TensorSpec:
         raise CorruptRecord(f"{name}: {key!r} has an unusable shape.")
     if not _naturals(offsets) or len(offsets) != 2:
         raise CorruptRecord(f"{name}: {key!r} has unusable offsets.")
-    if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
+    if offsets[1] - offsets[0] != math.prod(shape) * dtypes[dtype].itemsize:
         raise CorruptRecord(f"{name}: the length of {key!r} does not match its dtype and shape.")
     return TensorSpec(dtype, tuple(shape), offsets[0], offsets[1])
 

@@ -8,6 +8,7 @@ import re
 import shlex
 import tomllib
 from collections.abc import Iterator
+from dataclasses import MISSING, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from moshi_fl.console import Console
 from moshi_fl.models import get_preset
 from moshi_fl.models.char import CharConfig
 from moshi_fl.models.moc_config import MocConfig
+from moshi_fl.models.speech.family_config import SpeechConfig
+from moshi_fl.models.speech.lm_config import LMConfig
 from moshi_fl.store import HUB_SETTINGS
 from moshi_fl.weights import save_weights, weights_digest
 from moshi_hub.cli import root as hub_root
@@ -178,8 +181,8 @@ def rows(text: str) -> dict[str, list[str]]:
 
 
 def default_of(cell: str) -> object:
-    if cell == "required":
-        return msgspec.NODEFAULT
+    if cell in {"required", "unset"}:
+        return msgspec.NODEFAULT if cell == "required" else None
     return tomllib.loads(f"value = {cell.strip('`')}")["value"]
 
 
@@ -204,12 +207,20 @@ def test_hub_toml_is_documented_with_its_defaults(table: str) -> None:
 
 
 def test_the_families_settings_are_documented_with_their_defaults() -> None:
-    char, moc = section(HUB_GUIDE, "[model]").split("The keys of the family `moc`")
+    text, speech = section(HUB_GUIDE, "[model]").split("The keys of the family `speech`")
+    char, moc = text.split("The keys of the family `moc`")
     for text, family, config in ((char, "char", CharConfig()), (moc, "moc", MocConfig())):
         documented = {key: default_of(cells[0]) for key, cells in rows(text).items()}
         documented.pop("family", None)
         assert documented == vars(config)
         assert set(get_preset(family, "base").model) <= set(documented)
+
+    documented = {key: default_of(cells[0]) for key, cells in rows(speech).items()}
+    kinds = [*fields(LMConfig), *fields(SpeechConfig)[2:]]
+    required = {f.name: msgspec.NODEFAULT for f in kinds if f.default is MISSING}
+    wanted = {f.name: f.default for f in kinds} | required | {"mimi": {}}
+    assert {k: tuple(v) if k == "delays" else v for k, v in documented.items()} == wanted
+    assert set(get_preset("speech", "small").model) <= set(documented)
 
 
 def test_the_template_uses_only_documented_keys() -> None:

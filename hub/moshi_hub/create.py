@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -50,6 +50,10 @@ class Plan:
     maintainer: str = "moshi-hub"
     tokenizer: bytes | None = None
     passphrase: bytes = b""
+    source: Path | None = None
+    """Folder with a model to begin with, instead of random weights."""
+    model: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of ``[model]`` to have otherwise than the preset."""
 
 
 def create(plan: Plan, home: Path, preset: Preset | None = None) -> Snapshot:
@@ -65,20 +69,31 @@ def create(plan: Plan, home: Path, preset: Preset | None = None) -> Snapshot:
         ConfigError: Unknown family or preset.
     """
     from moshi_fl.models import get_family, get_preset
+    from moshi_fl.models.common import require_part
+    from moshi_fl.models.folder import read_folder, require_weights_of
 
+    begun = read_folder(plan.source) if plan.source else None
+    plan = replace(plan, family=begun.family) if begun else plan
     preset = preset or get_preset(plan.family, plan.preset)
-    if plan.tokenizer is not None:
+    preset = begun.over(preset) if begun else preset
+    preset = replace(preset, model={**preset.model, **plan.model})
+    if plan.tokenizer is not None and begun:  # the model is settled
+        preset = replace(preset, tokenizer=plan.tokenizer)
+    elif plan.tokenizer is not None:
         preset = _with_tokenizer(plan.family, preset, plan.tokenizer)
     hubfile = render_hubfile(plan, preset)
     config = parse_hubfile(hubfile)
+    task = get_family(plan.family).load(config.model_table, preset.tokenizer)
+    require_part(task, config.training.trains)
     if is_local(plan.url):
         create_hub(Path(plan.url.removeprefix("file://")).expanduser())
     replica = Replica(plan.url, home)
     _refuse_used(replica.repo)
     replica.forget()
     replica.repo.prepare()
-    task = get_family(plan.family).load(config.model_table, preset.tokenizer)
-    weights = task.initial_weights(plan.seed)
+    weights = begun.weights if begun else task.initial_weights(plan.seed)
+    if begun:
+        require_weights_of(task, weights)
     if plan.eval_data:
         replica.folder.mkdir(parents=True, exist_ok=True)
         store_pool(replica, config, preset.tokenizer, plan.eval_data, weights)
@@ -113,7 +128,7 @@ def _with_tokenizer(name: str, preset: Preset, tokenizer: bytes) -> Preset:
     if not isinstance(family, TakesTokenizer):
         raise ConfigError(
             f"family {name!r} has a tokenizer of its own.",
-            hint="Leave out --tokenizer, or choose --family moc.",
+            hint="Leave out --tokenizer, or choose --family moc or speech.",
         )
     return family.with_tokenizer(preset, tokenizer)
 
@@ -148,7 +163,8 @@ def _push_first(
         "README.md": render("README.md", name=plan.name, family=plan.family).encode(),
         round_path(0): dump(record),
     }
-    main = _first_commit(repo, texts, by, when)
+    what = "given" if plan.source else "random"
+    main = _first_commit(repo, texts, f"Round 0: {what} weights\n", by, when)
     try:
         repo.push(
             [
@@ -161,9 +177,11 @@ def _push_first(
         raise HubError(f"{repo.shown_url} was filled by someone else meanwhile.") from error
 
 
-def _first_commit(repo: HubRepo, texts: Mapping[str, bytes], by: Author, when: int) -> str:
+def _first_commit(
+    repo: HubRepo, texts: Mapping[str, bytes], message: str, by: Author, when: int
+) -> str:
     tree = repo.tree(put_all(repo, texts))
-    return repo.commit(tree, message="Round 0: random weights\n", author=by, when=when)
+    return repo.commit(tree, message=message, author=by, when=when)
 
 
 def render(template: str, /, **values: str) -> str:

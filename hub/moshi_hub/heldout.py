@@ -13,7 +13,7 @@ from pathlib import Path
 from moshi_fl.errors import DataError
 from moshi_fl.history import Refs
 from moshi_fl.hubfile import HubConfig
-from moshi_fl.replica import Replica
+from moshi_fl.replica import Replica, Snapshot
 from moshi_fl.store import ANY, NOREPLY, Author, RefUpdate
 from moshi_fl.weights import Weights, sha256_bytes, write_atomic
 from moshi_hub.propose import Evaluator
@@ -107,6 +107,30 @@ def retire_pool(replica: Replica, refs: Refs, by: str) -> str:
     repo.push([RefUpdate(ref, commit, ANY)])
     pool_path(replica).rename(replica.folder / f"retired-{name[:16]}.pool")
     return name
+
+
+def figures_of(replica: Replica, snapshot: Snapshot) -> dict[str, float]:
+    """Loss of a round on the pool in nats per token, and what else its family can tell, by name.
+
+    Raises:
+        DataError: There is no pool on this machine.
+    """
+    import torch
+
+    from moshi_fl.models import get_family
+    from moshi_fl.models.common import load_weights
+    from moshi_fl.models.family import Explains
+
+    pool, config = read_pool_file(replica), snapshot.state.config
+    task = get_family(config.family).load(config.model_table, snapshot.state.tokenizer)
+    module, device = task.build(), torch.device("cpu")
+    load_weights(module, snapshot.load())
+    losses = task.evaluate(module, pool, device)
+    found = {"loss": float(losses.mean())}
+    if isinstance(task, Explains):
+        more = task.figures(module, pool, device)
+        found |= {name.replace(" ", "_"): value for name, value in more.items()}
+    return found
 
 
 def evaluator_for(replica: Replica) -> Callable[[HubConfig], Evaluator | None]:

@@ -65,11 +65,14 @@ def _abridged(problems: list[str]) -> str:
     return "; ".join(problems[:_SHOWN] + more)
 
 
-def extract_weights(module: nn.Module) -> dict[str, NDArray[np.float32]]:
-    """Float32 copies of a module's parameters and buffers by name."""
+def extract_weights(
+    module: nn.Module, *, only_trained: bool = False
+) -> dict[str, NDArray[np.float32]]:
+    """Float32 copies of a module's parameters and buffers by name, or of what has trained."""
     return {
         name: np.array(tensor.detach().cpu().float().numpy())
         for name, tensor in weight_tensors(module).items()
+        if tensor.requires_grad or not only_trained
     }
 
 

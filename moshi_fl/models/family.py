@@ -38,6 +38,7 @@ class Preset:
     evaluation: Table
     tokenizer: bytes
     server_learning_rate: float = 1.0  # factor on the aggregated delta
+    note: str = ""  # what whoever makes a hub of it should know
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from moshi_fl.errors import CorruptRecord, TrainingError
-from moshi_fl.models.common import extract_weights
+from moshi_fl.models.common import weight_tensors
 from moshi_fl.models.family import Corpus
 from moshi_fl.train.engine import Engine
 from moshi_fl.train.recipe import Recipe
@@ -36,7 +36,8 @@ def recipe_identity(recipe: Recipe) -> Identity:
 
 def identity(module: nn.Module, corpus: Corpus, recipe: Recipe) -> Identity:
     """What a checkpoint of a contribution must agree on: recipe, data and base weights."""
-    base = weights_digest(extract_weights(module))
+    tensors = weight_tensors(module)
+    base = weights_digest({n: t.detach().cpu().float().numpy() for n, t in tensors.items()})
     return {**recipe_identity(recipe), "data": corpus.fingerprint, "base": base}
 
 

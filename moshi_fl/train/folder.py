@@ -18,6 +18,7 @@ from torch import nn
 
 from moshi_fl.errors import ConfigError, CorruptRecord, HubError, TrainingError
 from moshi_fl.models.common import extract_weights
+from moshi_fl.models.folder import CONFIG_FILE, WEIGHTS_FILE
 from moshi_fl.store.locking import LOCK_FILE, FolderLock
 from moshi_fl.train.checkpoint import Identity, restore_checkpoint, save_checkpoint
 from moshi_fl.train.engine import Engine
@@ -106,13 +107,13 @@ class RunFolder:
 
     def describe(self, family: str, config: Mapping[str, Any]) -> None:
         """Write down what is trained."""
-        write_atomic(self.path / "config.json", _json({"family": family, **config}))
+        write_atomic(self.path / CONFIG_FILE, _json({"family": family, **config}))
 
     def publish(self, name: str, module: nn.Module) -> None:
         """Weights for use, below ``name``."""
         folder = self.path / name
-        save_weights(folder / "model.safetensors", extract_weights(module))
-        write_atomic(folder / "config.json", (self.path / "config.json").read_bytes())
+        save_weights(folder / WEIGHTS_FILE, extract_weights(module))
+        write_atomic(folder / CONFIG_FILE, (self.path / CONFIG_FILE).read_bytes())
 
     def best_loss(self) -> float:
         """Lowest validation loss so far."""

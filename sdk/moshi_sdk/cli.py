@@ -20,6 +20,10 @@ COMMANDS = {
         "moshi_sdk.commands.tokenize:tokenize",
         "Make a tokenizer, and token shards to train on.",
     ),
+    "import-checkpoint": (
+        "moshi_sdk.commands.import_checkpoint:import_checkpoint",
+        "Turn Kyutai's released files into the beginning of a hub.",
+    ),
     "audit": ("moshi_sdk.commands.audit:audit", "Recompute rounds from their contributions."),
     "simulate": (
         "moshi_sdk.commands.simulate:simulate",

@@ -2,7 +2,8 @@
 
 The message brings the model's family, its settings, the recipe and the weights; the node's own
 configuration says where its data lies and where to keep checkpoints. The reply carries the trained
-weights and ``num-examples``, as every Flower strategy expects.
+weights, all of them unless the message says otherwise, and ``num-examples``, as every Flower
+strategy expects.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from moshi_fl.models import get_family
 from moshi_fl.models.common import able_to_read, extract_weights, load_weights
 from moshi_fl.models.family import Corpus, Task
 from moshi_fl.train import Progress, Recipe, train
+
+ONLY_TRAINED = "only-trained"
+"""Key of a message's ``config``: the reply shall hold what trained and nothing else."""
 
 OnStep = Callable[[Progress], None]
 _on_step: ContextVar[OnStep | None] = ContextVar("on_step", default=None)
@@ -86,9 +90,8 @@ def train_client(message: Message, context: Context) -> Message:
         "train-loss": result.loss,
         "steps": job.recipe.steps,
     }
-    content = RecordDict(
-        {ARRAYS: to_arrays(extract_weights(module)), METRICS: MetricRecord(metrics)}
-    )
+    weights = extract_weights(module, only_trained=bool(config_in(message).get(ONLY_TRAINED)))
+    content = RecordDict({ARRAYS: to_arrays(weights), METRICS: MetricRecord(metrics)})
     return Message(content=content, reply_to=message)
 
 
@@ -112,8 +115,10 @@ def _job(message: Message, context: Context) -> Job:
     task = get_family(str(config["family"])).load(model, tokenizer)
     recipe = _recipe(config)
     checkpoint = str(context.node_config.get("checkpoint", ""))
-    reader = able_to_read(task, lambda: arrays_in(message))
-    corpus = _corpus.get() or _read(reader, context, recipe.seed)
+    corpus = _corpus.get()
+    if corpus is None:
+        reader = able_to_read(task, lambda: arrays_in(message))
+        corpus = _read(reader, context, recipe.seed)
     return Job(task, recipe, corpus, Path(checkpoint) if checkpoint else None)
 
 

@@ -144,7 +144,7 @@ def contribute(
     listener.stage("sync", _whence(snapshot))
     task = able_to_read(load_task(snapshot.state), snapshot.load)
     require_part(task, options.trains or snapshot.state.config.training.trains)
-    paths = tuple(Path(path).expanduser().resolve() for path in data)
+    paths = tuple(_absolute(Path(path)) for path in data)
     corpus = task.read(paths, seed=0, max_bytes=options.max_bytes)
     listener.stage("data", describe(corpus.summary))
     plan = make_plan(snapshot, task, corpus, paths, options, signer.public_key)
@@ -213,6 +213,15 @@ def discard(hub: str, *, home: Path | None = None) -> RunPlan:
     """
     manager = SyncManager(hub, home=home or default_home())
     return Runs(manager.replica.folder / "runs").discard().plan
+
+
+def _absolute(path: Path) -> Path:
+    """A path that means the same in another folder; also where it lists several with weights."""
+    path = path.expanduser()
+    if path.exists():
+        return path.resolve()
+    parts = (Path(part.strip()).expanduser().absolute() for part in str(path).split(","))
+    return Path(",".join(map(str, parts)))
 
 
 def _whence(snapshot: Snapshot) -> str:
@@ -323,12 +332,12 @@ def _read_again(work: _Work) -> Corpus:
 
 def _train(work: _Work, corpus: Corpus, recipe: Recipe) -> None:
     from moshi_fl.flower import arrays_in, local_context, train_message
-    from moshi_sdk.client import app, job_config, watched
+    from moshi_sdk.client import ONLY_TRAINED, app, job_config, watched
 
     state = work.state
     tokenizer = work.run.tokenizer.read_bytes() if work.run.tokenizer.exists() else state.tokenizer
     config = job_config(state.config.family, state.config.model_table, tokenizer, recipe)
-    message = train_message(open_weights(work.run.base), config)
+    message = train_message(open_weights(work.run.base), {**config, ONLY_TRAINED: True})
     context = local_context(checkpoint=str(work.run.checkpoint))
     with watched(work.listener.step, corpus):
         try:
@@ -337,10 +346,7 @@ def _train(work: _Work, corpus: Corpus, recipe: Recipe) -> None:
             lower = "a lower learning rate (--lr)"
             hint = f"Try again with {lower}; nothing was sent. --discard drops this run."
             raise TrainingError(str(error), hint=hint) from error
-    base, trained = open_weights(work.run.base), arrays_in(reply)
-    if recipe.trains != "all":  # then most of it is what it was, and that is on the disk already
-        trained = {n: a for n, a in trained.items() if not np.array_equal(a, base[n])}
-    save_weights(work.run.trained, trained)
+    save_weights(work.run.trained, arrays_in(reply))
     work.run.checkpoint.unlink(missing_ok=True)
 
 

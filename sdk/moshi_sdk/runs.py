@@ -93,7 +93,7 @@ class Run:
 
     @property
     def trained(self) -> Path:
-        """Weights after training."""
+        """What trained, after training; everything else is as in ``base``."""
         return self.folder / "trained.safetensors"
 
     @property

@@ -1,25 +1,22 @@
-"""A model that ``python -m moshi_fl.train`` left in a folder, ready to generate."""
+"""A model that lies in a folder, as the trainer or an import left it, ready to generate."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from moshi_fl.errors import ConfigError
 from moshi_fl.models.family import Task
+from moshi_fl.models.folder import read_folder
 from moshi_fl.subwords import Subwords, start_of
-from moshi_fl.weights import Weights, open_weights
-
-MAX_CONFIG_BYTES = 1 << 20
+from moshi_fl.weights import Weights
 
 
 def load_trained(folder: Path, tokenizer: Path | None) -> tuple[Task, Weights]:
-    """Model and weights of a trainer's ``best`` or ``final`` folder.
+    """Model and weights of a trainer's ``best`` or ``final`` folder, or of an import.
 
     Args:
         folder: Holds ``config.json`` and ``model.safetensors``.
-        tokenizer: The ``tokenizer.json`` that its shards were made with; bytes when None.
+        tokenizer: The tokenizer file that it belongs to; where None, the folder's, or bytes.
 
     Raises:
         ConfigError: It is no such folder, or its model takes no text.
@@ -27,27 +24,12 @@ def load_trained(folder: Path, tokenizer: Path | None) -> tuple[Task, Weights]:
     """
     from moshi_fl.models import get_family
 
-    config = _read_config(folder)
-    family = config.pop("family", None)
-    if family != "moc":
+    found = read_folder(folder)
+    if found.tokenizer is None and found.family != "moc":
         raise ConfigError(
-            f"{folder} holds a model of family {family!r} over tokens that stand for no text.",
+            f"{folder} holds a model of family {found.family!r} over tokens that stand for no "
+            "text.",
             hint="Models of the family moc can; a char model generates from its hub.",
         )
-    data = start_of(tokenizer) if tokenizer else Subwords.bytes_only().to_bytes()
-    return get_family(family).load(config, data), open_weights(folder / "model.safetensors")
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    hint = "Give the trainer's out_dir/best or out_dir/final."
-    try:
-        with path.open("rb") as file:
-            config = json.loads(file.read(MAX_CONFIG_BYTES))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}.", hint=hint) from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON.", hint=hint) from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} holds no table.", hint=hint)
-    return config
+    data = start_of(tokenizer) if tokenizer else found.tokenizer or Subwords.bytes_only().to_bytes()
+    return get_family(found.family).load(found.model, data), found.weights

@@ -28,6 +28,8 @@ from moshi_fl.history import (
     signature_path,
 )
 from moshi_fl.hubfile import MAX_HUBFILE_BYTES, parse_hubfile
+from moshi_fl.models.speech.text_stream import MAX_MODEL_BYTES, TextStream
+from moshi_fl.models.speech.tiny import tiny_text
 from moshi_fl.records import MAX_RECORD_BYTES, Contribution, File, Location, Record, dump, load
 from moshi_fl.signing import CONTRIBUTION_NAMESPACE, MAX_SIGNATURE_BYTES
 from moshi_fl.snapshot import (
@@ -565,6 +567,24 @@ def make_tokenizer(random: Random) -> bytes:
     return mutate.spelled(random, mutate.mutate_tree(random, tree))
 
 
+def make_pieces(random: Random) -> bytes:
+    """A mutated SentencePiece file."""
+    return mutate.mutate_bytes(random, tiny_text())
+
+
+def run_pieces(made: bytes) -> str:
+    """Read it, and write and read text with it."""
+
+    def read() -> None:
+        text = TextStream(made)
+        tokens = text.encode("Zürich 日本 river \0")
+        text.decode([*tokens, *range(text.size)])
+        for token in tokens:
+            text.piece(token)
+
+    return said(read)
+
+
 TARGETS: dict[str, Target] = {
     "gate-record": Target(make_gate_record, run_gate, MAX_CONTRIBUTION_BYTES, 30),
     "gate-signature": Target(make_gate_signature, run_gate, MAX_CONTRIBUTION_BYTES, 5),
@@ -586,4 +606,5 @@ TARGETS: dict[str, Target] = {
     "tokenizer": Target(
         make_tokenizer, lambda made: said(partial(CharVocabulary.from_bytes, made)), 8 << 20, 1
     ),
+    "pieces": Target(make_pieces, run_pieces, MAX_MODEL_BYTES, 2),
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from moshi_fl.cli import output_options
+from moshi_fl.cli import output_options, pairs
 from moshi_fl.config import ensure_home
 from moshi_fl.console import Console
 from moshi_fl.errors import ConfigError
@@ -22,6 +22,20 @@ from moshi_hub.options import maintainer
 @click.argument("hub", metavar="PATH|URL")
 @click.option("--family", default="char", show_default=True, help="Model family.")
 @click.option("--preset", default="tiny", show_default=True, help="Ready-made settings of it.")
+@click.option(
+    "--set",
+    "model",
+    multiple=True,
+    callback=pairs,
+    metavar="KEY=VALUE",
+    help="A key of [model] to have otherwise than the preset; may be given several times.",
+)
+@click.option(
+    "--from",
+    "source",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Begin with the model in this folder, which says its family, instead of random weights.",
+)
 @click.option("--name", help="The hub's name in texts. [default: from PATH or URL]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of round 0.")
 @click.option(
@@ -49,6 +63,8 @@ def init(  # noqa: PLR0913 - one parameter an option
     hub: str,
     family: str,
     preset: str,
+    model: dict[str, bool | int | float | str],
+    source: Path | None,
     name: str | None,
     seed: int,
     eval_data: tuple[Path, ...],
@@ -57,14 +73,17 @@ def init(  # noqa: PLR0913 - one parameter an option
     passphrase: bool,
     passphrase_env: str | None,
 ) -> None:
-    r"""Create a hub, or fill an empty repository, and publish round 0: random weights.
+    r"""Create a hub, or fill an empty repository, and publish round 0: random weights, or given.
 
     \b
     Examples:
       moshi-hub init ./hub.git --eval-data ~/held-out
       moshi-hub init https://git.example.org/team/model.git --preset base
       moshi-hub init ./hub.git --family moc --tokenizer tokenizer.json
+      moshi-hub init ./hub.git --family speech --set ttt_layers=1
+      moshi-hub init ./hub.git --from imported
     """
+    from moshi_fl.models import get_preset
     from moshi_fl.subwords import start_of
     from moshi_hub.create import Plan, create
     from moshi_hub.keys import KeyStore
@@ -80,13 +99,15 @@ def init(  # noqa: PLR0913 - one parameter an option
         maintainer=maintainer(),
         tokenizer=start_of(tokenizer) if tokenizer else None,
         passphrase=_passphrase(passphrase, passphrase_env),
+        source=source,
+        model=model,
     )
     snapshot = create(plan, ensure_home())
     record, shown = snapshot.record, redact(hub)
     console.done(
         f"Created a hub at {shown}",
         hub=snapshot.state.config.hub.id,
-        model=f"{family}/{preset}",
+        model=f"{snapshot.state.config.family}/{source.name if source else preset}",
         parameters=record.parameters,
         keyframe=Size(record.keyframe.bytes if record.keyframe else 0),
         weights=record.weights,
@@ -94,6 +115,8 @@ def init(  # noqa: PLR0913 - one parameter an option
         keys=KeyStore(ensure_home(), snapshot.state.config.hub.id).folder,
     )
     console.note("Whoever has these keys speaks for the hub: keep a copy of them in a safe place.")
+    if not source and (note := get_preset(family, preset).note):
+        console.note(note)
     if not eval_data:
         console.note("No held-out data: merges will not be measured. (--eval-data DIR)")
     console.hint(f"moshi-fl contribute --hub {shown} --data PATH   (anyone can, from now on)")

@@ -24,6 +24,7 @@ def pool(console: Console, hub: str | None) -> None:
       moshi-hub pool new --eval-data ~/held-out
       moshi-hub pool export pool.json
       moshi-hub pool import pool.json
+      moshi-hub pool measure --round 3
       moshi-hub pool retire
     """
     if click.get_current_context().invoked_subcommand is None:
@@ -78,6 +79,19 @@ def import_(console: Console, hub: str | None, file: Path) -> None:
     from moshi_hub.heldout import import_pool
 
     console.done("Kept the pool", pool=import_pool(replica_for(hub), file))
+
+
+@pool.command()
+@hub_option
+@click.option("--round", "number", type=click.IntRange(0), help="Measure this round.")
+@output_options
+def measure(console: Console, hub: str | None, number: int | None) -> None:
+    """Measure a round on the pool: its loss, and what else its family can tell of a model."""
+    from moshi_hub.heldout import figures_of
+
+    replica = replica_for(hub)
+    snapshot = replica.pull(number)
+    console.result(round=snapshot.round, **figures_of(replica, snapshot))
 
 
 @pool.command()

@@ -3,7 +3,8 @@
 ``{"alignments": [["word", [start, end], "SPEAKER_MAIN"], ...]}``, in seconds from the start of the
 sound. What recognisers are known to do is repaired: words out of order are sorted by their start,
 an end that lies beyond the next word's start or the end of the sound is moved there, and words
-without a visible character are left out. Anything else that cannot be right is an error.
+that last no time (moshi-finetune leaves them out, too) or have no visible character are left out.
+Anything else that cannot be right is an error.
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ def parse_alignments(
         _check(word, number, duration, name)
     if keep_main_only:
         words = [word for word in words if word.speaker == MAIN_SPEAKER]
-    words = sorted((word for word in words if word.text), key=lambda word: word.start)
-    return tuple(_without_overlaps(words, duration))
+    said = [word for word in words if word.text and word.start < word.end]
+    return tuple(_without_overlaps(sorted(said, key=lambda word: word.start), duration))
 
 
 def _check(word: Word, number: int, duration: float, name: str) -> None:

@@ -251,6 +251,8 @@ def _opened(path: Path) -> Iterator[SoundFile]:
     require_soundfile()
     import soundfile
 
+    if path.exists() and not path.is_file():  # a pipe would wait for ever
+        raise SoundError(f"{path} is not a file of sound.", reason=UNREADABLE)
     try:
         with path.open("rb") as file, soundfile.SoundFile(file) as sound:
             _check_header(path, sound)

@@ -24,7 +24,19 @@ def load_checkpoint(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         CorruptRecord: Missing, unknown or misshapen tensors, the first ten of each; nothing has
             changed.
     """
-    found, own = _renamed(module, tensors), module.state_dict()
+    found = fitted(module, tensors)
+    with torch.no_grad():
+        for name, value in module.state_dict().items():
+            value.copy_(found[name])
+
+
+def fitted(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint under the module's own names; nothing is copied, the module may be on meta.
+
+    Raises:
+        CorruptRecord: Missing, unknown or misshapen tensors, the first ten of each.
+    """
+    found, own = renamed(module, tensors), module.state_dict()
     shapes = [
         f"{name} {list(found[name].shape)} instead of {list(value.shape)}"
         for name, value in own.items()
@@ -40,9 +52,7 @@ def load_checkpoint(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             f"the checkpoint does not fit {type(module).__name__}: {'; '.join(problems)}.",
             hint="check that checkpoint and configuration belong together",
         )
-    with torch.no_grad():
-        for name, value in own.items():
-            value.copy_(found[name])
+    return {name: found[name] for name in own}
 
 
 def released_state(module: nn.Module) -> dict[str, Tensor]:
@@ -61,7 +71,7 @@ def released_state(module: nn.Module) -> dict[str, Tensor]:
     return state | {name: torch.cat(parts) for name, parts in stacks.items()}
 
 
-def _renamed(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def renamed(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under the module's own names: what its load hooks make of them."""
     state = dict(tensors)
     for path, part in module.named_modules():

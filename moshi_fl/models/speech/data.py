@@ -6,8 +6,10 @@ they depend on the sound and the codec alone, and making them takes far longer t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from moshi_fl.errors import CorruptRecord, DataError
+from moshi_fl.models.common import device_of
 from moshi_fl.models.speech.audio import audio_blocks
 from moshi_fl.models.speech.dialogues import Dialogue, Found, find_dialogues
 from moshi_fl.models.speech.mimi import PIECE, Mimi
@@ -46,7 +49,7 @@ class CodeCache:
     def __init__(self, folder: Path, *, max_bytes: int = MAX_CACHE_BYTES) -> None:
         self._folder = folder
         self._max_bytes = max_bytes
-        self._codec: tuple[object, str] | None = None
+        self._codec: tuple[weakref.ref[Mimi], object, str] | None = None
 
     def key(self, dialogue: Dialogue, mimi: Mimi) -> str:
         """Name of the entry for a file as it is now, in hex."""
@@ -59,12 +62,12 @@ class CodeCache:
         try:
             entry = open_weights(path)
             codes, digest = entry["codes"].copy(), entry["sha256"].tobytes()
+            os.utime(path)  # used just now
         except (FileNotFoundError, CorruptRecord, KeyError):
             return None
         whole = codes.dtype == np.int16 and codes.ndim == 2 and len(codes) == 2 * codebooks
         if not whole or hashlib.sha256(codes.tobytes()).digest() != digest:
             return None
-        os.utime(path)  # used just now
         return codes
 
     def put(self, key: str, codes: Codes) -> None:
@@ -78,7 +81,10 @@ class CodeCache:
         return self._folder / f"{key}.safetensors"
 
     def _make_room(self) -> None:
-        entries = [(path.stat(), path) for path in self._folder.glob("*.safetensors")]
+        entries = []
+        for path in self._folder.glob("*.safetensors"):
+            with contextlib.suppress(FileNotFoundError):  # another process made room
+                entries.append((path.stat(), path))
         total = sum(status.st_size for status, _ in entries)
         for status, path in sorted(entries, key=lambda entry: entry[0].st_mtime_ns):
             if total <= self._max_bytes:
@@ -89,12 +95,17 @@ class CodeCache:
     def _digest_of(self, mimi: Mimi) -> str:
         """Of the codec's weights and settings; computed when they change."""
         state = mimi.state_dict()
+        if any(tensor.is_inference() for tensor in state.values()):  # such count no changes
+            return _digest(mimi)
         version = [(tensor.data_ptr(), tensor._version) for tensor in state.values()]  # noqa: SLF001
-        if self._codec is None or self._codec[0] != version:
-            arrays = {name: tensor.float().cpu().numpy() for name, tensor in state.items()}
-            text = weights_digest(arrays) + repr(mimi.config)
-            self._codec = (version, hashlib.sha256(text.encode()).hexdigest())
-        return self._codec[1]
+        if self._codec is None or self._codec[0]() is not mimi or self._codec[1] != version:
+            self._codec = (weakref.ref(mimi), version, _digest(mimi))
+        return self._codec[2]
+
+
+def _digest(mimi: Mimi) -> str:
+    arrays = {name: tensor.float().cpu().numpy() for name, tensor in mimi.state_dict().items()}
+    return hashlib.sha256((weights_digest(arrays) + repr(mimi.config)).encode()).hexdigest()
 
 
 def encode_dialogue(
@@ -136,7 +147,7 @@ def encode_file(path: Path, mimi: Mimi) -> Codes:
         SoundError: The sound cannot be used.
         RuntimeError: ``mimi`` is streaming something else.
     """
-    device = next(mimi.parameters()).device
+    device = device_of(mimi)
     with mimi.streaming(2):
         pieces = [
             mimi.encode(torch.from_numpy(piece).to(device)[:, None]).cpu()

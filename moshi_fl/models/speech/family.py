@@ -41,6 +41,7 @@ from moshi_fl.models.speech.data import (
     encode_dialogue,
     find_dialogues,
 )
+from moshi_fl.models.speech.evaluation import summarize
 from moshi_fl.models.speech.family_config import SpeechConfig
 from moshi_fl.models.speech.lora import fuse_lora
 from moshi_fl.models.speech.loss import losses
@@ -105,15 +106,8 @@ class SpeechTask:
     def files(self, path: Path) -> Sequence[DataFile]:
         """The dialogues under a file or folder."""
         root = path if path.is_dir() else path.parent
-        return [
-            DataFile(
-                found.path,
-                found.path.relative_to(root).as_posix(),
-                bytes.fromhex(sha256_file(found.path)),
-                found.path.stat().st_size,
-            )
-            for found in find_dialogues([path], seed=0).dialogues
-        ]
+        found = [entry.path for entry in find_dialogues([path], seed=0).dialogues]
+        return [_data_file(entry, root) for entry in found]
 
     def read(
         self, paths: Sequence[Path], *, seed: int, max_bytes: int | None = None
@@ -180,6 +174,15 @@ class SpeechTask:
         ]
         return np.array(found)
 
+    @torch.inference_mode()
+    def figures(self, module: nn.Module, pool: bytes, device: torch.device) -> Mapping[str, float]:
+        """Perplexity of text and of the words in it, and the nats of a code of each codebook."""
+        model = cast("SpeechModel", module.to(device).eval())
+        found = summarize(model.lm, list(self._windows(pool)))
+        text = {"text perplexity": found.text_perplexity, "word perplexity": found.word_perplexity}
+        audio = {f"codebook {n}": nats for n, nats in enumerate(found.audio, 1)}
+        return text | audio
+
     def generate(self, module: nn.Module, prompt: str, sampling: Sampling) -> Iterator[str]:
         """What the model says to somebody who is silent, word by word as it says it.
 
@@ -210,6 +213,12 @@ class SpeechTask:
     def _predicted(self, codes: NDArray[np.integer]) -> int:
         """How many tokens of (..., rows, T) the model predicts."""
         return int(np.count_nonzero(codes[..., : 1 + self.config.lm.dep_q, :] != ZERO_TOKEN))
+
+
+def _data_file(path: Path, root: Path) -> DataFile:
+    inside = path.is_relative_to(root)  # a list may name files anywhere
+    name = path.relative_to(root).as_posix() if inside else path.name
+    return DataFile(path, name, bytes.fromhex(sha256_file(path)), path.stat().st_size)
 
 
 def _of_codec(name: str) -> bool:

@@ -92,8 +92,13 @@ class SpeechConfig:
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[2:]}
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         table = _differing(self.lm) | {k: v for k, v in own.items() if v != defaults[k]}
-        codec = _differences(self.mimi, MimiConfig())
+        codec = codec_table(self.mimi)
         return table | ({"mimi": codec} if codec else {})
+
+
+def codec_table(config: MimiConfig) -> dict[str, Any]:
+    """What ``mimi`` in a ``[model]`` table says of a codec."""
+    return _differences(config, MimiConfig())
 
 
 def _codec(table: Any) -> MimiConfig:

@@ -216,12 +216,12 @@ class LMModel(StreamingModule):
         return tokens[:, None].expand(len(codes), -1, 1)
 
     def check_codes(self, codes: Tensor) -> None:
-        """Codes must be (B, n_q + 1, T) whole numbers from -1 to what each table has rows for.
+        """Codes must be (B, n_q + 1, T) whole numbers from -1 to what each head can predict.
 
         Raises:
             DataError: They are not; says which.
         """
-        check_codes(codes, self.config.initial_tokens)
+        check_codes(codes, [initial - 1 for initial in self.config.initial_tokens])
 
 
 def check_codes(codes: Tensor, most: list[int]) -> None:
@@ -242,7 +242,7 @@ def check_codes(codes: Tensor, most: list[int]) -> None:
         item, stream, frame = wrong.nonzero()[0].tolist()
         raise DataError(
             f"code {int(codes[item, stream, frame])} of stream {stream} at frame {frame} is out "
-            f"of range: it must be from 0 to {most[stream] - 1}, or -1 for none.",
+            f"of range: it must be from 0 to {most[stream]}, or -1 for none.",
         )
 
 

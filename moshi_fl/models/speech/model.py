@@ -17,6 +17,13 @@ from moshi_fl.models.speech.lora import add_lora
 from moshi_fl.models.speech.mimi import Mimi
 
 CODEC, LANGUAGE = "mimi.", "lm."  # beginnings of the names of tensors
+EXACT = tuple(
+    f".ttt.{name}"
+    for name in (
+        *("W1", "b1", "W2", "b2"),
+        *("ttt_norm_weight", "ttt_norm_bias", "learnable_token_idx"),
+    )
+)
 ADAPTERS = (".lora_A.weight", ".lora_B.weight")
 
 
@@ -32,9 +39,7 @@ class SpeechModel(nn.Module):
         super().__init__()
         self.config = config
         self.mimi = make_codec(config)
-        self.lm = LMModel(config.lm)
-        if config.lora_rank:
-            add_lora(self.lm, rank=config.lora_rank, scaling=config.lora_scaling)
+        self.lm = make_language_model(config)
         self.only("all")
 
     def forward(self, codes: Tensor) -> LMOutput:
@@ -64,14 +69,21 @@ class SpeechModel(nn.Module):
 
     def parameter_group(self, name: str) -> ParameterGroup:
         """What a TTT layer computes in float32 is kept so; in bfloat16 its weights drift."""
-        exact = ".ttt." in name and "_proj." not in name
-        return ParameterGroup(stays_float32=exact)
+        return ParameterGroup(stays_float32=name.endswith(EXACT))
 
 
 def parts_of(config: SpeechConfig) -> tuple[str, ...]:
     """What of a model of this configuration can be trained by itself."""
     adapters = ("lora",) if config.lora_rank else ()
     return ("all", *adapters, *(("ttt",) if config.lm.ttt_layers else ()))
+
+
+def make_language_model(config: SpeechConfig) -> LMModel:
+    """An untrained language model, with the adapters that the configuration asks for."""
+    lm = LMModel(config.lm)
+    if config.lora_rank:
+        add_lora(lm, rank=config.lora_rank, scaling=config.lora_scaling)
+    return lm
 
 
 def make_codec(config: SpeechConfig) -> Mimi:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moshi_fl.models.family import Preset
-from moshi_fl.models.speech.spelling import small_model
+from moshi_fl.models.speech.tiny import TEXT_CARD, tiny_text
 
 # Of Kyutai's models: how they are built, whatever their size.
 KYUTAI: Mapping[str, Any] = {
@@ -18,6 +18,7 @@ KYUTAI: Mapping[str, Any] = {
     "hidden_scale": 4.125,
     "norm": "rms_norm_f32",
     "gating": "silu",
+    "depformer_gating": "silu",
     "context": 3000,
     "positional_embedding": "rope",
     "depformer_multi_linear": True,
@@ -51,7 +52,7 @@ TINY: Mapping[str, Any] = {
     "n_q": 4,
     "dep_q": 2,
     "card": 64,
-    "text_card": 704,
+    "text_card": TEXT_CARD,
     "delays": [0, 0, 1, 0, 1],
     "context": 250,
     "depformer_dim": 64,
@@ -78,7 +79,7 @@ def presets() -> Mapping[str, Preset]:
 
     ``moshi-7b`` is Kyutai's Moshi of September 2024 with adapters, which are what trains.
     """
-    tokenizer = small_model()
+    tokenizer = tiny_text()
     return {
         "tiny": Preset(
             model=TINY,

@@ -93,7 +93,8 @@ class Resampler:
             width, outputs = part.weights.shape
             windows = sliding_window_view(self._held, width, axis=1)
             windows = windows[:, part.first :: self._down][:, :count]  # (channels, periods, width)
-            made[:, :, start : start + outputs] = windows @ part.weights
+            # Windows overlap; BLAS wants them side by side.
+            made[:, :, start : start + outputs] = np.ascontiguousarray(windows) @ part.weights
             start += outputs
         self._held = self._held[:, count * self._down :].copy()
         return made.reshape(channels, -1)

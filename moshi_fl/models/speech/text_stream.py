@@ -7,9 +7,11 @@ padding before a word says so. Tokens are SentencePiece's, and Kyutai's file is 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 MAX_MODEL_BYTES = 8 << 20
 MAX_SIZE = 1 << 15  # tokens are kept as int16
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ class TextStream:
         said = [(word, tokens) for word in words if (tokens := self.encode(word.text))]
         starts = [int(word.start * self.frame_rate) for word, _ in said]
         free = 0  # the first frame after the last token
-        for (_, tokens), start, limit in zip(said, starts, [*starts[1:], len(row)], strict=True):
+        for (_, tokens), (start, limit) in zip(said, pairwise([*starts, len(row)]), strict=True):
             if self.keep_and_shift:
                 start, limit = max(start, free), len(row)  # noqa: PLW2901
             laid = tokens[: max(0, min(limit, len(row)) - start)]
@@ -162,9 +165,13 @@ def _load(model: bytes) -> SentencePieceProcessor:
     processor = SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(model)
-    except RuntimeError as error:
+        pieces = [processor.id_to_piece(token) for token in range(processor.vocab_size())]
+    except (RuntimeError, UnicodeDecodeError) as error:  # or what it says of pieces is no text
         raise CorruptRecord(
             "the tokenizer is not a SentencePiece model.",
             hint="Kyutai's is called tokenizer_spm_32k_3.model",
         ) from error
+    for token, piece in enumerate(pieces):
+        if processor.is_byte(token) and not _BYTE.fullmatch(piece):
+            raise CorruptRecord(f"the tokenizer's token {token} is a byte called {piece[:40]!r}.")
     return processor

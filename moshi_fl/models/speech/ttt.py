@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moshi_fl.models.speech.attention import floating
 from moshi_fl.models.speech.streaming import StreamingModule
 from moshi_fl.models.speech.ttt_config import TttConfig
 from moshi_fl.models.speech.ttt_rule import (
@@ -74,7 +75,7 @@ class Ttt(StreamingModule):
 
     def _turns(self) -> Tensor:
         """Cosine and sine of each pair of columns at the places of a mini-batch, (K, D / 2, 2)."""
-        D, like = self.config.head_dim, self.q_proj.weight
+        D, like = self.config.head_dim, floating(self.q_proj)
         rates = self.config.rope_theta ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
         angles = torch.arange(self.config.mini_batch, dtype=torch.float64)[:, None] * rates
         table = torch.stack([angles.cos(), angles.sin()], dim=-1)

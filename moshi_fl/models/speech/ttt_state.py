@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from moshi_fl.models.speech.attention import floating
 from moshi_fl.models.speech.product import Product
 from moshi_fl.models.speech.streaming import State
 from moshi_fl.models.speech.ttt_rule import FastLayer, Step, wide
@@ -42,7 +43,7 @@ class TokenReader:
     """
 
     def __init__(self, layer: Ttt, batch: int) -> None:
-        c, like = layer.config, layer.q_proj.weight
+        c, like = layer.config, floating(layer.q_proj)
         projections = (layer.q_proj, layer.k_proj, layer.v_proj)
         self.products = [Product(projection) for projection in projections]
         self.rows = like.new_zeros(3, batch, c.d_model)
@@ -83,7 +84,7 @@ class TttState(State):
     __slots__ = ("causal", "fast", "kept", "layer", "norm", "reader", "steps")
 
     def __init__(self, layer: Ttt, batch: int) -> None:
-        like, c = layer.q_proj.weight, layer.config
+        like, c = floating(layer.q_proj), layer.config
         super().__init__(batch, like.device)
         self.layer, self.norm, self.causal = layer, layer.head_norm(batch), layer.causal()
         self.reader = None if c.share_qk else TokenReader(layer, batch)

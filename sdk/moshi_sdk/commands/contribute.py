@@ -43,7 +43,7 @@ DP = {"dp_clip": "max_gradient_norm", "dp_noise": "noise_multiplier", "dp_delta"
 @click.option(
     "--data",
     multiple=True,
-    type=click.Path(exists=True),
+    type=click.Path(),
     help="File or folder to train on; may be given several times. It never leaves this machine.",
 )
 @click.option("--steps", type=click.IntRange(1), help="Train so many steps.")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from moshi_fl.cli import output_options
+from moshi_fl.cli import output_options, pairs
 from moshi_fl.config import ensure_home, load_settings
 from moshi_fl.console import Console
 from moshi_fl.errors import ConfigError
@@ -28,28 +27,6 @@ COLUMNS = {
     "clients": "clients",
     "seconds": "time",
 }
-
-
-def _pairs(
-    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
-) -> dict[str, bool | int | float | str]:
-    """``NAME=VALUE``, where a value is a number, true, false or a word."""
-    pairs = {}
-    for text in values:
-        name, _, value = text.partition("=")
-        if not name or not value:
-            raise click.BadParameter(f"{text!r} is not NAME=VALUE.", ctx, param)
-        pairs[name] = _scalar(value)
-    return pairs
-
-
-def _scalar(text: str) -> bool | int | float | str:
-    if text in ("true", "false"):
-        return text == "true"
-    for kind in (int, float):
-        with suppress(ValueError):
-            return kind(text)
-    return text
 
 
 def _writable(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
@@ -96,7 +73,7 @@ def _writable(ctx: click.Context, param: click.Parameter, path: Path | None) -> 
     "--strategy-option",
     "strategy_options",
     multiple=True,
-    callback=_pairs,
+    callback=pairs,
     metavar="NAME=VALUE",
     help="What the strategy takes, such as trim=0.2; may be given several times.",
 )
@@ -105,7 +82,7 @@ def _writable(ctx: click.Context, param: click.Parameter, path: Path | None) -> 
     "--codec-option",
     "codec_options",
     multiple=True,
-    callback=_pairs,
+    callback=pairs,
     metavar="NAME=VALUE",
     help="What the codec takes, such as keep=32; may be given several times.",
 )

@@ -1,0 +1,104 @@
+"""A hub that begins with a model from a folder, or with a preset whose keys were changed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moshi_fl.errors import ConfigError, CorruptRecord, MoshiError
+from moshi_fl.models import get_family, get_preset
+from moshi_fl.models.folder import read_folder
+from moshi_fl.weights import save_weights, weights_digest
+from moshi_hub.create import Plan, create
+
+SMALL = {"d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "max_seq_len": 16}
+
+
+def write_model(folder: Path, **changes: Any) -> Path:
+    """What the trainer leaves: a moc model of a size that takes no time."""
+    preset = get_preset("moc", "tiny")
+    model = {**preset.model, **SMALL}
+    weights = get_family("moc").load(model, preset.tokenizer).initial_weights(7)
+    save_weights(folder / "model.safetensors", weights)
+    (folder / "config.json").write_text(json.dumps({"family": "moc", **model, **changes}))
+    return folder
+
+
+def make(folder: Path, **how: Any) -> Any:
+    plan = Plan(url=str(folder / "hub.git"), family="char", preset="tiny", name="test", **how)
+    return create(plan, folder / "home")
+
+
+def test_round_0_has_the_weights_of_the_folder(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "best")
+    snapshot = make(tmp_path, source=source)
+    found = read_folder(source)
+    assert snapshot.record.weights == weights_digest(found.weights)
+    assert snapshot.state.config.family == "moc"
+    assert snapshot.state.config.model_table == found.model
+
+
+def test_a_recipe_in_the_folder_is_the_hubs(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "best")
+    recipe = {"training": {"steps": 77}, "delta": {"codec": "int8"}}
+    (source / "recipe.json").write_text(json.dumps(recipe))
+    config = make(tmp_path, source=source).state.config
+    assert config.training.steps == 77
+    assert config.training.batch_size == get_preset("moc", "tiny").training["batch_size"]
+    assert config.delta.codec == "int8"
+
+
+def test_keys_of_the_model_can_be_set(tmp_path: Path) -> None:
+    plan = Plan(
+        url=str(tmp_path / "hub.git"),
+        family="char",
+        preset="tiny",
+        name="test",
+        model={"n_layer": 1, "d_model": 32},
+    )
+    table = create(plan, tmp_path / "home").state.config.model_table
+    assert table == {**get_preset("char", "tiny").model, "n_layer": 1, "d_model": 32}
+
+
+def _cut(source: Path) -> None:
+    data = (source / "model.safetensors").read_bytes()
+    (source / "model.safetensors").write_bytes(data[:-3])
+
+
+def _half(source: Path) -> None:
+    weights = {n: a.astype(np.float16) for n, a in read_folder(source).weights.items()}
+    save_weights(source / "model.safetensors", weights)
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda s: (s / "config.json").unlink(), "cannot read"),
+        (lambda s: (s / "config.json").write_text("[]"), "holds no table"),
+        (lambda s: (s / "config.json").write_text("{}"), "names no model family"),
+        (lambda s: (s / "config.json").write_text('{"family": "x"}'), "no model family 'x'"),
+        (lambda s: (s / "model.safetensors").unlink(), "does not exist"),
+        (lambda s: (s / "recipe.json").write_text('{"hub": {}}'), "should have the tables"),
+        (lambda s: write_model(s, d_model=32), "instead of float32"),
+        (_cut, "bytes of data where the header describes"),
+        (_half, "is float16"),
+    ],
+)
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, harm: Any, said: str) -> None:
+    source = write_model(tmp_path / "best")
+    harm(source)
+    with pytest.raises(MoshiError, match=said) as caught:
+        make(tmp_path, source=source)
+    assert isinstance(caught.value, ConfigError | CorruptRecord)
+
+
+def test_a_part_that_the_model_has_not_is_no_recipe(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "best")
+    (source / "recipe.json").write_text('{"training": {"trains": "lora"}}')
+    with pytest.raises(ConfigError, match="trained whole"):
+        make(tmp_path, source=source)
+    assert not (tmp_path / "hub.git").exists()
