@@ -30,12 +30,13 @@ OPTIONS = (
     click.option(
         "--weights",
         type=FOLDER,
-        help="Use no hub, but what python -m moshi_fl.train left here: its folder best or final.",
+        help="Use no hub, but what python -m moshi_fl.train left here (its folder best or final), "
+        "or import-checkpoint.",
     ),
     click.option(
         "--tokenizer",
         type=FILE,
-        help="With --weights: what its data were made with. [default: bytes]",
+        help="With --weights: what its data were made with. [default: the folder's own, or bytes]",
     ),
 )
 

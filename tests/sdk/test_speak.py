@@ -22,7 +22,9 @@ from moshi_fl.text import clean
 from moshi_hub.cli import main as hub_main
 from moshi_sdk.cli import main as fl_main
 from moshi_sdk.speak import converse, require_files
+from tests.support.espeak import write_dialogues
 from tests.support.mimis import small_mimi
+from tests.support.releases import write_release
 from tests.support.simulator import HubSimulator
 from tests.support.speeches import Spelling, lm_of, tiny
 
@@ -177,17 +179,20 @@ def test_a_hubs_model_answers_on_a_machine_that_never_saw_it(
     speaking_hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = tmp_path / "user.wav", tmp_path / "reply.wav"
-    write_audio(source, voice(1.5, rate=44_100), sample_rate=44_100)
+    (dialogue,) = write_dialogues(tmp_path / "spoken", client=1, count=1, length=2)
+    said = read_audio(dialogue, sample_rate=16_000)[1]  # what the right one says
+    write_audio(source, said, sample_rate=16_000)
+    heard = -(-len(said) * 3 // 2 // FRAME)  # whole frames of it
     words = ["speak", "--hub", str(speaking_hub), "--in", str(source), "--seed", "3"]
     assert fl_main([*words, "--out", str(out), "--seconds", "1", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["round"] == 0
     assert facts["text"].strip()
-    assert facts["frames"] == 19 + 13  # whole frames of 1.5 s, and of one more
+    assert facts["frames"] == heard + 13  # those of a second begin
     assert 0 < facts["median_ms"] <= facts["p95_ms"] <= facts["worst_ms"]
     assert facts["real_time_factor"] > 0
     reply = read_audio(out, channels=1)
-    assert reply.shape == (1, 32 * FRAME)
+    assert reply.shape == (1, (heard + 13) * FRAME)
     assert reply.std() > 0
     again = tmp_path / "again.wav"
     assert fl_main([*words, "--out", str(again), "--seconds", "1", "--offline"]) == 0
@@ -197,7 +202,25 @@ def test_a_hubs_model_answers_on_a_machine_that_never_saw_it(
     assert "real time factor" in captured.out
     other = tmp_path / "eight.flac"
     assert fl_main([*words, "--out", str(other), "--int8", "--stereo", "--top-k", "0"]) == 0
-    assert read_audio(other, channels=2).shape == (2, 19 * FRAME)
+    assert read_audio(other, channels=2).shape == (2, heard * FRAME)
+
+
+def test_an_imported_release_speaks_without_a_hub(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    release, folder = write_release(tmp_path / "release"), tmp_path / "imported"
+    assert fl_main(["import-checkpoint", str(release), "--out", str(folder)]) == 0
+    source, out = tmp_path / "user.wav", tmp_path / "reply.wav"
+    write_audio(source, voice(0.5))
+    capsys.readouterr()
+    words = ["speak", "--weights", str(folder), "--in", str(source), "--out", str(out)]
+    assert fl_main([*words, "--temperature", "0", "--text-temperature", "0", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["round"] is None
+    assert read_audio(out).shape == (1, facts["frames"] * FRAME)
+    assert fl_main([*words, "--hub", "somewhere"]) == 2
+    assert fl_main(words) == 1
+    assert "is there already" in capsys.readouterr().err
 
 
 def test_a_model_that_only_writes_says_so(

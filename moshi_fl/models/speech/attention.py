@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moshi_fl.models.attention import causal_attention
 from moshi_fl.models.speech.layers import rotate
+from moshi_fl.models.speech.product import Linear
 from moshi_fl.models.speech.streaming import State, StreamingModule
 
 SPARE = 7
@@ -122,8 +123,8 @@ class StreamingAttention(StreamingModule):
         self.head_width = width // heads
         self.capacity = capacity  # of the ring
         rows = (heads + 2 * self.kv_heads) * self.head_width
-        self.in_projs = nn.ModuleList(nn.Linear(width, rows, bias=False) for _ in range(sets))
-        self.out_projs = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(sets))
+        self.in_projs = nn.ModuleList(Linear(width, rows, bias=False) for _ in range(sets))
+        self.out_projs = nn.ModuleList(Linear(width, width, bias=False) for _ in range(sets))
         self.register_load_state_dict_pre_hook(_split_stacked)  # type: ignore[no-untyped-call]
 
     def initial_state(self, batch: int) -> Ring:

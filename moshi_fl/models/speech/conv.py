@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moshi_fl.errors import DataError
 from moshi_fl.models.speech.attention import floating
+from moshi_fl.models.speech.product import linear
 from moshi_fl.models.speech.streaming import State, StreamingModule
 
 ROWS = 8192  # of windows that are copied out at once
@@ -87,7 +87,7 @@ class CausalConv(StreamingModule):
         windows = x.unfold(1, self.span, self.stride)[..., :: self.dilation]  # (B, T', C, K)
         weight = conv.weight.permute(0, 2, 1).flatten(1)  # (outputs, K C)
         parts = [
-            F.linear(part.transpose(2, 3).flatten(2), weight, conv.bias)
+            linear(part.transpose(2, 3).flatten(2), weight, conv.bias)
             for part in torch.split(windows, ROWS, dim=1)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -169,7 +169,7 @@ class CausalTransposedConv(StreamingModule):
         kernel = weight.permute(2, 1, 0)  # (2 stride, outputs, C)
         if self.depthwise:
             return (x[:, :, None] * kernel[:, 0]).flatten(2)
-        return F.linear(x, kernel.flatten(0, 1))
+        return linear(x, kernel.flatten(0, 1))
 
 
 def _laid_out(weight: Tensor, order: tuple[int, int, int]) -> nn.Parameter:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moshi_fl.errors import ConfigError
 from moshi_fl.models.moc_layers import rms_norm, wide
+from moshi_fl.models.speech.product import Linear
 
 NormName = Literal["layer_norm", "layer_norm_f32", "rms_norm", "rms_norm_f32"]
 PositionName = Literal["sin", "rope", "rope_concat", "sin_rope", "none"]
@@ -88,8 +89,8 @@ class Gating(nn.Module):
     def __init__(self, width: int, feed_forward: int) -> None:
         super().__init__()
         hidden = 21 * width // 8 if feed_forward == 4 * width else 2 * feed_forward // 3
-        self.linear_in = nn.Linear(width, 2 * hidden, bias=False)
-        self.linear_out = nn.Linear(hidden, width, bias=False)
+        self.linear_in = Linear(width, 2 * hidden, bias=False)
+        self.linear_out = Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x``: (..., C), the same back."""

@@ -20,6 +20,7 @@ from moshi_fl.errors import DataError
 from moshi_fl.models.speech.layers import make_norm
 from moshi_fl.models.speech.lm_config import LMConfig
 from moshi_fl.models.speech.mixer import with_ttt
+from moshi_fl.models.speech.product import Linear
 from moshi_fl.models.speech.streaming import StreamingModule
 from moshi_fl.models.speech.transformer import StreamingTransformer
 
@@ -85,14 +86,12 @@ class LMModel(StreamingModule):
         self.text_emb = TokenEmbedding(text, c.dim, norm=norm)
         self.transformer = with_ttt(StreamingTransformer(c.temporal), c)
         self.out_norm = make_norm(c.norm, c.dim)
-        self.text_linear = nn.Linear(c.dim, c.text_card, bias=c.bias_proj)
+        self.text_linear = Linear(c.dim, c.text_card, bias=c.bias_proj)
         self.extra_heads = nn.ModuleList(
             nn.Linear(c.dim, c.extra_heads_dim, bias=False) for _ in range(c.extra_heads_num_heads)
         )
         inputs = max(c.weight_of_step, default=0) + 1 if c.depformer_multi_linear else 1
-        self.depformer_in = nn.ModuleList(
-            nn.Linear(c.dim, width, bias=False) for _ in range(inputs)
-        )
+        self.depformer_in = nn.ModuleList(Linear(c.dim, width, bias=False) for _ in range(inputs))
         rank = c.depformer_low_rank_embeddings
         self.depformer_emb = nn.ModuleList(
             TokenEmbedding(audio, width, rank=rank, norm=norm) for _ in range(c.dep_q - 1)
@@ -105,7 +104,7 @@ class LMModel(StreamingModule):
             for _ in range(c.dep_q)
         )
         self.linears = nn.ModuleList(
-            nn.Linear(width, c.card, bias=c.bias_proj) for _ in range(c.dep_q)
+            Linear(width, c.card, bias=c.bias_proj) for _ in range(c.dep_q)
         )
         self._initialise()
 
@@ -249,13 +248,15 @@ def check_codes(codes: Tensor, most: list[int]) -> None:
 
 def _undelayed(logits: Tensor, delays: list[int]) -> tuple[Tensor, Tensor]:
     """Logits (B, K, T, V), each stream as many frames earlier; zeros and False where none are."""
-    rows, masks = [], []
-    T = logits.shape[2]
+    B, K, T, V = logits.shape
+    times = torch.arange(T, device=logits.device)
+    mask = torch.stack([times < T - delay for delay in delays]).expand(B, -1, -1)
+    if not any(delays):
+        return logits, mask
+    rows: list[Tensor] = []
     for stream, delay in enumerate(delays):
-        rows.append(F.pad(logits[:, stream, delay:], (0, 0, 0, min(delay, T))))
-        masks.append(torch.arange(T, device=logits.device) < T - delay)
-    mask = torch.stack(masks).expand(len(logits), -1, -1)
-    return torch.stack(rows, dim=1), mask
+        rows += [logits[:, stream, delay:], logits.new_zeros(B, min(delay, T), V)]
+    return torch.cat(rows, dim=1).view(B, K, T, V), mask
 
 
 def _truncated_normal(weight: Tensor) -> None:

@@ -32,6 +32,7 @@ from moshi_fl.models.speech.layers import (
     rotation_rates,
     sinusoids,
 )
+from moshi_fl.models.speech.product import Linear
 from moshi_fl.models.speech.streaming import State, StreamingModule
 
 
@@ -123,8 +124,8 @@ class StreamingTransformerLayer(nn.Module):
         elif self.gated:
             self.gating = Gating(width, hidden)
         else:
-            self.linear1 = nn.Linear(width, hidden, bias=False)
-            self.linear2 = nn.Linear(hidden, width, bias=False)
+            self.linear1 = Linear(width, hidden, bias=False)
+            self.linear2 = Linear(hidden, width, bias=False)
         scale = config.layer_scale
         self.layer_scale_1 = nn.Identity() if scale is None else LayerScale(width, scale)
         self.layer_scale_2 = nn.Identity() if scale is None else LayerScale(width, scale)
