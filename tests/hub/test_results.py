@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import msgspec
@@ -12,10 +13,12 @@ import pytest
 
 import moshi_hub.cli
 from moshi_fl.errors import ConfigError, DataError, HubError, MoshiError
+from moshi_fl.forge import BareGit
 from moshi_fl.history import contribution_branch
 from moshi_fl.records import Contribution, dump, load
 from moshi_fl.replica import Replica
-from moshi_fl.store import RefUpdate
+from moshi_fl.store import HubRepo, RefUpdate
+from moshi_hub.announce import tell_results
 from moshi_hub.comment import one_line, results_text
 from moshi_hub.heldout import POOL_KEY, open_sealed_pool, pool_path, seal_pool, store_pool
 from moshi_hub.keys import VARIABLES, KeyStore, private_pem
@@ -32,6 +35,7 @@ from moshi_hub.results import (
     verdict_of,
 )
 from moshi_hub.verify import REASONS
+from tests.fuzz.examples import example
 from tests.support.hubs import git
 from tests.support.simulator import HubSimulator, write_corpus
 
@@ -274,6 +278,32 @@ def test_results_that_do_not_belong_together(gate: GateResult, tmp_path: Path) -
         (tmp_path / f"{number}.json").write_bytes(dump(gate))
     with pytest.raises(MoshiError, match="more than 32"):
         read_results(tmp_path, gate.hub)
+
+
+def test_whatever_is_well_formed_can_be_said(tmp_path: Path) -> None:
+    """A record may be made up from end to end: a key that is none, no files, endless numbers."""
+    random, said = Random(7), 0
+    forge = BareGit(HubRepo(tmp_path / "git", "https://example.org/hub"))
+    results = tmp_path / "results"
+    results.mkdir()
+    for _ in range(300):
+        made = msgspec.convert(example(GateResult, random, full=True), GateResult)
+        made = msgspec.structs.replace(
+            made,
+            pull_request=0,
+            findings=random.choice([(), (Broken(code="copy", message=HOSTILE[:500]),)]),
+            norm=random.choice([None, 1e308, -1e-308]),
+            signed=random.random() < 0.3,
+        )
+        (results / "verdict.json").write_bytes(dump(made))
+        try:
+            found = read_results(results, made.hub)
+            text, _ = tell_results(forge, found, "ann", "https://example.org/hub")
+        except MoshiError:  # one sentence, and nothing was said
+            continue
+        said += 1
+        assert len(text) < 65_536
+    assert 50 < said < 300
 
 
 # What they say together.

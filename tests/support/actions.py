@@ -61,7 +61,7 @@ class Actions:
     """
 
     def __init__(
-        self, github: FakeGitHub, folder: Path, secrets: Mapping[str, Mapping[str, str]]
+        self, github: FakeGitHub, folder: Path, secrets: dict[str, dict[str, str]]
     ) -> None:
         self.github, self.folder, self.secrets = github, folder, secrets
         self.runs: list[Run] = []
