@@ -260,14 +260,18 @@ def follow_to_verify(world: World, first: Run, pull: dict[str, Any]) -> Run:
 
 
 def report_on(world: World, judged: Run) -> Run:
-    facts = {
+    return world.actions.run("report", "workflow_run", {"workflow_run": facts_of(judged)})
+
+
+def facts_of(judged: Run) -> dict[str, Any]:
+    """What the event says of a run that main's own code made."""
+    return {
         "head_sha": "0" * 40,
         "event": judged.event,
         "conclusion": judged.conclusion,
         "name": judged.name,
         "id": judged.number,
     }
-    return world.actions.run("report", "workflow_run", {"workflow_run": facts})
 
 
 def submitted(world: World, pull: dict[str, Any]) -> Run:
@@ -307,6 +311,24 @@ def test_a_branch_that_moved_before_it_was_reported_is_refused(world: World) -> 
     assert "Traceback" not in said.said
     assert world.said(pull) == []
     assert world.states(pull) == []
+
+
+def test_a_branch_that_moved_before_it_was_measured_is_refused(world: World) -> None:
+    world.fork("bob")
+    data = write_corpus(world.folder / "bobs-data")
+    world.call("bob", "moshi-fl", "contribute", "--data", data, *LITTLE)
+    pull = world.github.pulls[-1]
+    judged = follow_to_verify(world, submitted(world, pull), pull)
+    assert judged.conclusion == "success", judged.said
+    old = pull["head"]["sha"]
+    move(world, pull, "bob")
+    measured = world.actions.run("evaluate", "workflow_run", {"workflow_run": facts_of(judged)})
+    assert measured.conclusion == "failure"
+    assert measured.said.count(f"no open contribution has the head {old[:12]}") == 3
+    assert measured.artifacts == {}
+    night = world.actions.run("merge", "schedule", NIGHT)
+    assert "Nothing to merge: 0 contribution(s)" in night.said, night.said
+    assert world.said(pull) == []
 
 
 def test_a_fork_that_is_gone_holds_up_nobody(world: World) -> None:
@@ -407,6 +429,8 @@ def test_the_guide_leads_from_nothing_to_a_published_round(
             given = [places.get(word, word) for word in args]
             printed[" ".join([command, *args])] = world.call("carol", command, *given)
         told = capsys.readouterr().err
+        written = git(world.repository, "ls-tree", "-r", "--name-only", "main").split()
+        assert {".github/workflows/verify.yml", ".github/CODEOWNERS", "SECURITY.md"} <= {*written}
         for wanted in ("Environment evaluators", "Environment publishing", "protect main", "Pages"):
             assert wanted in told
         for row in re.findall(r"^   \| (\w+) \| `(\w+)` \| `([^`]+)` \|", section, re.MULTILINE):
