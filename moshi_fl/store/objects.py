@@ -222,6 +222,12 @@ class ObjectStore(StoreFolder):
         lines = self._git("reading history", "log", *options).lines
         return [(oid, subject) for oid, _, subject in (line.partition(" ") for line in lines)]
 
+    def message(self, commit: str) -> str:
+        """A commit's message."""
+        options = ["--max-count=1", "--no-show-signature", "--format=%B", "--end-of-options"]
+        out = self._git("reading history", "log", *options, checked_oid(commit)).out
+        return out.decode("utf-8", "replace")
+
     def parents(self, commit: str) -> list[str]:
         """Parents of a commit, in order.
 

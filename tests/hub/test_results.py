@@ -453,9 +453,19 @@ def test_a_timer_ends_well_when_there_is_nothing_to_do(
     capsys.readouterr()
     assert run("publish", "--if-merged") == 0
     assert "nothing to publish" in capsys.readouterr().err
-    hub.contribute("bob", seed=2)
+    bob = hub.contribute("bob", seed=2)
     assert run("merge", "--if-ready") == 0
     assert branch_of(hub.replica) != proposed
+    assert run("merge", "--exclude", bob.id[:12]) == 0
+    without = branch_of(hub.replica)
+    assert run("merge", "--if-ready") == 0  # what a maintainer decided stays decided
+    assert branch_of(hub.replica) == without
+    eve = hub.contribute("eve", seed=3)
+    assert run("merge", "--if-ready") == 0
+    assert branch_of(hub.replica) != without
+    taken = hub.replica.repo.entries(branch_of(hub.replica), "rounds/0001")
+    assert any(eve.id in found.path for found in taken)
+    assert not any(bob.id in found.path for found in taken)
     assert hub.replica.repo.remote_refs("refs/moshi/intake")
     (main,) = hub.replica.repo.remote_refs("refs/heads/main").values()
     hub.replica.repo.push([RefUpdate("refs/heads/main", branch_of(hub.replica), main)])
