@@ -401,6 +401,17 @@ def test_the_api_goes_down_while_a_verdict_is_said(world: World) -> None:
     assert world.states(pull) == ["failure"]
 
 
+def test_a_label_that_cannot_be_made_is_no_failure(world: World) -> None:
+    pull = world.offer("bob", "contribute/0/unlabelled")
+    judged = follow_to_verify(world, submitted(world, pull), pull)
+    world.github.failing = "labels"
+    said = report_on(world, judged)
+    world.github.failing = ""
+    assert said.conclusion == "success", said.said
+    assert "Warning: POST" in said.said
+    assert (len(world.said(pull)), world.states(pull)) == (1, ["failure"])
+
+
 def test_jobs_leave_nothing_where_they_must_not_write(world: World) -> None:
     """Only jobs with the right to write could push; all the others would have been refused."""
     refs = git(world.repository, "for-each-ref", "--format=%(refname)").split()
