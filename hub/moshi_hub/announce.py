@@ -102,7 +102,9 @@ def _tell(
     _try(problems, lambda: forge.label(number, [word], remove=[other]))
 
 
-def tell_results(forge: Forge, results: Results, author: str, hub: str) -> tuple[str, list[str]]:
+def tell_results(
+    forge: Forge, results: Results, author: str, hub: str
+) -> tuple[str, list[str], list[str]]:
     """Say what jobs found of a contribution: one comment, one status, one label.
 
     Args:
@@ -112,13 +114,15 @@ def tell_results(forge: Forge, results: Results, author: str, hub: str) -> tuple
         hub: The hub's address, for the commands that check it.
 
     Returns:
-        The comment, and what the forge refused, in words.
+        The comment; what the forge refused, in words; and what it refused of lesser things: a job
+        may not make a label that the repository has not yet.
     """
     problems: list[str] = []
+    lesser: list[str] = []
     gate, verdict = results.gate, verdict_of(results.gate)
-    text = results_text(results, verdict, _signer(forge, verdict, author, problems), hub)
+    text = results_text(results, verdict, _signer(forge, verdict, author, lesser), hub)
     if not gate.pull_request or _said_more(forge, results, problems):
-        return text, problems
+        return text, problems, lesser
     word = results.outcome if results.outcome in {REJECTED, DISPUTED} else ACCEPTED
     _try(problems, lambda: forge.say(gate.pull_request, text, marker=VERDICT))
     _try(
@@ -126,8 +130,8 @@ def tell_results(forge: Forge, results: Results, author: str, hub: str) -> tuple
         lambda: forge.set_status(gate.head, Status(CHECK, STATES[word], one_line(results))),
     )
     others = [other for other in STATES if other != word]
-    _try(problems, lambda: forge.label(gate.pull_request, [word], remove=others))
-    return text, problems
+    _try(lesser, lambda: forge.label(gate.pull_request, [word], remove=others))
+    return text, problems, lesser
 
 
 def _said_more(forge: Forge, results: Results, problems: list[str]) -> bool:

@@ -27,7 +27,7 @@ from moshi_hub.keys import KeyStore, Passphrase, passphrase_from_environment
 from moshi_hub.likeness import likeness
 from moshi_hub.metadata import Desk, utc_now
 from moshi_hub.offers import Offers, open_offers
-from moshi_hub.pending import NothingToMerge, record_arrivals, refuse_again
+from moshi_hub.pending import NothingToMerge, excluded_before, record_arrivals, refuse_again
 from moshi_hub.propose import Evaluator, Proposal, propose
 from moshi_hub.publish import (
     Built,
@@ -193,7 +193,8 @@ def merge(
             desk_for(replica, found.snapshot.state, found.rules.config, passphrase).require_keys()
         again = options.if_ready and not options.publish
         if again:
-            refuse_again(replica, found, found.accepted)  # before anything is measured
+            options = replace(options, exclude=(*options.exclude, *excluded_before(replica, found)))
+            refuse_again(replica, found, kept(found, options.exclude))  # before it is measured
         decided = gate(found, folder) if gate else None
         late: set[str] = set()
         if decided:
@@ -212,7 +213,10 @@ def merge(
             find_strategy=find_strategy,
             evaluate=evaluator(found.rules.config),
         )
-        proposal = replace(proposal, decided=decided)
+        absent = {entry.id for entry in found.accepted} - {
+            c.id for c in kept(found, options.exclude)
+        }
+        proposal = replace(proposal, decided=decided, left_out=tuple(sorted(absent)))
         if options.dry_run:
             return _outcome(found, proposal, None, waiting)
         findings = findings_on(replica, found, proposal, waiting, sampler)
@@ -269,10 +273,10 @@ def choose(
         NothingToMerge: Fewer are left than the hub demands.
     """
     _check_exclusions(found, exclude)
-    kept = [c for c in found.intake if not any(c.id.startswith(start) for start in exclude)]
-    held_back = [entry for entry in kept if entry.id in late]
-    kept = [entry for entry in kept if entry.id not in late]
-    selection = _select(found, kept, deltas)
+    staying = kept(found, exclude)
+    held_back = [entry for entry in staying if entry.id in late]
+    staying = [entry for entry in staying if entry.id not in late]
+    selection = _select(found, staying, deltas)
     found = _with_findings(found, selection)
     rules = found.rules.config.aggregation
     count = len(selection.taken) + len(selection.waiting)
@@ -283,10 +287,15 @@ def choose(
             f"{rules.min_contributions}; {rejected} rejected.",
             hint="moshi-hub verify   (shows each open contribution and why it was rejected)",
         )
-    by_id = {contribution.id: contribution for contribution in kept}
+    by_id = {contribution.id: contribution for contribution in staying}
     waiting = [*(by_id[i] for i in selection.waiting), *held_back]
     taken = [by_id[i] for i in selection.taken]
     return found, taken, sorted(waiting, key=lambda entry: entry.id)
+
+
+def kept(found: OpenRound, exclude: Sequence[str]) -> list[Contribution]:
+    """What passed the gate and is not excluded, in the order in which it was judged."""
+    return [c for c in found.intake if not c.id.startswith(tuple(exclude))]
 
 
 def _check_exclusions(found: OpenRound, exclude: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from moshi_fl.replica import Replica
 from moshi_fl.store import PushRejected
 from moshi_hub.announce import show_round
 from moshi_hub.intake import publish_intake
-from moshi_hub.publish import author, has_round, proposed_now, proposed_report
+from moshi_hub.publish import author, has_round, left_out, proposed_now, proposed_report
 
 if TYPE_CHECKING:
     from moshi_hub.merge import OpenRound
@@ -28,6 +28,15 @@ def record_arrivals(replica: Replica, found: OpenRound, name: str) -> None:
     if intake.seen:
         with suppress(PushRejected):  # another machine did so in this moment
             publish_intake(replica, names, intake, author(name))
+
+
+def excluded_before(replica: Replica, found: OpenRound) -> set[str]:
+    """What a maintainer left out of the round that is proposed now, and is open still."""
+    state, number = found.snapshot.state, found.snapshot.round + 1
+    proposed = proposed_now(replica.repo, state, number)
+    if proposed is None or not proposed.follows(found.snapshot.record):
+        return set()
+    return left_out(replica.repo, proposed) & {entry.id for entry in found.intake}
 
 
 def refuse_again(replica: Replica, found: OpenRound, chosen: Sequence[Contribution]) -> None:

@@ -65,6 +65,8 @@ class Proposal:
     keyframe_files: tuple[Path, ...] = ()
     decided: Decided | None = None
     """The evaluation that the contributions passed; None when they were not evaluated."""
+    left_out: tuple[str, ...] = ()
+    """Ids that the maintainer excluded."""
 
     @property
     def delta_files(self) -> tuple[Path, ...]:

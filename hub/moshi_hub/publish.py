@@ -46,6 +46,7 @@ from moshi_hub.judging import Decided, with_anchor
 from moshi_hub.propose import Proposal
 
 REPORT_FILE = "report.md"
+LEFT_OUT = "Left-out: "
 MAX_REPORT_BYTES = 1 << 20
 
 
@@ -119,6 +120,8 @@ def build_round(
         files[TOKENIZER_FILE] = proposal.tokenizer
     tree = repo.tree(put_all(repo, files), base=main)
     message = f"Round {record.round}: {_subject(record)}\n"
+    if proposal.left_out:
+        message += "\n" + "".join(f"{LEFT_OUT}{entry}\n" for entry in proposal.left_out)
     commit = repo.commit(
         tree, parents=(main,), message=message, author=by, when=seconds(record.created)
     )
@@ -307,6 +310,12 @@ def proposed_now(repo: HubRepo, state: HubState, number: int) -> Proposed | None
     """The proposal of that number, if there is one."""
     ref = state.refs.next(number)
     return fetch_proposed(repo, state.refs, number) if ref in repo.remote_refs(ref) else None
+
+
+def left_out(repo: HubRepo, proposed: Proposed) -> set[str]:
+    """Ids that a maintainer excluded from it."""
+    lines = repo.message(proposed.branch).splitlines() if proposed.branch else []
+    return {line.removeprefix(LEFT_OUT) for line in lines if line.startswith(LEFT_OUT)}
 
 
 def proposed_report(repo: HubRepo, proposed: Proposed) -> str:

@@ -19,6 +19,7 @@ MAX_BODY = 65_535  # characters of a comment or a description; GitHub refuses 65
 MAX_TITLE = 256
 MAX_STATUS = 140  # characters of a status
 JOB = "github-actions[bot]"
+NOT_A_USER = "not accessible by integration"  # what the token of a job is told
 CUT = "\n\n*(shortened)*\n"
 FORK_POLLS = 30
 STATES: dict[str, State] = {
@@ -55,7 +56,7 @@ class GitHub:
         try:
             return str(self.api.get("user")["login"])
         except ForgeError as error:
-            if error.status != 403:
+            if error.status != 403 or NOT_A_USER not in str(error):  # a limit is 403, too
                 raise
             return JOB
 

@@ -240,6 +240,13 @@ class ObjectStore(StoreFolder):
                 found.setdefault(line, commit)
         return found
 
+    def message(self, commit: str) -> str:
+        """A commit's message."""
+        options = ["--max-count=1", "--no-show-signature", "--format=%B", "--end-of-options"]
+        out = self._git("reading history", "log", *options, checked_oid(commit)).out
+        return out.decode("utf-8", "replace")
+
+
     def parents(self, commit: str) -> list[str]:
         """Parents of a commit, in order.
 

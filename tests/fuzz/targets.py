@@ -425,6 +425,7 @@ def run_delta(made: tuple[str, bytes]) -> str:
 
 @cache
 def _kinds() -> list[type[Record]]:
+    import moshi_hub.results
     import moshi_sdk.runs  # noqa: F401 - to know their records
 
     return list(records_below())

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ LITTLE = ("--steps", "2", "--batch-size", "2")
 NIGHT = {"schedule": "17 3 * * *"}
 MONTH = {"schedule": "41 4 1 * *"}
 RUN_ME = "touch${IFS}PWNED"
+BY_HAND = [["moshi-hub", "verify"], ["moshi-hub", "merge"], ["moshi-hub", "publish"]]
 NAMES = [
     f"contribute/0/$({RUN_ME})",
     f"contribute/0/`{RUN_ME}`",
@@ -115,9 +118,9 @@ class World:
         assert self.github.problems == []
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    folder = tmp_path_factory.mktemp("github")
+@contextmanager
+def github_at(folder: Path) -> Iterator[World]:
+    """A GitHub with one empty repository, on loopback until the block ends."""
     served = folder / "served"
     hub = served / "hub" / "model.git"
     git(folder, "init", "--quiet", "--bare", "--initial-branch", "main", str(hub))
@@ -132,7 +135,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         fake.web = stack.enter_context(serve(served, user="x-access-token", password=WRITER))
         stack.enter_context(serving(fake))
         secrets: dict[str, dict[str, str]] = {"evaluators": {}, "publishing": {}}
-        world = World(folder, fake, Actions(fake, folder / "runners", secrets))
+        yield World(folder, fake, Actions(fake, folder / "runners", secrets))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    folder = tmp_path_factory.mktemp("github")
+    with github_at(folder) as world:
         held_out = write_corpus(folder / "held-out", "while True:\n    total = total + 1\n", 2)
         world.call("carol", "moshi-hub", "init", world.url, "--eval-data", held_out)
         for environment, name, command in (
@@ -142,9 +151,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             ("publishing", "MOSHI_HUB_TARGETS_KEY", ("keys", "export", "--role", "targets")),
         ):
             printed = world.call("carol", "moshi-hub", *command)["lines"]
-            secrets[environment][name] = "\n".join(printed)
+            world.actions.secrets[environment][name] = "\n".join(printed)
         yield world
-    world.check_nothing_ran()
+        world.check_nothing_ran()
 
 
 def names(runs: list[Run]) -> list[str]:
@@ -251,14 +260,18 @@ def follow_to_verify(world: World, first: Run, pull: dict[str, Any]) -> Run:
 
 
 def report_on(world: World, judged: Run) -> Run:
-    facts = {
+    return world.actions.run("report", "workflow_run", {"workflow_run": facts_of(judged)})
+
+
+def facts_of(judged: Run) -> dict[str, Any]:
+    """What the event says of a run that main's own code made."""
+    return {
         "head_sha": "0" * 40,
         "event": judged.event,
         "conclusion": judged.conclusion,
         "name": judged.name,
         "id": judged.number,
     }
-    return world.actions.run("report", "workflow_run", {"workflow_run": facts})
 
 
 def submitted(world: World, pull: dict[str, Any]) -> Run:
@@ -298,6 +311,24 @@ def test_a_branch_that_moved_before_it_was_reported_is_refused(world: World) -> 
     assert "Traceback" not in said.said
     assert world.said(pull) == []
     assert world.states(pull) == []
+
+
+def test_a_branch_that_moved_before_it_was_measured_is_refused(world: World) -> None:
+    world.fork("bob")
+    data = write_corpus(world.folder / "bobs-data")
+    world.call("bob", "moshi-fl", "contribute", "--data", data, *LITTLE)
+    pull = world.github.pulls[-1]
+    judged = follow_to_verify(world, submitted(world, pull), pull)
+    assert judged.conclusion == "success", judged.said
+    old = pull["head"]["sha"]
+    move(world, pull, "bob")
+    measured = world.actions.run("evaluate", "workflow_run", {"workflow_run": facts_of(judged)})
+    assert measured.conclusion == "failure"
+    assert measured.said.count(f"no open contribution has the head {old[:12]}") == 3
+    assert measured.artifacts == {}
+    night = world.actions.run("merge", "schedule", NIGHT)
+    assert "Nothing to merge: 0 contribution(s)" in night.said, night.said
+    assert world.said(pull) == []
 
 
 def test_a_fork_that_is_gone_holds_up_nobody(world: World) -> None:
@@ -370,8 +401,64 @@ def test_the_api_goes_down_while_a_verdict_is_said(world: World) -> None:
     assert world.states(pull) == ["failure"]
 
 
+def test_a_label_that_cannot_be_made_is_no_failure(world: World) -> None:
+    pull = world.offer("bob", "contribute/0/unlabelled")
+    judged = follow_to_verify(world, submitted(world, pull), pull)
+    world.github.failing = "labels"
+    said = report_on(world, judged)
+    world.github.failing = ""
+    assert said.conclusion == "success", said.said
+    assert "Warning: POST" in said.said
+    assert (len(world.said(pull)), world.states(pull)) == (1, ["failure"])
+
+
 def test_jobs_leave_nothing_where_they_must_not_write(world: World) -> None:
     """Only jobs with the right to write could push; all the others would have been refused."""
     refs = git(world.repository, "for-each-ref", "--format=%(refname)").split()
     assert not [ref for ref in refs if "contribute" in ref]
     assert os.environ.get("MOSHI_HUB_ONLINE_KEY") is None
+
+
+def commands_in(text: str) -> list[list[str]]:
+    """Lines of the guide's code blocks that are our commands, in words."""
+    lines = re.findall(r"^    (moshi-\S+ .*)$", text, re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def test_the_guide_leads_from_nothing_to_a_published_round(
+    tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A new maintainer types what the guide says, in its order, and a secret where it says so."""
+    guide = (Path(__file__).parents[2] / "hub" / "README.md").read_text(encoding="utf-8")
+    section = guide.split("### On GitHub")[1].split("\n### ")[0]
+    first, by_hand = section.split("Without the workflows")
+    with github_at(tmp_path_factory.mktemp("guide")) as world:
+        held_out = write_corpus(world.folder / "held-out", "while True:\n    n = n + 1\n", 2)
+        places = {"https://github.com/team/code": world.url, "~/held-out": str(held_out)}
+        printed = {}
+        for command, *args in commands_in(first):
+            given = [places.get(word, word) for word in args]
+            printed[" ".join([command, *args])] = world.call("carol", command, *given)
+        told = capsys.readouterr().err
+        written = git(world.repository, "ls-tree", "-r", "--name-only", "main").split()
+        assert {".github/workflows/verify.yml", ".github/CODEOWNERS", "SECURITY.md"} <= {*written}
+        for wanted in ("Environment evaluators", "Environment publishing", "protect main", "Pages"):
+            assert wanted in told
+        for row in re.findall(r"^   \| (\w+) \| `(\w+)` \| `([^`]+)` \|", section, re.MULTILINE):
+            environment, name, line = row
+            said = printed.get(line) or world.call("carol", *shlex.split(line))
+            world.actions.secrets[environment][name] = "\n".join(said["lines"])
+        assert {len(found) for found in world.actions.secrets.values()} == {2}
+        data = write_corpus(world.folder / "data")
+        world.fork("ann")
+        world.call("ann", "moshi-fl", "contribute", "--data", data, *LITTLE)
+        pull = world.github.pulls[-1]
+        assert names(world.actions.contribution(pull)) == WHOLE
+        assert world.actions.run("merge", "workflow_dispatch", {}).conclusion == "success"
+        assert world.github.pulls[-1]["head"]["ref"] == "round/1"
+        assert [words[:2] for words in commands_in(by_hand)] == BY_HAND
+        for command, *args in commands_in(by_hand):
+            world.call("carol", command, *args)
+        assert pull["state"] == "closed"
+        assert world.call("ann", "moshi-fl", "sync")["round"] == 1
+        world.check_nothing_ran()

@@ -61,7 +61,7 @@ class Actions:
     """
 
     def __init__(
-        self, github: FakeGitHub, folder: Path, secrets: Mapping[str, Mapping[str, str]]
+        self, github: FakeGitHub, folder: Path, secrets: dict[str, dict[str, str]]
     ) -> None:
         self.github, self.folder, self.secrets = github, folder, secrets
         self.runs: list[Run] = []
@@ -148,6 +148,7 @@ class Actions:
             kept = self.folder / f"artifact-{run.number}-{given['name']}"
             source = work / given["path"]
             assert source.exists(), given["path"]  # if-no-files-found: error
+            assert given["overwrite"] == "true"  # else a run could not be run again
             kept.mkdir()
             files = sorted(source.iterdir()) if source.is_dir() else [source]
             assert files
@@ -159,7 +160,6 @@ class Actions:
             assert context["github"]["token"] == given["github-token"]
             wanted = [given["name"]] if "name" in given else list(source_run.artifacts)
             target = work / given["path"]
-            target.mkdir()
             for artifact in wanted:
                 shutil.copytree(source_run.artifacts[artifact], target, dirs_exist_ok=True)
         else:

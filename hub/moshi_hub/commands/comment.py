@@ -44,11 +44,11 @@ def comment(console: Console, results: Path, hub: str | None) -> None:
     found = read_results(results, replica.look().config.hub.id)
     forge = open_forge(replica.repo, load_settings().github_api)
     author = check_head(forge, found.gate).author if found.gate.pull_request else ""
-    text, problems = tell_results(forge, found, author, replica.repo.shown_url)
+    text, problems, lesser = tell_results(forge, found, author, replica.repo.shown_url)
     _summarise(text)
     if not found.gate.pull_request:
         console.line(text.rstrip())
-    for problem in problems:
+    for problem in (*problems, *lesser):
         console.warn(problem)
     if problems:
         raise HubError(
