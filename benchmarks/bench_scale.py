@@ -7,6 +7,7 @@ arithmetic, in ``costs``: change ``PLANS`` to your own case and run it again.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -59,8 +60,9 @@ class Limits:
 class Measured:
     """What one contribution and one round cost.
 
-    ``calls``: of the API, by a contributor, then by the hub for a contribution, then for a round;
-    the second numbers count only what creates content. None where they could not be counted.
+    ``calls``: of the API and, of these, those that create content, by what they are for: ``send``
+    by a contributor; ``verify``, ``again`` (judged when nothing has changed), ``merge`` and
+    ``publish`` by the hub for each contribution; ``round`` for a round. Empty: not counted.
     """
 
     sent: float  # bytes that a contribution pushes
@@ -73,7 +75,12 @@ class Measured:
     verify: float  # CPU seconds for a contribution
     merge: float
     evaluate: float
-    calls: tuple[tuple[float, float], tuple[float, float], tuple[float, float]] | None
+    calls: dict[str, tuple[float, float]]
+
+    def called(self, *what: str) -> tuple[float, float]:
+        """Calls for these together, and those that create content."""
+        found = [self.calls.get(name, (math.nan, math.nan)) for name in what]
+        return sum(calls for calls, _ in found), sum(writes for _, writes in found)
 
 
 @dataclass(frozen=True)
@@ -200,22 +207,35 @@ def evaluation_seconds(hub: Fabricated) -> float:
 WRITES = ("POST", "PATCH", "PUT", "DELETE")
 
 
-def count_calls(folder: Path) -> tuple[tuple[float, float], ...] | None:
-    """Calls of a contributor, of the hub for each contribution, and for a round."""
+def count_calls(folder: Path) -> dict[str, tuple[float, float]]:
+    """Calls by what they are for; what two hubs differ by is what one contribution costs."""
     from tests.support.openapi import CACHE
 
     if shutil.which("npm") is None and not CACHE.exists():
         print("  calls are not counted: npm is not here", file=sys.stderr)
-        return None
+        return {}
     one, three = (counted(folder / f"github-{count}", count) for count in (1, 3))
-    contributor = tuple(value / 3 for value in three[0])
-    each = tuple((b - a) / 2 for a, b in zip(one[1], three[1], strict=True))
-    fixed = tuple(a - b for a, b in zip(one[1], each, strict=True))
-    return contributor, each, fixed
+    each = {
+        what: ((three[what][0] - one[what][0]) / 2, (three[what][1] - one[what][1]) / 2)
+        for what in one
+    }
+    fixed = [
+        tuple(a - b for a, b in zip(one[what], each[what], strict=True))
+        for what in ("verify", "merge", "publish")
+    ]
+    return {**each, "round": (sum(calls for calls, _ in fixed), sum(w for _, w in fixed))}
 
 
-def counted(folder: Path, count: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Calls, and those of them that write: of so many contributors together, and of the hub."""
+PHASES = {
+    "verify": ("verify", "--comment"),
+    "again": ("verify", "--comment"),
+    "merge": ("merge",),
+    "publish": ("publish",),
+}
+
+
+def counted(folder: Path, count: int) -> dict[str, tuple[int, int]]:
+    """Calls of a round of so many contributions, and those of them that write."""
     from tests.support.github import FakeGitHub, serving
     from tests.support.http_hub import serve
     from tests.support.openapi import description
@@ -240,18 +260,21 @@ def counted(folder: Path, count: int) -> tuple[tuple[int, int], tuple[int, int]]
             git(folder, "clone", "--quiet", "--bare", str(hub), str(fork))
             git(fork, "config", "http.receivepack", "true")
             fake.forks[f"{who}/model"] = 0
-        first = len(fake.requests)
+        marks = {"": len(fake.requests)}
         for who in people:
             words = ("--data", str(ROOT / "examples"), "--steps", "1", "--hub", address)
             command(folder, fake, who, "moshi-fl", "contribute", *words)
-        second = len(fake.requests)
-        for words in (("verify", "--comment"), ("merge",), ("publish",)):
+        marks["send"] = len(fake.requests)
+        for what, words in PHASES.items():
             command(folder, fake, "carol", "moshi-hub", *words, "--hub", address)
+            marks[what] = len(fake.requests)
         assert fake.problems == []
         assert all(pull["state"] == "closed" for pull in fake.pulls[:count])
-        parts = fake.requests[first:second], fake.requests[second:]
-    theirs, ours = ((len(part), sum(r.startswith(WRITES) for r in part)) for part in parts)
-    return theirs, ours
+    parts = {
+        what: fake.requests[start:stop]
+        for (_, start), (what, stop) in itertools.pairwise(marks.items())
+    }
+    return {what: (len(p), sum(r.startswith(WRITES) for r in p)) for what, p in parts.items()}
 
 
 def git(folder: Path, *words: str) -> str:
@@ -328,7 +351,7 @@ def costs(plan: Plan, found: Measured, *, keep_rounds: int = 10) -> Costs:
     text = n * found.text + plan.rounds * found.round_text
     kept = text + plan.rounds * a_round + 3 * found.keyframe
     short = text + min(plan.rounds, keep_rounds) * a_round + 3 * found.keyframe
-    own, fixed = (found.calls[1], found.calls[2]) if found.calls else ((0.0, 0.0), (0.0, 0.0))
+    own, fixed = found.called("verify", "merge", "publish"), found.called("round")
     seconds = found.verify + found.evaluate + found.merge
     job = STARTING + found.verify
     minutes = n * ((JOBS - 1) * math.ceil(job / 60) + math.ceil((STARTING + found.evaluate) / 60))
@@ -340,7 +363,7 @@ def costs(plan: Plan, found: Measured, *, keep_rounds: int = 10) -> Costs:
         push=a_round + (found.keyframe if keyframes else 0.0) + each * found.text,
         calls=(n * own[0] + plan.rounds * fixed[0]) / MONTH,
         writes=(n * own[1] + plan.rounds * fixed[1]) / MONTH,
-        burst=each * own[0] + fixed[0],
+        burst=each * found.called("merge", "publish")[0] + fixed[0],
         cpu_hours=n * seconds / 3600,
         minutes=minutes,
         jobs=minutes / 60 / MONTH,
@@ -350,7 +373,7 @@ def costs(plan: Plan, found: Measured, *, keep_rounds: int = 10) -> Costs:
 
 def largest_month(found: Measured, limits: Limits) -> dict[str, float]:
     """Contributions a month at which each limit is reached by one repository; inf: never."""
-    own = found.calls[1] if found.calls else (math.nan, math.nan)
+    own = found.called("verify", "merge", "publish")
     job = costs(Plan(1, 1), found).minutes
     return {
         "calls of a workflow's token": limits.workflow_calls * MONTH / own[0],
@@ -367,6 +390,7 @@ def most_in_a_round(found: Measured, limits: Limits) -> dict[str, float]:
     from moshi_fl.records import MAX_RECORD_BYTES
 
     return {
+        "calls of a workflow's token": limits.workflow_calls / found.called("merge", "publish")[0],
         "push": limits.push / found.sent,
         "record of 1 MiB": MAX_RECORD_BYTES / found.record,
     }
@@ -381,8 +405,10 @@ def run() -> list[Row]:
     above = Plan(REGIONS * 30, 30)
     rows += plan_rows(region, found, f"each of {REGIONS} regions: ")
     rows += plan_rows(above, found, "the hub above them: ")
-    for what, value in {**largest_month(found, limits), **most_in_a_round(found, limits)}.items():
-        rows.append(Row(f"reached at: {what}", f"{value:,.0f}", "", math.nan, "-"))
+    for what, value in largest_month(found, limits).items():
+        rows.append(Row(f"a month's limit: {what}", f"{value:,.0f}", "", math.nan, "-"))
+    for what, value in most_in_a_round(found, limits).items():
+        rows.append(Row(f"a round's limit: {what}", f"{value:,.0f}", "", math.nan, "-"))
     return rows
 
 
@@ -397,10 +423,8 @@ def measured_rows(found: Measured) -> list[Row]:
         "to merge it": f"{found.merge:.2f} s of CPU",
         "to evaluate it, three evaluators": f"{found.evaluate:.0f} s of CPU",
     }
-    if found.calls:
-        words = ("a contributor", "the hub, for a contribution", "the hub, for a round")
-        for who, (calls, writes) in zip(words, found.calls, strict=True):
-            facts[f"calls of {who}"] = f"{calls:.1f}, {writes:.1f} of them write"
+    for what, (calls, writes) in found.calls.items():
+        facts[f"calls to {what}"] = f"{calls:.1f}, {writes:.1f} of them write"
     return [Row(what, said, "", math.nan, "-") for what, said in facts.items()]
 
 
@@ -415,7 +439,12 @@ def plan_rows(plan: Plan, found: Measured, who: str = "") -> list[Row]:
         ("a round's push", megabytes(cost.push), "2 GB", limits.push / cost.push),
         ("calls an hour", f"{cost.calls:.1f}", "1,000", limits.workflow_calls / cost.calls),
         ("writes an hour", f"{cost.writes:.1f}", "500", limits.writes / cost.writes),
-        ("calls when a round is made", f"{cost.burst:,.0f}", "", math.nan),
+        (
+            "calls to make a round",
+            f"{cost.burst:,.0f}",
+            "1,000",
+            limits.workflow_calls / cost.burst,
+        ),
         ("CPU", f"{cost.cpu_hours:,.2f} h", "", math.nan),
         ("Actions", f"{cost.minutes:,.0f} min", "2,000", limits.private_minutes / cost.minutes),
         ("jobs at a time", f"{cost.jobs:.2f}", "20", limits.jobs / cost.jobs),
