@@ -38,7 +38,7 @@ FEW, MANY = 2, 8  # contributions of a round: what they differ by is what one co
 SEQUENCES = 8  # measured; the evaluation's own number is reckoned from it
 EVALUATORS = 3  # processes of the hub's machine
 JOBS = 4  # of a workflow that judges one pull request: signal, verify, evaluate, report
-STARTING = 60.0  # seconds that a job takes before ours begins: checkout, Python, install
+STARTING = 45.0  # seconds before a job's own work begins: checkout, Python, install; assumed
 ROOT = Path(__file__).parents[1]
 
 
@@ -412,6 +412,16 @@ def run() -> list[Row]:
     return rows
 
 
+CALLS = {
+    "send": "of a contributor",
+    "verify": "to judge a contribution and say so",
+    "again": "to judge it again, unchanged",
+    "merge": "to merge it",
+    "publish": "to publish it",
+    "round": "for a round",
+}
+
+
 def measured_rows(found: Measured) -> list[Row]:
     """What one contribution and one round cost."""
     facts = {
@@ -424,7 +434,7 @@ def measured_rows(found: Measured) -> list[Row]:
         "to evaluate it, three evaluators": f"{found.evaluate:.0f} s of CPU",
     }
     for what, (calls, writes) in found.calls.items():
-        facts[f"calls to {what}"] = f"{calls:.1f}, {writes:.1f} of them write"
+        facts[f"calls {CALLS[what]}"] = f"{calls:.1f}, {writes:.1f} of them write"
     return [Row(what, said, "", math.nan, "-") for what, said in facts.items()]
 
 
