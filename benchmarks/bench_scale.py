@@ -2,7 +2,8 @@
 
 Bytes, seconds and calls are measured: bytes and seconds on a hub of the ``base`` model, calls on a
 GitHub of loopback that is held to the published description (it needs npm, once). The rest is
-arithmetic, in ``costs``: change ``PLANS`` to your own case and run it again.
+arithmetic, in ``costs``: change ``PLANS`` to your own case, and give the line of JSON that a run
+prints to ``python -m benchmarks.bench_scale FILE``.
 """
 
 from __future__ import annotations
@@ -25,15 +26,17 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.common import Row
-from benchmarks.fabricate import Fabricated, contribute
+from benchmarks.common import Row, print_table
+from benchmarks.fabricate import Fabricated, contribute, fabricated_delta
 from moshi_fl.history import round_folder
 from moshi_fl.records import dump
 from moshi_fl.rules import shapes_of
+from moshi_fl.snapshot import encode_step
 from moshi_hub.heldout import pool_path, store_pool
 from moshi_hub.merge import look
 
 MONTH = 30 * 24  # hours
+KEPT = 64 / 4096  # of all weights, that a delta of topk touches
 FEW, MANY = 2, 8  # contributions of a round: what they differ by is what one costs
 SEQUENCES = 8  # measured; the evaluation's own number is reckoned from it
 EVALUATORS = 3  # processes of the hub's machine
@@ -65,12 +68,13 @@ class Measured:
     ``publish`` by the hub for each contribution; ``round`` for a round. Empty: not counted.
     """
 
+    parameters: int
     sent: float  # bytes that a contribution pushes
     delta: float  # bytes of its delta
     text: float  # bytes of main, packed, for a contribution
     round_text: float  # and for a round
     record: float  # bytes of the round's record for each contribution in it
-    step: float  # bytes of a round as a step
+    step: float  # bytes of a step that changes every weight
     keyframe: float
     verify: float  # CPU seconds for a contribution
     merge: float
@@ -85,10 +89,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Plan:
-    """So many contributions a month, in so many rounds."""
+    """So many contributions a month, in so many rounds; and rounds taken of a hub above."""
 
     contributions: int
     rounds: int
+    taken: int = 0
 
     @property
     def each(self) -> int:
@@ -121,6 +126,7 @@ def measure() -> Measured:
         text, record, verify, merged, delta = (step / (MANY - FEW) for step in steps)
         step, keyframe = step_bytes(hub)
         return Measured(
+            parameters=hub.maintainer.look().newest.parameters,
             sent=delta + text,
             delta=delta,
             text=text,
@@ -171,13 +177,13 @@ def text_bytes(hub: Fabricated, number: int) -> int:
 
 
 def step_bytes(hub: Fabricated) -> tuple[float, float]:
-    """Bytes of the newest round as a step from the one before, and of a keyframe."""
-    from moshi_fl.snapshot import encode_step
-
+    """Bytes of a step that changes every weight, and of a keyframe."""
     replica = hub.maintainer
     newest = replica.pull()
-    old, new = replica.pull(newest.round - 1).load(), newest.load()
+    old = newest.load()
+    change = fabricated_delta(shapes_of(old), [1])
     with replica.workspace() as folder:
+        new = {name: old[name] + change[name] for name in old}
         step = sum(file.bytes for file in encode_step(old, new, folder))
     first = replica.chain(newest.state, 0)[0]
     assert first.keyframe is not None
@@ -343,14 +349,17 @@ def costs(plan: Plan, found: Measured, *, keep_rounds: int = 10) -> Costs:
     """The arithmetic, in one place."""
     n, each = plan.contributions, plan.each
     deltas = each * found.delta
-    update = min(deltas, found.step)
+    touched = 1 - (1 - KEPT) ** each  # of all weights, where each delta touches others
+    update = min(deltas, found.step * touched)
     archive = deltas if update < deltas else 0.0
     # A keyframe comes when the updates since the last have half its size; three stay.
     keyframes = min(plan.rounds, math.floor(plan.rounds * update / (found.keyframe / 2)))
     a_round = update + archive
     text = n * found.text + plan.rounds * found.round_text
-    kept = text + plan.rounds * a_round + 3 * found.keyframe
-    short = text + min(plan.rounds, keep_rounds) * a_round + 3 * found.keyframe
+    updates = plan.rounds * a_round + plan.taken * found.step
+    lasting = min(1.0, keep_rounds / (plan.rounds + plan.taken))
+    kept = text + updates + 3 * found.keyframe
+    short = text + lasting * updates + 3 * found.keyframe
     own, fixed = found.called("verify", "merge", "publish"), found.called("round")
     seconds = found.verify + found.evaluate + found.merge
     job = STARTING + found.verify
@@ -396,12 +405,26 @@ def most_in_a_round(found: Measured, limits: Limits) -> dict[str, float]:
     }
 
 
+def largest_model(found: Measured, limits: Limits) -> dict[str, float]:
+    """Parameters of a model at which each limit is reached; snapshots are cut into small files."""
+    return {
+        "delta file": limits.file / found.delta * found.parameters,
+        "push of a keyframe": limits.push / found.keyframe * found.parameters,
+    }
+
+
 def run() -> list[Row]:
     """All rows: what is measured, then what follows."""
-    found, limits = measure(), Limits()
-    print(json.dumps(msgspec.to_builtins(found), indent=2), file=sys.stderr)
+    found = measure()
+    print(json.dumps(msgspec.to_builtins(found)), file=sys.stderr)
+    return rows_of(found)
+
+
+def rows_of(found: Measured) -> list[Row]:
+    """What follows from what was measured."""
+    limits = Limits()
     rows = [*measured_rows(found), *(row for plan in PLANS for row in plan_rows(plan, found))]
-    region = Plan(math.ceil(PLANS[-1].contributions / REGIONS), 60)
+    region = Plan(math.ceil(PLANS[-1].contributions / REGIONS), 60, taken=30)
     above = Plan(REGIONS * 30, 30)
     rows += plan_rows(region, found, f"each of {REGIONS} regions: ")
     rows += plan_rows(above, found, "the hub above them: ")
@@ -409,6 +432,8 @@ def run() -> list[Row]:
         rows.append(Row(f"a month's limit: {what}", f"{value:,.0f}", "", math.nan, "-"))
     for what, value in most_in_a_round(found, limits).items():
         rows.append(Row(f"a round's limit: {what}", f"{value:,.0f}", "", math.nan, "-"))
+    for what, value in largest_model(found, limits).items():
+        rows.append(Row(f"a model's limit: {what}", f"{value / 1e6:,.0f} M", "", math.nan, "-"))
     return rows
 
 
@@ -427,7 +452,7 @@ def measured_rows(found: Measured) -> list[Row]:
     facts = {
         "a contribution pushes": megabytes(found.sent),
         "text on main, packed": f"{found.text:,.0f} B, and {found.round_text:,.0f} B a round",
-        "a round as a step": megabytes(found.step),
+        "a step that changes every weight": megabytes(found.step),
         "a keyframe": megabytes(found.keyframe),
         "to judge a contribution": f"{found.verify:.2f} s of CPU",
         "to merge it": f"{found.merge:.2f} s of CPU",
@@ -469,3 +494,7 @@ def megabytes(count: float) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return f"{count:.0f} B"
+
+
+if __name__ == "__main__":  # python -m benchmarks.bench_scale FILE: what an earlier run measured
+    print_table(rows_of(msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Measured)))
