@@ -161,6 +161,22 @@ def test_nothing_is_sent_twice(region: HubSimulator, upstream: HubSimulator) -> 
     assert upstream.refs() == refs
 
 
+def test_another_machine_of_the_region_sends_only_what_is_new(
+    region: HubSimulator, upstream: HubSimulator
+) -> None:
+    region.rounds(2)
+    up(region, upstream)
+    upstream.merge()
+    region.rounds(1)
+    second = region.maintainer("second")
+    bridge = Bridge(second, Replica(upstream.url, second.home))
+    sent = send(bridge, second.home, lambda _: None)
+    assert sent
+    assert (sent.passed.first, sent.passed.last) == (2, 3)
+    assert up(region, upstream) is None
+    assert len([ref for ref in upstream.refs() if "/contribute/" in ref]) == 1
+
+
 def test_rounds_made_meanwhile_go_to_the_next_round(
     region: HubSimulator, upstream: HubSimulator
 ) -> None:
