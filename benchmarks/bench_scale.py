@@ -2,11 +2,13 @@
 
 Bytes, seconds and calls are measured: bytes and seconds on a hub of the ``base`` model, calls on a
 GitHub of loopback that is held to the published description (it needs npm, once). The rest is
-arithmetic, in ``costs``: change ``PLANS`` to your own case and run it again.
+arithmetic, in ``scale.py``: change ``PLANS`` to your own case, and give the line of JSON that a run
+prints to ``python -m benchmarks.bench_scale FILE``.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -18,79 +20,35 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
 import msgspec
 
-from benchmarks.common import Row
-from benchmarks.fabricate import Fabricated, contribute
+from benchmarks.common import Row, print_table
+from benchmarks.fabricate import Fabricated, contribute, fabricated_delta
+from benchmarks.scale import (
+    EVALUATORS,
+    PLANS,
+    REGIONS,
+    Limits,
+    Measured,
+    Plan,
+    costs,
+    largest_model,
+    largest_month,
+    most_in_a_round,
+)
 from moshi_fl.history import round_folder
 from moshi_fl.records import dump
 from moshi_fl.rules import shapes_of
+from moshi_fl.snapshot import encode_step
 from moshi_hub.heldout import pool_path, store_pool
 from moshi_hub.merge import look
 
-MONTH = 30 * 24  # hours
 FEW, MANY = 2, 8  # contributions of a round: what they differ by is what one costs
 SEQUENCES = 8  # measured; the evaluation's own number is reckoned from it
-EVALUATORS = 3  # processes of the hub's machine
-JOBS = 4  # of a workflow that judges one pull request: signal, verify, evaluate, report
-STARTING = 60.0  # seconds that a job takes before ours begins: checkout, Python, install
 ROOT = Path(__file__).parents[1]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """GitHub's, as its documentation names them in November 2026."""
-
-    file: float = 100e6  # bytes that a blob may have
-    push: float = 2e9  # bytes that a push may have
-    repository: float = 5e9  # bytes above which GitHub asks to reduce a repository
-    user_calls: int = 5000  # an hour, of a token
-    workflow_calls: int = 1000  # an hour and repository, of a workflow's token
-    writes: int = 500  # an hour, of what creates content
-    private_minutes: int = 2000  # a month, of private repositories; public ones are free
-    jobs: int = 20  # at the same time
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What one contribution and one round cost.
-
-    ``calls``: of the API, by a contributor, then by the hub for a contribution, then for a round;
-    the second numbers count only what creates content. None where they could not be counted.
-    """
-
-    sent: float  # bytes that a contribution pushes
-    delta: float  # bytes of its delta
-    text: float  # bytes of main, packed, for a contribution
-    round_text: float  # and for a round
-    record: float  # bytes of the round's record for each contribution in it
-    step: float  # bytes of a round as a step
-    keyframe: float
-    verify: float  # CPU seconds for a contribution
-    merge: float
-    evaluate: float
-    calls: tuple[tuple[float, float], tuple[float, float], tuple[float, float]] | None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """So many contributions a month, in so many rounds."""
-
-    contributions: int
-    rounds: int
-
-    @property
-    def each(self) -> int:
-        """Contributions of a round."""
-        return math.ceil(self.contributions / self.rounds)
-
-
-PLANS = (Plan(10, 4), Plan(1000, 30), Plan(100_000, 240))
-REGIONS = 25
 
 
 # Measuring.
@@ -114,6 +72,7 @@ def measure() -> Measured:
         text, record, verify, merged, delta = (step / (MANY - FEW) for step in steps)
         step, keyframe = step_bytes(hub)
         return Measured(
+            parameters=hub.maintainer.look().newest.parameters,
             sent=delta + text,
             delta=delta,
             text=text,
@@ -164,13 +123,13 @@ def text_bytes(hub: Fabricated, number: int) -> int:
 
 
 def step_bytes(hub: Fabricated) -> tuple[float, float]:
-    """Bytes of the newest round as a step from the one before, and of a keyframe."""
-    from moshi_fl.snapshot import encode_step
-
+    """Bytes of a step that changes every weight, and of a keyframe."""
     replica = hub.maintainer
     newest = replica.pull()
-    old, new = replica.pull(newest.round - 1).load(), newest.load()
+    old = newest.load()
+    change = fabricated_delta(shapes_of(old), [1])
     with replica.workspace() as folder:
+        new = {name: old[name] + change[name] for name in old}
         step = sum(file.bytes for file in encode_step(old, new, folder))
     first = replica.chain(newest.state, 0)[0]
     assert first.keyframe is not None
@@ -200,22 +159,35 @@ def evaluation_seconds(hub: Fabricated) -> float:
 WRITES = ("POST", "PATCH", "PUT", "DELETE")
 
 
-def count_calls(folder: Path) -> tuple[tuple[float, float], ...] | None:
-    """Calls of a contributor, of the hub for each contribution, and for a round."""
+def count_calls(folder: Path) -> dict[str, tuple[float, float]]:
+    """Calls by what they are for; what two hubs differ by is what one contribution costs."""
     from tests.support.openapi import CACHE
 
     if shutil.which("npm") is None and not CACHE.exists():
         print("  calls are not counted: npm is not here", file=sys.stderr)
-        return None
+        return {}
     one, three = (counted(folder / f"github-{count}", count) for count in (1, 3))
-    contributor = tuple(value / 3 for value in three[0])
-    each = tuple((b - a) / 2 for a, b in zip(one[1], three[1], strict=True))
-    fixed = tuple(a - b for a, b in zip(one[1], each, strict=True))
-    return contributor, each, fixed
+    each = {
+        what: ((three[what][0] - one[what][0]) / 2, (three[what][1] - one[what][1]) / 2)
+        for what in one
+    }
+    fixed = [
+        tuple(a - b for a, b in zip(one[what], each[what], strict=True))
+        for what in ("verify", "merge", "publish")
+    ]
+    return {**each, "round": (sum(calls for calls, _ in fixed), sum(w for _, w in fixed))}
 
 
-def counted(folder: Path, count: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Calls, and those of them that write: of so many contributors together, and of the hub."""
+PHASES = {
+    "verify": ("verify", "--comment"),
+    "again": ("verify", "--comment"),
+    "merge": ("merge",),
+    "publish": ("publish",),
+}
+
+
+def counted(folder: Path, count: int) -> dict[str, tuple[int, int]]:
+    """Calls of a round of so many contributions, and those of them that write."""
     from tests.support.github import FakeGitHub, serving
     from tests.support.http_hub import serve
     from tests.support.openapi import description
@@ -240,18 +212,21 @@ def counted(folder: Path, count: int) -> tuple[tuple[int, int], tuple[int, int]]
             git(folder, "clone", "--quiet", "--bare", str(hub), str(fork))
             git(fork, "config", "http.receivepack", "true")
             fake.forks[f"{who}/model"] = 0
-        first = len(fake.requests)
+        marks = {"": len(fake.requests)}
         for who in people:
             words = ("--data", str(ROOT / "examples"), "--steps", "1", "--hub", address)
             command(folder, fake, who, "moshi-fl", "contribute", *words)
-        second = len(fake.requests)
-        for words in (("verify", "--comment"), ("merge",), ("publish",)):
+        marks["send"] = len(fake.requests)
+        for what, words in PHASES.items():
             command(folder, fake, "carol", "moshi-hub", *words, "--hub", address)
+            marks[what] = len(fake.requests)
         assert fake.problems == []
         assert all(pull["state"] == "closed" for pull in fake.pulls[:count])
-        parts = fake.requests[first:second], fake.requests[second:]
-    theirs, ours = ((len(part), sum(r.startswith(WRITES) for r in part)) for part in parts)
-    return theirs, ours
+    parts = {
+        what: fake.requests[start:stop]
+        for (_, start), (what, stop) in itertools.pairwise(marks.items())
+    }
+    return {what: (len(p), sum(r.startswith(WRITES) for r in p)) for what, p in parts.items()}
 
 
 def git(folder: Path, *words: str) -> str:
@@ -296,94 +271,38 @@ def environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-# Arithmetic.
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What a plan costs in a month, and the busiest push and hour."""
-
-    received: float  # bytes that contributors push
-    kept: float  # bytes that stay, when every round can be audited for ever
-    kept_short: float  # bytes that stay of the updates and archives of 10 rounds
-    push: float  # bytes of a round's push
-    calls: float  # of the hub's token, an hour on average
-    writes: float
-    burst: float  # of the hub's token, when a round is merged and published
-    cpu_hours: float  # of judging, evaluating and merging
-    minutes: float  # of Actions
-    jobs: float  # running at the same time on average
-    open: int  # pull requests at the end of a round
-
-
-def costs(plan: Plan, found: Measured, *, keep_rounds: int = 10) -> Costs:
-    """The arithmetic, in one place."""
-    n, each = plan.contributions, plan.each
-    deltas = each * found.delta
-    update = min(deltas, found.step)
-    archive = deltas if update < deltas else 0.0
-    # A keyframe comes when the updates since the last have half its size; three stay.
-    keyframes = min(plan.rounds, math.floor(plan.rounds * update / (found.keyframe / 2)))
-    a_round = update + archive
-    text = n * found.text + plan.rounds * found.round_text
-    kept = text + plan.rounds * a_round + 3 * found.keyframe
-    short = text + min(plan.rounds, keep_rounds) * a_round + 3 * found.keyframe
-    own, fixed = (found.calls[1], found.calls[2]) if found.calls else ((0.0, 0.0), (0.0, 0.0))
-    seconds = found.verify + found.evaluate + found.merge
-    job = STARTING + found.verify
-    minutes = n * ((JOBS - 1) * math.ceil(job / 60) + math.ceil((STARTING + found.evaluate) / 60))
-    minutes += plan.rounds * math.ceil((STARTING + each * found.merge) / 60)
-    return Costs(
-        received=n * found.sent,
-        kept=kept,
-        kept_short=short,
-        push=a_round + (found.keyframe if keyframes else 0.0) + each * found.text,
-        calls=(n * own[0] + plan.rounds * fixed[0]) / MONTH,
-        writes=(n * own[1] + plan.rounds * fixed[1]) / MONTH,
-        burst=each * own[0] + fixed[0],
-        cpu_hours=n * seconds / 3600,
-        minutes=minutes,
-        jobs=minutes / 60 / MONTH,
-        open=each,
-    )
-
-
-def largest_month(found: Measured, limits: Limits) -> dict[str, float]:
-    """Contributions a month at which each limit is reached by one repository; inf: never."""
-    own = found.calls[1] if found.calls else (math.nan, math.nan)
-    job = costs(Plan(1, 1), found).minutes
-    return {
-        "calls of a workflow's token": limits.workflow_calls * MONTH / own[0],
-        "calls of a user's token": limits.user_calls * MONTH / own[0],
-        "writes": limits.writes * MONTH / own[1],
-        "jobs at the same time": limits.jobs * MONTH * 60 / job,
-        "private minutes": limits.private_minutes / job,
-        "storage of a year": limits.repository / 12 / (found.delta + found.text),
-    }
-
-
-def most_in_a_round(found: Measured, limits: Limits) -> dict[str, float]:
-    """Contributions of a round at which each limit is reached."""
-    from moshi_fl.records import MAX_RECORD_BYTES
-
-    return {
-        "push": limits.push / found.sent,
-        "record of 1 MiB": MAX_RECORD_BYTES / found.record,
-    }
-
-
 def run() -> list[Row]:
     """All rows: what is measured, then what follows."""
-    found, limits = measure(), Limits()
-    print(json.dumps(msgspec.to_builtins(found), indent=2), file=sys.stderr)
+    found = measure()
+    print(json.dumps(msgspec.to_builtins(found)), file=sys.stderr)
+    return rows_of(found)
+
+
+def rows_of(found: Measured) -> list[Row]:
+    """What follows from what was measured."""
+    limits = Limits()
     rows = [*measured_rows(found), *(row for plan in PLANS for row in plan_rows(plan, found))]
-    region = Plan(math.ceil(PLANS[-1].contributions / REGIONS), 60)
+    region = Plan(math.ceil(PLANS[-1].contributions / REGIONS), 60, taken=30)
     above = Plan(REGIONS * 30, 30)
     rows += plan_rows(region, found, f"each of {REGIONS} regions: ")
     rows += plan_rows(above, found, "the hub above them: ")
-    for what, value in {**largest_month(found, limits), **most_in_a_round(found, limits)}.items():
-        rows.append(Row(f"reached at: {what}", f"{value:,.0f}", "", math.nan, "-"))
+    for what, value in largest_month(found, limits).items():
+        rows.append(Row(f"a month's limit: {what}", f"{value:,.0f}", "", math.nan, "-"))
+    for what, value in most_in_a_round(found, limits).items():
+        rows.append(Row(f"a round's limit: {what}", f"{value:,.0f}", "", math.nan, "-"))
+    for what, value in largest_model(found, limits).items():
+        rows.append(Row(f"a model's limit: {what}", f"{value / 1e6:,.0f} M", "", math.nan, "-"))
     return rows
+
+
+CALLS = {
+    "send": "of a contributor",
+    "verify": "to judge a contribution and say so",
+    "again": "to judge it again, unchanged",
+    "merge": "to merge it",
+    "publish": "to publish it",
+    "round": "for a round",
+}
 
 
 def measured_rows(found: Measured) -> list[Row]:
@@ -391,16 +310,14 @@ def measured_rows(found: Measured) -> list[Row]:
     facts = {
         "a contribution pushes": megabytes(found.sent),
         "text on main, packed": f"{found.text:,.0f} B, and {found.round_text:,.0f} B a round",
-        "a round as a step": megabytes(found.step),
+        "a step that changes every weight": megabytes(found.step),
         "a keyframe": megabytes(found.keyframe),
         "to judge a contribution": f"{found.verify:.2f} s of CPU",
         "to merge it": f"{found.merge:.2f} s of CPU",
         "to evaluate it, three evaluators": f"{found.evaluate:.0f} s of CPU",
     }
-    if found.calls:
-        words = ("a contributor", "the hub, for a contribution", "the hub, for a round")
-        for who, (calls, writes) in zip(words, found.calls, strict=True):
-            facts[f"calls of {who}"] = f"{calls:.1f}, {writes:.1f} of them write"
+    for what, (calls, writes) in found.calls.items():
+        facts[f"calls {CALLS[what]}"] = f"{calls:.1f}, {writes:.1f} of them write"
     return [Row(what, said, "", math.nan, "-") for what, said in facts.items()]
 
 
@@ -415,7 +332,12 @@ def plan_rows(plan: Plan, found: Measured, who: str = "") -> list[Row]:
         ("a round's push", megabytes(cost.push), "2 GB", limits.push / cost.push),
         ("calls an hour", f"{cost.calls:.1f}", "1,000", limits.workflow_calls / cost.calls),
         ("writes an hour", f"{cost.writes:.1f}", "500", limits.writes / cost.writes),
-        ("calls when a round is made", f"{cost.burst:,.0f}", "", math.nan),
+        (
+            "calls to make a round",
+            f"{cost.burst:,.0f}",
+            "1,000",
+            limits.workflow_calls / cost.burst,
+        ),
         ("CPU", f"{cost.cpu_hours:,.2f} h", "", math.nan),
         ("Actions", f"{cost.minutes:,.0f} min", "2,000", limits.private_minutes / cost.minutes),
         ("jobs at a time", f"{cost.jobs:.2f}", "20", limits.jobs / cost.jobs),
@@ -430,3 +352,7 @@ def megabytes(count: float) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return f"{count:.0f} B"
+
+
+if __name__ == "__main__":  # python -m benchmarks.bench_scale FILE: what an earlier run measured
+    print_table(rows_of(msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Measured)))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measured comparison; ``ratio`` above 1 speaks for us."""
+    """One measured comparison; ``ratio`` above 1 speaks for us, NaN for nothing."""
 
     what: str
     ours: str
@@ -23,5 +24,6 @@ def print_table(rows: list[Row]) -> None:
     print("| what | ours | rival | ratio | target | floor | note |")
     print("|---|---|---|---|---|---|---|")
     for row in rows:
-        cells = (row.what, row.ours, row.rival, f"{row.ratio:.2f}", row.target, row.floor, row.note)
+        ratio = "-" if math.isnan(row.ratio) else f"{row.ratio:.2f}"
+        cells = (row.what, row.ours, row.rival, ratio, row.target, row.floor, row.note)
         print("| " + " | ".join(cells) + " |")

@@ -64,6 +64,11 @@ class Refs:
         """In which order the open contributions were first seen."""
         return f"{self.prefix}intake"
 
+    @property
+    def upward(self) -> str:
+        """What was sent last to the hub that this one began with."""
+        return f"{self.prefix}upward"
+
     def archive(self, number: int) -> str:
         """The accepted deltas of a round whose update is a step; kept for audit."""
         return f"{self.prefix}archive/{number}"

@@ -27,11 +27,25 @@ from moshi_fl.aggregate import STRATEGIES, Update, apply_step, get_strategy
 from moshi_fl.codec import get_codec
 from moshi_fl.codec.delta import Delta, delta_bytes, encode_delta
 from moshi_fl.history import check_signature
-from moshi_fl.records import Contribution, File, Location, Metrics, Training, Weighting, dump
+from moshi_fl.records import (
+    Contribution,
+    File,
+    Growth,
+    Location,
+    Metrics,
+    Round,
+    Strategy,
+    Training,
+    Weighting,
+    dump,
+)
+from moshi_fl.records import Update as PublishedUpdate
+from moshi_fl.restore import advance
 from moshi_fl.rules import Claim, contribution_weight, round_weights
 from moshi_fl.signing import Signer
 from moshi_fl.snapshot import encode_keyframe, encode_step, grow
-from moshi_fl.weights import Weights
+from moshi_fl.upstream import origin_of
+from moshi_fl.weights import Weights, weights_digest
 from moshi_hub.intake import first_seen
 from moshi_hub.rotation import change_root, open_bench, replace
 from tests.support.keys import key_file, signer_of
@@ -449,15 +463,51 @@ def test_a_single_contribution_weighs_by_the_book() -> None:
     assert contribution_weight(rule, 1, 2) == 1
 
 
+def new_rows(matrix: np.ndarray, characters: str, byte_row: int) -> np.ndarray:
+    rows = np.empty((len(characters), matrix.shape[1]), np.float32)
+    for row, character in enumerate(characters):
+        for column in range(matrix.shape[1]):
+            total, spelling = 0.0, character.encode()
+            for byte in spelling:
+                total = total + float(matrix[byte_row + byte, column])
+            rows[row, column] = np.float32(total / len(spelling))
+    return rows
+
+
 def test_the_vocabulary_grows_by_the_book() -> None:
     matrix = np.random.default_rng(3).standard_normal((262, 3)).astype(np.float32)
     grown = grow({"embedding": matrix}, ["embedding"], "é€", 4)["embedding"]
-    for row, character in zip(grown[-2:], "é€", strict=True):
-        for column in range(3):
-            total, spelling = 0.0, character.encode()
-            for byte in spelling:
-                total = total + float(matrix[4 + byte, column])
-            assert row[column] == np.float32(total / len(spelling))
+    assert np.array_equal(grown[-2:], new_rows(matrix, "é€", 4))
+
+
+def test_a_round_of_another_hub_is_taken_by_the_book(tmp_path: Path) -> None:
+    """Its growth comes before its step."""
+    random = np.random.default_rng(4)
+    matrix, theirs = (random.standard_normal((n, 3)).astype(np.float32) for n in (262, 264))
+    longer = {"embedding": np.concatenate([matrix, new_rows(matrix, "é€", 4)])}
+    encode_step(longer, {"embedding": theirs}, tmp_path)
+    words = list(struct.unpack(f"<{longer['embedding'].size}I", flat(longer)))
+    assert decode(tmp_path, words) == flat({"embedding": theirs})
+    digest = weights_digest({"embedding": theirs})
+    place = Location(ref="refs/moshi/update/1", commit="0" * 40, files=())
+    record = Round(
+        hub="0" * 16,
+        round=1,
+        previous="0" * 64,
+        weights=digest,
+        parameters=theirs.size,
+        tokenizer="0" * 64,
+        vocabulary_tensors=("embedding",),
+        update=PublishedUpdate(kind="step", location=place, codec="topk"),
+        strategy=Strategy(
+            name="upstream", options={"hub": "1" * 16, "round": 7, "weights": digest}
+        ),
+        growth=Growth(characters="é€", byte_row=4),
+        created="2026-01-01T00:00:00Z",
+        software="test",
+    )
+    assert origin_of(record)
+    assert flat(advance({"embedding": matrix}, record, tmp_path)) == flat({"embedding": theirs})
 
 
 # Signed metadata.

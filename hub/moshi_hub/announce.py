@@ -99,7 +99,8 @@ def _tell(
     _try(problems, lambda: forge.set_status(commit, status))
     signer = _signer(forge, verdict, proposal.author, problems)
     _try(problems, lambda: forge.say(number, verdict_text(verdict, signer), marker=VERDICT))
-    _try(problems, lambda: forge.label(number, [word], remove=[other]))
+    missing, wrong = {word} - {*proposal.labels}, {other} & {*proposal.labels}
+    _try(problems, lambda: forge.label(number, [*missing], remove=[*wrong]))
 
 
 def tell_results(

@@ -14,6 +14,7 @@ from moshi_fl.errors import HubError
 from moshi_fl.feedback import Feedback
 from moshi_fl.history import read_contributions
 from moshi_fl.records import (
+    MAX_RECORD_BYTES,
     Contribution,
     ContributionId,
     Growth,
@@ -21,14 +22,17 @@ from moshi_fl.records import (
     Record,
     Round,
     RoundNumber,
+    dump,
     load,
 )
 from moshi_fl.replica import Replica, Snapshot
+from moshi_fl.store import Author, RefUpdate
 from moshi_fl.tokenizer import CharVocabulary
 from moshi_fl.upstream import Origin, Stand, stand_of
-from moshi_fl.weights import Weights
+from moshi_fl.weights import Weights, write_atomic
 
 PASSED_FILE = "passed.json"
+MAX_TOLD = 1 << 20  # bytes of a pack that holds one record
 
 
 class Passed(Record, frozen=True, kw_only=True):
@@ -101,10 +105,38 @@ class Bridge:
         """What the other hub's codec could not say yet."""
         return Feedback(self.folder / "feedback")
 
+    @cached_property
+    def _told(self) -> Passed | None:
+        """What this hub itself says was sent last; another machine may have sent it."""
+        repo, ref = self.replica.repo, self.below.state.refs.upward
+        present = repo.remote_refs(ref)
+        if ref not in present:
+            return None
+        repo.fetch({ref: "refs/moshi-fl/upward"}, max_bytes=MAX_TOLD, expect=present)
+        data = repo.read(present[ref], PASSED_FILE, limit=MAX_RECORD_BYTES)
+        told = load(data, Passed, name=PASSED_FILE)
+        is_ours = told.upstream == self.stand.origin.hub and told.last <= self.below.round
+        return told if is_ours else None
+
     def passed(self) -> Passed | None:
-        """What was sent last."""
-        path = self.folder / PASSED_FILE
-        return load(path.read_bytes(), Passed, name=path.name) if path.exists() else None
+        """What was sent last, from here or from another machine."""
+        path, told = self.folder / PASSED_FILE, self._told
+        own = load(path.read_bytes(), Passed, name=path.name) if path.exists() else None
+        return max((one for one in (own, told) if one), key=lambda one: one.last, default=None)
+
+    def keep(self, passed: Passed, by: Author) -> None:
+        """Remember what was sent, here and on the hub.
+
+        Raises:
+            PushRejected: Another machine did so in this moment.
+        """
+        repo, ref = self.replica.repo, self.below.state.refs.upward
+        present = repo.remote_refs(ref).get(ref)
+        tree = repo.tree({PASSED_FILE: repo.put(dump(passed))})
+        commit = repo.commit(tree, message=f"{ref}\n", author=by, when=0)
+        if commit != present:
+            repo.push([RefUpdate(ref, commit, present)])
+        write_atomic(self.folder / PASSED_FILE, dump(passed))
 
     def first_unsent(self) -> int:
         """The round after which nothing has been sent yet."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from moshi_fl.text import markdown
 from moshi_fl.weights import Array, Weights
 
 BLOCK = 1 << 20  # numbers looked at in one go
@@ -100,7 +101,8 @@ def table(layers: Sequence[Drift], rows: int) -> str:
         return ""
     what = f"Drift by layer; all weights move by {whole(layers).relative:.3%} of their norm"
     lines = [
-        f"| {entry.layer} | {entry.parameters:,} | {entry.change:.4g} | {entry.relative:.3%} |"
+        f"| {markdown(entry.layer)} | {entry.parameters:,} | {entry.change:.4g} "
+        f"| {entry.relative:.3%} |"
         for entry in layers[:rows]
     ]
     more = [f"\n… and {len(layers) - rows} more."] if len(layers) > rows else []

@@ -396,7 +396,8 @@ def push_round(
         page, problem = propose_round(found.offers.forge, built.record, pull_request_body(findings))
         return replace(_outcome(found, proposal, built, waiting, problem), page=page)
     push_published(repo, state, built, present)
-    leftovers = _clean_up(replica, found, {c.id for c in waiting}, built.record)
+    still_open = {entry.id for entry in (*waiting, *findings.excluded)}
+    leftovers = _clean_up(replica, found, still_open, built.record)
     return _outcome(found, proposal, built, waiting, leftovers)
 
 

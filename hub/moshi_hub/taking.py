@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from moshi_fl.errors import HubError
 from moshi_fl.hubfile import HubConfig
 from moshi_fl.records import Growth
 from moshi_fl.restore import grown
@@ -51,7 +52,7 @@ def take(
         sampler: As for ``merge``.
 
     Raises:
-        HubError: Rounds of this hub are not sent yet, or the keys here do not suffice.
+        HubError: This hub has moved on meanwhile, or the keys here do not suffice.
     """
     origin = bridge.to_take()
     if origin is None:
@@ -59,6 +60,11 @@ def take(
     replica, growth = bridge.replica, bridge.growth()
     with replica.workspace() as folder:
         found = look(replica, folder)
+        if found.snapshot.round != bridge.below.round:  # what is newer is not sent yet
+            raise HubError(
+                f"round {found.snapshot.round} was published meanwhile.",
+                hint="the same command again   (sends it first)",
+            )
         if options.publish:
             desk_for(replica, found.snapshot.state, found.rules.config, passphrase).require_keys()
         proposal = _proposal(bridge, found, origin, growth, folder, evaluator(found.rules.config))

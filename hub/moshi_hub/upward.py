@@ -23,6 +23,7 @@ from moshi_fl.records import Contribution, Metrics, Record, Training, dump, load
 from moshi_fl.rules import Shapes, accepted_characters, shapes_of
 from moshi_fl.signing import Signer
 from moshi_fl.snapshot import lengthened
+from moshi_fl.store import NOREPLY, Author
 from moshi_fl.store.locking import LOCK_FILE, FolderLock
 from moshi_fl.submit import (
     Sent,
@@ -34,7 +35,7 @@ from moshi_fl.submit import (
 )
 from moshi_fl.tokenizer import CharVocabulary
 from moshi_fl.weights import Array, Weights, open_weights, save_weights, write_atomic
-from moshi_hub.bridge import PASSED_FILE, Bridge, Passed
+from moshi_hub.bridge import Bridge, Passed
 from moshi_hub.local import ANCHOR, local_signer
 from moshi_hub.propose import software
 
@@ -195,9 +196,9 @@ def _deliver(bridge: Bridge, prepared: Prepared, signer: Signer) -> Upward:
     if before != entry.id:
         carry = open_weights(folder / "carry.safetensors")
         bridge.feedback.sent(entry.id, entry.round, carry, before)
-    write_atomic(bridge.folder / PASSED_FILE, dump(prepared.passed))
-    shutil.rmtree(folder)
     url, problem = propose(forge, entry)
+    bridge.keep(prepared.passed, Author(entry.contributor, NOREPLY))
+    shutil.rmtree(folder)
     return Upward(prepared.passed, entry, sent, url, problem)
 
 

@@ -162,6 +162,31 @@ def test_a_maintainer_excludes_one_and_the_same_pull_request_says_so(
     assert [entry["state"] for entry in github.pulls[:2]] == ["closed", "open"]
 
 
+def test_a_region_contributes_by_a_pull_request_from_its_fork(
+    github: FakeGitHub, call: Call, tmp_path: Path
+) -> None:
+    """Ann runs a region on her own machine; the hub above is Carol's, on GitHub."""
+    url, region = f"{github.web}/hub/model.git", tmp_path / "region.git"
+    assert call("carol", "moshi-hub", "init", url)[0] == 0
+    status, _, said = call("ann", "moshi-hub", "init", region, "--from", url)
+    assert status == 0, said
+    data, here = write_corpus(tmp_path / "data"), ("--hub", region)
+    assert call("bob", "moshi-fl", "contribute", *here, "--data", data, *LITTLE)[0] == 0
+    assert call("ann", "moshi-hub", "merge", *here, "--publish")[0] == 0
+    fork(github, "ann", tmp_path)
+    status, sent, said = call("ann", "moshi-hub", "upward", *here, "--to", url, "--publish")
+    assert status == 0, said
+    (pull,) = github.pulls
+    assert (sent["pull_request"], sent["rounds"]) == (pull["html_url"], 1)
+    assert pull["head"]["label"].startswith("ann:contribute/0/")
+    assert "| contributor | region |" in pull["body"]
+    status, merged, said = call("carol", "moshi-hub", "merge", "--publish")
+    assert (status, merged["contributions"]) == (0, 1), said
+    assert pull["state"] == "closed"
+    status, taken, said = call("ann", "moshi-hub", "upward", *here, "--to", url, "--publish")
+    assert (status, taken["taken"], taken["weights"]) == (0, 1, merged["weights"]), said
+
+
 def test_a_fork_that_moved_after_it_was_shown_is_not_taken(
     github: FakeGitHub, call: Call, tmp_path: Path
 ) -> None:

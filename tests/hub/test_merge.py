@@ -132,6 +132,19 @@ def test_a_proposal_can_be_made_again_after_an_exclusion(hub: HubSimulator) -> N
     assert [merged.id for merged in record.contributions] == [ann.id]
 
 
+@pytest.mark.parametrize("publish", [True, False])
+def test_what_a_round_leaves_out_stays_open(hub: HubSimulator, publish: bool) -> None:
+    """Whether it was published at once or after a review: the next round can take it."""
+    ann, bob = hub.contribute("ann"), hub.contribute("bob", seed=2)
+    hub.merge(publish=publish, exclude=(bob.id[:10],))
+    if not publish:
+        publish_round(hub.replica)
+    assert [verdict.accepted for verdict in hub.verdicts().values()] == [True]
+    record = hub.merge().built.record
+    assert [merged.id for merged in record.contributions] == [bob.id]
+    assert ann.id != bob.id
+
+
 def test_excluding_what_is_not_open_is_refused(hub: HubSimulator) -> None:
     hub.contribute()
     with pytest.raises(HubError, match="--exclude zz: no open contribution"):

@@ -133,6 +133,7 @@ def test_a_report_shows_what_goes_in_and_what_does_not(hub: HubSimulator) -> Non
     assert r"b|o\<b\>" in left or r"b\|o\<b\>" in left
     assert "over-norm" in rest
     assert "Drift by layer" in rest
+    assert r"| blocks.0 |" in rest
     assert "<details>" in rest
     assert f"all deltas: {Size(ann.delta.bytes)}" in rest
     assert "`moshi-fl audit --round 1`" in rest  # a path is nobody else's business

@@ -161,6 +161,22 @@ def test_nothing_is_sent_twice(region: HubSimulator, upstream: HubSimulator) -> 
     assert upstream.refs() == refs
 
 
+def test_another_machine_of_the_region_sends_only_what_is_new(
+    region: HubSimulator, upstream: HubSimulator
+) -> None:
+    region.rounds(2)
+    up(region, upstream)
+    upstream.merge()
+    region.rounds(1)
+    second = region.maintainer("second")
+    bridge = Bridge(second, Replica(upstream.url, second.home))
+    sent = send(bridge, second.home, lambda _: None)
+    assert sent
+    assert (sent.passed.first, sent.passed.last) == (2, 3)
+    assert up(region, upstream) is None
+    assert len([ref for ref in upstream.refs() if "/contribute/" in ref]) == 1
+
+
 def test_rounds_made_meanwhile_go_to_the_next_round(
     region: HubSimulator, upstream: HubSimulator
 ) -> None:
@@ -249,6 +265,32 @@ def test_nothing_is_taken_before_all_is_sent(region: HubSimulator, upstream: Hub
     assert down(region, upstream) is None
     up(region, upstream)
     assert down(region, upstream)
+
+
+def test_a_round_that_came_meanwhile_is_not_dropped(
+    region: HubSimulator, upstream: HubSimulator
+) -> None:
+    upstream.rounds(1)
+    bridge = bridge_of(region, upstream)
+    assert bridge.to_take()
+    region.rounds(1)
+    with pytest.raises(HubError, match="round 1 was published meanwhile"):
+        taking.take(
+            bridge,
+            Options(publish=True),
+            evaluator=lambda _: None,
+            passphrase=passphrase_from_environment,
+        )
+    assert region.sync().round == 1
+
+
+def test_a_hub_with_taken_rounds_is_in_order(
+    region: HubSimulator, upstream: HubSimulator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    upstream.rounds(1)
+    down(region, upstream)
+    region.rounds(1)
+    assert hub_command(["doctor", region.url]) == 0, capsys.readouterr().out
 
 
 def test_open_contributions_stay_open_over_a_taken_round(
