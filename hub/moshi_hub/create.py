@@ -95,7 +95,7 @@ def create(plan: Plan, home: Path, preset: Preset | None = None) -> Snapshot:
     preset = preset or (upstream.preset if upstream else get_preset(plan.family, plan.preset))
     preset = given.over(preset) if given else preset
     preset = replace(preset, model={**preset.model, **plan.model})
-    if plan.tokenizer is not None and begun:  # the model is settled
+    if plan.tokenizer is not None and given:  # the model is settled
         preset = replace(preset, tokenizer=plan.tokenizer)
     elif plan.tokenizer is not None:
         preset = _with_tokenizer(plan.family, preset, plan.tokenizer)

@@ -246,7 +246,6 @@ class ObjectStore(StoreFolder):
         out = self._git("reading history", "log", *options, checked_oid(commit)).out
         return out.decode("utf-8", "replace")
 
-
     def parents(self, commit: str) -> list[str]:
         """Parents of a commit, in order.
 

@@ -425,7 +425,7 @@ def run_delta(made: tuple[str, bytes]) -> str:
 
 @cache
 def _kinds() -> list[type[Record]]:
-    import moshi_hub.results
+    import moshi_hub.results  # noqa: F401
     import moshi_sdk.runs  # noqa: F401 - to know their records
 
     return list(records_below())
