@@ -27,19 +27,20 @@ ENVIRONMENT = {
     "GIT_AUTHOR_EMAIL": "test@example.org",
     "GIT_COMMITTER_NAME": "Test",
     "GIT_COMMITTER_EMAIL": "test@example.org",
-    # Read by torch, when a test imports it; also holds in the commands that tests start.
+    # Read by torch, when it is imported; also holds in the commands that tests start.
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "NO_COLOR": "1",
 }
+# Here, and not when pytest is configured: a conftest below this one may import torch before that.
+for name in [n for n in os.environ if n.startswith(("MOSHI_FL_", "GIT_"))]:
+    del os.environ[name]
+os.environ.update(ENVIRONMENT)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for name in [n for n in os.environ if n.startswith(("MOSHI_FL_", "GIT_"))]:
-        del os.environ[name]
-    os.environ.update(ENVIRONMENT)
     folder = tempfile.TemporaryDirectory(prefix="moshi-fl-tests-")
     config.add_cleanup(folder.cleanup)
     os.environ["MOSHI_FL_HOME"] = os.environ["FLWR_HOME"] = folder.name
