@@ -76,8 +76,10 @@ def test_a_whole_round_of_the_tiny_preset(
     )  # fmt: skip
     assert made["model"] == "speech/tiny"
     for name in PEOPLE:
+        own = voices / name  # of which one dialogue counts twice
         sent = call(
-            name, "moshi-fl", "contribute", "--hub", hub, "--data", voices / name,
+            name, "moshi-fl", "contribute", "--hub", hub,
+            "--data", f"{own / 'dialogue-0.wav'}:2,{own}",
             "--steps", 30, "--contributor", name,
         )  # fmt: skip
         assert sent["loss_after"] < sent["loss_before"] - 1
@@ -86,7 +88,13 @@ def test_a_whole_round_of_the_tiny_preset(
     merged = call("maintainer", "moshi-hub", "merge", "--hub", hub, "--publish")
     assert merged["contributions"] == 3
     assert merged["held_out_after"] < merged["held_out_before"] - 0.5
-    measured = call("maintainer", "moshi-hub", "pool", "measure", "--hub", hub)
+    measured = call(
+        "maintainer", "moshi-hub", "pool", "measure", "--hub", hub, "--plot",
+        tmp_path / "codebooks.svg",
+    )  # fmt: skip
+    chart = (tmp_path / "codebooks.svg").read_text()
+    assert "round 0: text perplexity" in chart
+    assert "round 1: text perplexity" in chart
     assert measured["loss"] == pytest.approx(merged["held_out_after"], abs=1e-3)
     before = call("maintainer", "moshi-hub", "pool", "measure", "--hub", hub, "--round", 0)
     assert measured["text_perplexity"] < before["text_perplexity"]
@@ -162,7 +170,7 @@ def test_imported_files_are_a_hubs_beginning(hub: Path, tmp_path: Path, call: Ca
     release = write_release(tmp_path / "release")
     made = call("maintainer", "moshi-fl", "import-checkpoint", release, "--out", tmp_path / "out")
     assert made["trains"] == "lora"
-    created = call("maintainer", "moshi-hub", "init", hub, "--from", tmp_path / "out")
+    created = call("maintainer", "moshi-hub", "init", hub, "--weights", tmp_path / "out")
     assert created["parameters"] == made["parameters"]
     snapshot = Replica(str(hub), tmp_path / "reader").pull()
     assert snapshot.state.config.training.trains == "lora"

@@ -31,7 +31,7 @@ from moshi_hub.options import maintainer
     help="A key of [model] to have otherwise than the preset; may be given several times.",
 )
 @click.option(
-    "--from",
+    "--weights",
     "source",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Begin with the model in this folder, which says its family, instead of random weights.",
@@ -81,7 +81,7 @@ def init(  # noqa: PLR0913 - one parameter an option
       moshi-hub init https://git.example.org/team/model.git --preset base
       moshi-hub init ./hub.git --family moc --tokenizer tokenizer.json
       moshi-hub init ./hub.git --family speech --set ttt_layers=1
-      moshi-hub init ./hub.git --from imported
+      moshi-hub init ./hub.git --weights imported
     """
     from moshi_fl.models import get_preset
     from moshi_fl.subwords import start_of

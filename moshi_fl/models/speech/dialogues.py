@@ -119,8 +119,11 @@ class _Search:
             if entry.is_symlink():
                 self.skipped[LINK] += 1
             elif entry.is_dir():
-                if screening.folder_reason(entry.name) is None:
+                reason = screening.folder_reason(entry.name)
+                if reason in {None, screening.VENDORED}:  # names of code; sound may lie there
                     yield from self._folder(Path(entry.path), name + "/", weight)
+                elif reason:
+                    self.skipped[reason] += 1
             elif entry.is_file() and entry.name.lower().endswith(SUFFIXES):
                 yield _Candidate(Path(entry.path), name, weight)
 

@@ -81,7 +81,7 @@ class Imported:
 
 
 def import_checkpoint(source: Path, out: Path, choices: Choices) -> Imported:
-    """Write released files as a folder that ``moshi-hub init --from`` takes.
+    """Write released files as a folder that ``moshi-hub init --weights`` takes.
 
     Args:
         source: Folder with the released files.

@@ -10,6 +10,7 @@ from moshi_fl.models.common import extract_weights
 from moshi_fl.models.speech.family_config import SpeechConfig
 from moshi_fl.models.speech.mimi import Mimi
 from moshi_fl.models.speech.model import SpeechModel
+from moshi_fl.models.speech.tiny import TINY_MIMI, tiny_codec
 from moshi_fl.weights import Weights
 
 MOST_PARAMETERS = 1_000_000_000  # of a model from scratch
@@ -28,12 +29,15 @@ def first_weights(config: SpeechConfig, seed: int) -> Weights:
         raise ConfigError(
             f"a model of {size / 1e9:.1f} billion parameters is not made from random numbers.",
             hint="moshi-fl import-checkpoint DIR --out FOLDER, then: "
-            "moshi-hub init HUB --from FOLDER",
+            "moshi-hub init HUB --weights FOLDER",
         )
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         model = SpeechModel(config)
-        lay_codebooks(model.mimi)
+        if config.mimi == TINY_MIMI:
+            model.mimi.load_state_dict(tiny_codec().state_dict())
+        else:
+            lay_codebooks(model.mimi)
         return extract_weights(model)
 
 

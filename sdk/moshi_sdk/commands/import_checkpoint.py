@@ -57,4 +57,4 @@ def import_checkpoint(
     console.done(
         f"Wrote {out}", parameters=Count(found.parameters), size=Size(size), trains=found.part
     )
-    console.hint(f"moshi-hub init HUB --from {shlex.quote(str(out))}   (makes a hub of it)")
+    console.hint(f"moshi-hub init HUB --weights {shlex.quote(str(out))}   (makes a hub of it)")

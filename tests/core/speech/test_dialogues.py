@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from moshi_fl import data as texts
+from moshi_fl import screening
 from moshi_fl.errors import DataError
 from moshi_fl.models.speech import audio, dialogues
 from moshi_fl.models.speech.audio import SoundError, read_audio, write_audio
@@ -73,13 +74,15 @@ def test_spoken_dialogues_are_the_same_again_and_other_clients_speak_otherwise(
 
 
 def test_folders_are_searched_in_order_of_name(tmp_path: Path) -> None:
-    for number, name in enumerate(["b.wav", "a/z.flac", "a/c.WAV", "d/.git/x.wav"]):
+    for number, name in enumerate(
+        ["b.wav", "a/z.flac", "a/c.WAV", "d/.git/x.wav", ".ssh/y.wav", "build/d.wav"]
+    ):
         record(tmp_path / name, seed=number)
     (tmp_path / "notes.txt").write_text("not sound, not counted")
     (tmp_path / "link.wav").symlink_to(tmp_path / "b.wav")
     found = find(tmp_path)
-    assert names(found) == ["c", "z", "b"]
-    assert found.skipped == {texts.LINK: 1}
+    assert names(found) == ["c", "z", "b", "d"]
+    assert found.skipped == {texts.LINK: 1, screening.SECRET_NAME: 1}
     assert found.bytes == sum(d.path.stat().st_size for d in found.dialogues)
     dialogue = found.dialogues[0]
     assert (dialogue.duration, dialogue.weight) == (1.0, 1.0)

@@ -23,15 +23,19 @@ from moshi_fl.models.common import (
     train_only,
     weight_tensors,
 )
-from moshi_fl.models.family import DataSummary, Sampling, Speaks
+from moshi_fl.models.family import DataSummary, Sampling, Speaks, TakesTokenizer
+from moshi_fl.models.speech.audio import read_audio
 from moshi_fl.models.speech.corpus import Encoded, SpeechCorpus, make_corpus, pool_file, read_pool
 from moshi_fl.models.speech.family import SpeechTask
-from moshi_fl.models.speech.family_config import SpeechConfig
+from moshi_fl.models.speech.family_config import SpeechConfig, codec_table
 from moshi_fl.models.speech.lm_config import LMConfig
-from moshi_fl.models.speech.model import ADAPTERS, SpeechModel
+from moshi_fl.models.speech.model import ADAPTERS, SpeechModel, make_codec
+from moshi_fl.models.speech.start import lay_codebooks
+from moshi_fl.models.speech.tiny import TINY_MIMI, tiny_codec
 from moshi_fl.train import Recipe, train
 from moshi_fl.weights import serialize, weights_digest
 from tests.support.espeak import write_dialogues
+from tests.support.mimis import small_mimi
 from tests.support.speeches import FIXTURES, codes_of
 
 SMALL = {
@@ -143,6 +147,16 @@ def test_a_tokenizer_that_is_none_is_refused() -> None:
         get_family("speech").load(get_preset("speech", "tiny").model, b"{}")
 
 
+def test_another_tokenizer_gets_the_room_it_needs() -> None:
+    family, preset = get_family("speech"), get_preset("speech", "tiny")
+    assert isinstance(family, TakesTokenizer)
+    smaller = replace(preset, model={**preset.model, "text_card": 100})
+    assert family.with_tokenizer(smaller, preset.tokenizer).model["text_card"] == 512
+    assert family.with_tokenizer(preset, preset.tokenizer).model["text_card"] == 512
+    with pytest.raises(CorruptRecord, match="not a SentencePiece model"):
+        family.with_tokenizer(preset, b"{}")
+
+
 # Weights.
 
 
@@ -168,6 +182,25 @@ def test_equal_seeds_give_equal_weights(task: SpeechTask) -> None:
     assert weights_digest(first) == weights_digest(again) != weights_digest(other)
     usage = [first[name] for name in first if name.endswith("_initialized")]
     assert all(flag == 1 for flag in usage)
+
+
+def test_the_tiny_preset_has_a_trained_codec(task: SpeechTask) -> None:
+    weights = task.initial_weights(0)
+    trained = tiny_codec().state_dict()
+    assert all(np.array_equal(weights[f"mimi.{name}"], trained[name]) for name in trained)
+
+
+def test_a_new_codec_tells_sounds_apart(tmp_path: Path) -> None:
+    config = task_of(card=64, mimi=codec_table(small_mimi().config)).config
+    assert config.mimi != TINY_MIMI
+    torch.manual_seed(0)
+    codec = make_codec(config)
+    (path,) = write_dialogues(tmp_path, client=1, count=1, length=2)
+    sound = torch.from_numpy(read_audio(path))[:, None]
+    assert len(codec.encode(sound).unique()) == 1
+    lay_codebooks(codec)
+    codes = codec.encode(sound)
+    assert all(len(row.unique()) > 8 for row in codes.unbind(1))
 
 
 # What trains.
@@ -241,6 +274,13 @@ def test_of_a_lone_dialogue_the_end_is_held_out(task: SpeechTask) -> None:
     assert (corpus.held_out[0] != -1).all(axis=0).sum() == 10
     with pytest.raises(DataError, match="too short"):
         corpus_of(task, dialogues=1, length=20)
+
+
+def test_dialogues_with_equal_tokens_count_once(task: SpeechTask) -> None:
+    codes = codes_of(task.config.lm, 1, 60)[0].numpy().astype(np.int16)
+    made = [Encoded(codes, 1.0), Encoded(codes.copy(), 1.0)]
+    corpus = make_corpus(made, 20, DataSummary(files=2, bytes=1, tokens=1), seed=0)
+    assert (corpus.num_examples, len(corpus.held_out)) == (3, 1)
 
 
 def test_a_batch_needs_no_batch_before_it(task: SpeechTask) -> None:
