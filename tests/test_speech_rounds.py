@@ -88,7 +88,13 @@ def test_a_whole_round_of_the_tiny_preset(
     merged = call("maintainer", "moshi-hub", "merge", "--hub", hub, "--publish")
     assert merged["contributions"] == 3
     assert merged["held_out_after"] < merged["held_out_before"] - 0.5
-    measured = call("maintainer", "moshi-hub", "pool", "measure", "--hub", hub)
+    measured = call(
+        "maintainer", "moshi-hub", "pool", "measure", "--hub", hub, "--plot",
+        tmp_path / "codebooks.svg",
+    )  # fmt: skip
+    chart = (tmp_path / "codebooks.svg").read_text()
+    assert "round 0: text perplexity" in chart
+    assert "round 1: text perplexity" in chart
     assert measured["loss"] == pytest.approx(merged["held_out_after"], abs=1e-3)
     before = call("maintainer", "moshi-hub", "pool", "measure", "--hub", hub, "--round", 0)
     assert measured["text_perplexity"] < before["text_perplexity"]

@@ -16,6 +16,7 @@ import os
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -27,6 +28,12 @@ from moshi_fl.replica import Replica, Snapshot
 from moshi_fl.store import ANY, NOREPLY, Author, RefUpdate
 from moshi_fl.weights import Weights, sha256_bytes, write_atomic
 from moshi_hub.propose import Evaluator
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from moshi_fl.models.family import Task
+    from moshi_fl.plot import Chart
 
 POOL_SEED = 0
 POOL_FILE = "held-out.pool"
@@ -214,20 +221,49 @@ def figures_of(replica: Replica, snapshot: Snapshot) -> dict[str, float]:
     """
     import torch
 
-    from moshi_fl.models import get_family
-    from moshi_fl.models.common import load_weights
     from moshi_fl.models.family import Explains
 
-    pool, config = read_pool_file(replica), snapshot.state.config
-    task = get_family(config.family).load(config.model_table, snapshot.state.tokenizer)
-    module, device = task.build(), torch.device("cpu")
-    load_weights(module, snapshot.load())
+    pool, device = read_pool_file(replica), torch.device("cpu")
+    task, module = _model_of(snapshot)
     losses = task.evaluate(module, pool, device)
     found = {"loss": float(losses.mean())}
     if isinstance(task, Explains):
         more = task.figures(module, pool, device)
         found |= {name.replace(" ", "_"): value for name, value in more.items()}
     return found
+
+
+def chart_of(replica: Replica, snapshots: Sequence[Snapshot]) -> Chart:
+    """A chart of what a family can tell of some rounds.
+
+    Raises:
+        ConfigError: It can tell nothing that could be drawn.
+        DataError: There is no pool on this machine.
+    """
+    import torch
+
+    from moshi_fl.models.family import Explains
+
+    models = {f"round {entry.round}": _model_of(entry) for entry in snapshots}
+    task = next(iter(models.values()))[0]
+    if not isinstance(task, Explains):
+        raise ConfigError(
+            "models of this family have nothing to draw but their loss.",
+            hint="moshi-hub report   (draws the loss of all rounds)",
+        )
+    modules = {name: module for name, (_, module) in models.items()}
+    return task.chart(modules, read_pool_file(replica), torch.device("cpu"))
+
+
+def _model_of(snapshot: Snapshot) -> tuple[Task, nn.Module]:
+    from moshi_fl.models import get_family
+    from moshi_fl.models.common import load_weights
+
+    config = snapshot.state.config
+    task = get_family(config.family).load(config.model_table, snapshot.state.tokenizer)
+    module = task.build()
+    load_weights(module, snapshot.load())
+    return task, module
 
 
 def evaluator_for(replica: Replica) -> Callable[[HubConfig], Evaluator | None]:

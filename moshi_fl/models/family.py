@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moshi_fl.generate import Sampling as Sampling  # noqa: PLC0414 - families take it from here
+from moshi_fl.plot import Chart
 from moshi_fl.weights import Weights
 
 if TYPE_CHECKING:
@@ -260,6 +261,10 @@ class Explains(Protocol):
 
     def figures(self, module: nn.Module, pool: bytes, device: torch.device) -> Mapping[str, float]:
         """Means over the pool by name, such as ``{"text perplexity": 12.1}``."""
+        ...
+
+    def chart(self, modules: Mapping[str, nn.Module], pool: bytes, device: torch.device) -> Chart:
+        """A chart of the same for some models, by what they shall be called."""
         ...
 
 

@@ -74,12 +74,12 @@ def read_folder(path: Path) -> ModelFolder:
     Raises:
         ConfigError: It is no such folder.
     """
-    model = _read_json(path / CONFIG_FILE)
+    model = read_table(path / CONFIG_FILE, hint=_HINT)
     family = model.pop("family", None)
     if not isinstance(family, str):
         raise ConfigError(f"{path / CONFIG_FILE} names no model family.", hint=_HINT)
     tokenizer, recipe = path / TOKENIZER_FILE, path / RECIPE_FILE
-    tables = _read_json(recipe) if recipe.exists() else {}
+    tables = read_table(recipe, hint=_HINT) if recipe.exists() else {}
     if not all(key in TABLES and isinstance(table, dict) for key, table in tables.items()):
         raise ConfigError(f"{recipe} should have the tables {', '.join(TABLES)}.")
     return ModelFolder(
@@ -114,14 +114,19 @@ def require_weights_of(task: Task, weights: Weights) -> None:
 _HINT = "Give the trainer's out_dir/best or out_dir/final, or what moshi-fl import-checkpoint made."
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_table(path: Path, *, hint: str = "") -> dict[str, Any]:
+    """The object in a small JSON file.
+
+    Raises:
+        ConfigError: It cannot be read, or it is none.
+    """
     try:
         with path.open("rb") as file:
             table = json.loads(file.read(MAX_CONFIG_BYTES))
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}.", hint=_HINT) from error
+        raise ConfigError(f"cannot read {path}: {error.strerror}.", hint=hint) from error
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON.", hint=_HINT) from error
+        raise ConfigError(f"{path} is not JSON.", hint=hint) from error
     if not isinstance(table, dict):
-        raise ConfigError(f"{path} holds no table.", hint=_HINT)
+        raise ConfigError(f"{path} holds no table.", hint=hint)
     return table

@@ -23,7 +23,7 @@ from moshi_fl.feedback import Feedback
 from moshi_fl.history import HubState
 from moshi_fl.hubfile import HubConfig
 from moshi_fl.models.common import able_to_read, require_part
-from moshi_fl.models.family import Corpus, DataSummary, Explains, Task
+from moshi_fl.models.family import Corpus, DataSummary, Explains, ReadsWithModel, Task
 from moshi_fl.policy import NO_DEMANDS, Policy
 from moshi_fl.pull_request import forge_of, propose, pushing_to
 from moshi_fl.records import Contribution, Metrics, Privacy, dump
@@ -153,6 +153,8 @@ def contribute(
     task = able_to_read(load_task(snapshot.state), snapshot.load)
     require_part(task, options.trains or snapshot.state.config.training.trains)
     paths = tuple(_absolute(Path(path)) for path in data)
+    if isinstance(task, ReadsWithModel):
+        listener.stage("data", "reading; what is new is encoded first, which may take a while")
     corpus = task.read(paths, seed=0, max_bytes=options.max_bytes)
     listener.stage("data", describe(corpus.summary))
     plan = make_plan(snapshot, task, corpus, paths, options, signer.public_key)

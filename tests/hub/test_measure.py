@@ -10,33 +10,44 @@ import numpy as np
 import pytest
 import torch
 
+from moshi_fl.errors import ConfigError, DataError
 from moshi_fl.evidence import LARGEST_LOSS
 from moshi_fl.hubfile import parse_hubfile
 from moshi_fl.models import get_family, get_preset
+from moshi_fl.models.common import able_to_read
 from moshi_fl.tokenizer import CharVocabulary
 from moshi_fl.weights import save_weights
 from moshi_hub.create import Plan, render_hubfile
+from moshi_hub.heldout import chart_of, figures_of, store_pool
 from moshi_hub.measure import BaseModel, Desk, Meter, measure, referee, tokenizer_before_growth
+from tests.support.espeak import write_dialogues
 from tests.support.simulator import MODEL, HubSimulator, write_corpus
 
 MOC = {"d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "max_seq_len": 32}
+SPEECH = {"dim": 32, "depformer_dim": 16, "ttt_layers": 1, "segment_frames": 12}
+SMALL = {"char": MODEL, "moc": MOC, "speech": SPEECH}
 
 
 def desk(folder: Path, family: str) -> Desk:
     preset = get_preset(family, "tiny")
-    preset = replace(preset, model={**preset.model, **(MODEL if family == "char" else MOC)})
+    preset = replace(preset, model={**preset.model, **SMALL[family]})
     config = parse_hubfile(
         render_hubfile(Plan(url="x", family=family, preset="tiny", name="x"), preset)
     )
     task = get_family(family).load(config.model_table, preset.tokenizer)
-    corpus = task.read([write_corpus(folder / "held")], seed=0)
+    if family == "speech":
+        write_dialogues(folder / "held", client=0, count=3, length=4)
+    else:
+        write_corpus(folder / "held")
+    weights = task.initial_weights(1)
+    corpus = able_to_read(task, lambda: weights).read([folder / "held"], seed=0)
     (folder / "pool").write_bytes(task.pool(corpus, 10, seed=0, held_out=False))
-    save_weights(folder / "base", task.initial_weights(1))
+    save_weights(folder / "base", weights)
     bases = {0: BaseModel(folder / "base", preset.tokenizer)}
     return Desk(config, folder / "pool", bases, {}, folder)
 
 
-@pytest.fixture(params=["char", "moc"])
+@pytest.fixture(params=["char", "moc", "speech"])
 def any_desk(request: pytest.FixtureRequest, tmp_path: Path) -> Desk:
     return desk(tmp_path, request.param)
 
@@ -139,3 +150,16 @@ def test_weights_that_would_be_infinite_have_the_largest_loss(tmp_path: Path) ->
     meter = Meter(mine, "float64")
     assert meter.base_losses(0, [0])[0] <= LARGEST_LOSS
     assert all(0 <= loss <= LARGEST_LOSS for loss in meter.after_losses(entry, [0, 1]))
+
+
+def test_a_round_is_measured_on_the_pool(hub: HubSimulator, tmp_path: Path) -> None:
+    state = hub.replica.look()
+    with pytest.raises(DataError, match="no held-out pool"):
+        figures_of(hub.replica, hub.replica.pull())
+    held = [write_corpus(tmp_path / "held", files=4)]
+    store_pool(hub.replica, state.config, state.tokenizer, held)
+    found = figures_of(hub.replica, hub.replica.pull(0))
+    assert list(found) == ["loss"]
+    assert 1 < found["loss"] < 20
+    with pytest.raises(ConfigError, match="nothing to draw"):
+        chart_of(hub.replica, [hub.replica.pull(0)])

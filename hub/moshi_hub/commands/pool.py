@@ -85,14 +85,25 @@ def import_(console: Console, hub: str | None, file: Path) -> None:
 @pool.command()
 @hub_option
 @click.option("--round", "number", type=click.IntRange(0), help="Measure this round.")
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    metavar="FILE",
+    help="Draw what the family can tell of it and of the round before, as an SVG chart.",
+)
 @output_options
-def measure(console: Console, hub: str | None, number: int | None) -> None:
+def measure(console: Console, hub: str | None, number: int | None, plot: Path | None) -> None:
     """Measure a round on the pool: its loss, and what else its family can tell of a model."""
-    from moshi_hub.heldout import figures_of
+    from moshi_fl.weights import write_atomic
+    from moshi_hub.heldout import chart_of, figures_of
 
     replica = replica_for(hub)
     snapshot = replica.pull(number)
     console.result(round=snapshot.round, **figures_of(replica, snapshot))
+    if plot:
+        before = [replica.pull(snapshot.round - 1)] if snapshot.round else []
+        write_atomic(plot, chart_of(replica, [*before, snapshot]).svg().encode())
+        console.note(f"Wrote {plot}")
 
 
 @pool.command()

@@ -75,10 +75,13 @@ def make_corpus(
 ) -> SpeechCorpus:
     """Hold out about a tenth of the dialogues, by a hash of their tokens, and cut all of them.
 
+    Of dialogues with the same tokens, one counts.
+
     Raises:
         DataError: A lone dialogue too short to cut in two.
     """
-    training, held_out = _split(dialogues, seed)
+    different = list({entry.digest: entry for entry in dialogues}.values())
+    training, held_out = _split(different, seed)
     cut = [segments(entry.codes, frames) for entry in training]
     chances = np.repeat([entry.weight for entry in training], [len(pieces) for pieces in cut])
     return SpeechCorpus(

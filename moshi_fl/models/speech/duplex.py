@@ -124,7 +124,7 @@ class DuplexSession:
         """
         start = time.perf_counter()
         sound = self._checked(sound)
-        codes = self.mimi.encode(sound[:, None].to(self.device))
+        codes = self.mimi.encode(sound[:, None].to(next(self.mimi.parameters())))
         tokens = self._lm.step(codes)
         assert tokens is not None  # out of sync: there is always an answer, if only of placeholders
         there = tokens[:, 0, 0] != UNGENERATED  # (B,)
@@ -177,12 +177,12 @@ class DuplexSession:
     def _decoded(self, codes: Tensor, there: Tensor) -> Tensor:
         """Sound (B, samples) of codes (B, levels, 1), and silence of streams that have none."""
         if bool(there.all()):
-            return self.mimi.decode(codes)[:, 0].cpu()
+            return self.mimi.decode(codes)[:, 0].float().cpu()
         silence = torch.zeros(self.batch, self.frame_size)
         if not bool(there.any()):
             return silence
         self.mimi.set_exec_mask(there)  # for the others, decoding has not begun
-        sound = self.mimi.decode(codes.clamp_min(0))[:, 0].cpu()
+        sound = self.mimi.decode(codes.clamp_min(0))[:, 0].float().cpu()
         self.mimi.set_exec_mask(torch.ones_like(there))
         return torch.where(there.cpu()[:, None], sound, silence)
 
@@ -206,7 +206,7 @@ class DuplexSession:
         if not bool(finite.all()):
             stream = int((~finite).nonzero()[0])
             raise DataError(f"sound of stream {stream} with samples that are not finite.")
-        return sound.float()
+        return sound
 
 
 def _require_that_they_fit(mimi: Mimi, lm: LMModel) -> None:

@@ -41,16 +41,18 @@ from moshi_fl.models.speech.data import (
     encode_dialogue,
     find_dialogues,
 )
-from moshi_fl.models.speech.evaluation import summarize
+from moshi_fl.models.speech.evaluation import codebook_chart, summarize
 from moshi_fl.models.speech.family_config import SpeechConfig
 from moshi_fl.models.speech.lora import fuse_lora
 from moshi_fl.models.speech.loss import losses
+from moshi_fl.models.speech.metrics import Summary
 from moshi_fl.models.speech.mimi import Mimi
 from moshi_fl.models.speech.model import CODEC, SpeechModel, make_codec, parts_of
 from moshi_fl.models.speech.monologue import monologue
 from moshi_fl.models.speech.presets import presets
 from moshi_fl.models.speech.start import first_weights
 from moshi_fl.models.speech.text_stream import TextStream
+from moshi_fl.plot import Chart
 from moshi_fl.weights import Weights, sha256_file
 
 CACHE = "speech-codes"  # folder of encoded sound
@@ -177,11 +179,20 @@ class SpeechTask:
     @torch.inference_mode()
     def figures(self, module: nn.Module, pool: bytes, device: torch.device) -> Mapping[str, float]:
         """Perplexity of text and of the words in it, and the nats of a code of each codebook."""
-        model = cast("SpeechModel", module.to(device).eval())
-        found = summarize(model.lm, list(self._windows(pool)))
+        found = self._summary(module, pool, device)
         text = {"text perplexity": found.text_perplexity, "word perplexity": found.word_perplexity}
         audio = {f"codebook {n}": nats for n, nats in enumerate(found.audio, 1)}
         return text | audio
+
+    @torch.inference_mode()
+    def chart(self, modules: Mapping[str, nn.Module], pool: bytes, device: torch.device) -> Chart:
+        """Nats by codebook, a line for each model."""
+        found = {name: self._summary(module, pool, device) for name, module in modules.items()}
+        return codebook_chart(found)
+
+    def _summary(self, module: nn.Module, pool: bytes, device: torch.device) -> Summary:
+        model = cast("SpeechModel", module.to(device).eval())
+        return summarize(model.lm, list(self._windows(pool)))
 
     def generate(self, module: nn.Module, prompt: str, sampling: Sampling) -> Iterator[str]:
         """What the model says to somebody who is silent, word by word as it says it.

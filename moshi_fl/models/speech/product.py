@@ -42,7 +42,7 @@ class Linear(nn.Linear):
 def _turns(rows: int, weight: Tensor) -> bool:
     width = weight.shape[1]
     few = 0 < rows <= (SOME if width <= NARROW else PAIR) and width <= WIDE
-    return few and weight.dtype == torch.float32 and not weight.is_cuda
+    return few and weight.dtype == torch.float32 and weight.is_cpu
 
 
 def _turned(x: Tensor, weight: Tensor) -> Tensor:

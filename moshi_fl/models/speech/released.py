@@ -6,7 +6,6 @@ are parsed as a stranger's are.
 
 from __future__ import annotations
 
-import json
 import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,13 +16,12 @@ import torch
 from torch import Tensor
 
 from moshi_fl.errors import ConfigError, CorruptRecord
+from moshi_fl.models.folder import CONFIG_FILE, read_table
 from moshi_fl.models.speech.lm_config import LMConfig
 from moshi_fl.models.speech.mimi_config import MimiConfig
 from moshi_fl.models.speech.presets import MOSHI_7B
 from moshi_fl.weights import MAX_HEADER_BYTES, WITH_BFLOAT16, parse_header
 
-CONFIG = "config.json"
-MAX_CONFIG_BYTES = 1 << 20
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 # Which files to look for where ``config.json`` names none.
 MODEL, CODEC, TEXT = "model*.safetensors", "tokenizer-*.safetensors", "tokenizer_spm*.model"
@@ -74,17 +72,17 @@ class Released:
         if not self.table.get("mimi_config_name"):
             return MimiConfig()
         path = self._file("mimi_config_name", "", "Mimi's configuration")
-        return MimiConfig.from_reference(_read_json(path))
+        return MimiConfig.from_reference(read_table(path))
 
     def _file(self, key: str, pattern: str, what: str) -> Path:
         named = self.table.get(key)
         if named is None:
             return self._only(pattern, what)
         if not isinstance(named, str) or named != Path(named).name:
-            raise ConfigError(f"{CONFIG}: {key} = {named!r} must name a file beside it.")
+            raise ConfigError(f"{CONFIG_FILE}: {key} = {named!r} must name a file beside it.")
         path = self.folder / named
         if not path.is_file():
-            raise ConfigError(f"{CONFIG} names {named}, {what}, and {path} does not exist.")
+            raise ConfigError(f"{CONFIG_FILE} names {named}, {what}, and {path} does not exist.")
         return path
 
     def _only(self, pattern: str, what: str) -> Path:
@@ -93,7 +91,7 @@ class Released:
             has = ", ".join(path.name for path in found[:10]) or "none"
             raise ConfigError(
                 f"{self.folder}: {what} should be one file {pattern}; there is {has}.",
-                hint=f"put the released files into one folder, or name them in its {CONFIG}",
+                hint=f"put the released files into one folder, or name them in its {CONFIG_FILE}",
             )
         return found[0]
 
@@ -108,21 +106,8 @@ def open_release(folder: Path) -> Released:
         raise ConfigError(
             f"{folder} is not a folder.", hint="give the one that holds the released files"
         )
-    path = folder / CONFIG
-    return Released(folder, _read_json(path) if path.exists() else MOSHI_7B)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            table = json.loads(file.read(MAX_CONFIG_BYTES))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON.") from error
-    if not isinstance(table, dict):
-        raise ConfigError(f"{path} holds no table.")
-    return table
+    path = folder / CONFIG_FILE
+    return Released(folder, read_table(path) if path.exists() else MOSHI_7B)
 
 
 @dataclass(frozen=True)

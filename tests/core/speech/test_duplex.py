@@ -171,6 +171,15 @@ def test_eight_bits_speak_with_the_models_voice() -> None:
     assert agreeing >= 8
 
 
+def test_models_in_bfloat16_take_and_give_float32() -> None:
+    mimi, model = small_mimi().bfloat16(), talker().bfloat16()
+    with DuplexSession(mimi, model, SPELLING, sampling=GREEDY) as held:
+        found = sound_of(converse(held, voice(6).double()))
+    assert found.dtype == torch.float32
+    assert found.isfinite().all()
+    assert found.std() > 0
+
+
 WRONG: list[tuple[Tensor, str]] = [
     (torch.zeros(1, FRAME - 1), r"shape \[1, 1919\]; it takes one whole frame: \[1, 1920\]"),
     (torch.zeros(1, 2 * FRAME), "one whole frame"),

@@ -276,6 +276,13 @@ def test_of_a_lone_dialogue_the_end_is_held_out(task: SpeechTask) -> None:
         corpus_of(task, dialogues=1, length=20)
 
 
+def test_dialogues_with_equal_tokens_count_once(task: SpeechTask) -> None:
+    codes = codes_of(task.config.lm, 1, 60)[0].numpy().astype(np.int16)
+    made = [Encoded(codes, 1.0), Encoded(codes.copy(), 1.0)]
+    corpus = make_corpus(made, 20, DataSummary(files=2, bytes=1, tokens=1), seed=0)
+    assert (corpus.num_examples, len(corpus.held_out)) == (3, 1)
+
+
 def test_a_batch_needs_no_batch_before_it(task: SpeechTask) -> None:
     corpus = corpus_of(task)
     batches = task.batches(corpus, 3, seed=7)
