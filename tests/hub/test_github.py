@@ -168,7 +168,7 @@ def test_a_region_contributes_by_a_pull_request_from_its_fork(
     """Ann runs a region on her own machine; the hub above is Carol's, on GitHub."""
     url, region = f"{github.web}/hub/model.git", tmp_path / "region.git"
     assert call("carol", "moshi-hub", "init", url)[0] == 0
-    status, _, said = call("ann", "moshi-hub", "init", region, "--from", url)
+    status, _, said = call("ann", "moshi-hub", "init", region, "--upstream", url)
     assert status == 0, said
     data, here = write_corpus(tmp_path / "data"), ("--hub", region)
     assert call("bob", "moshi-fl", "contribute", *here, "--data", data, *LITTLE)[0] == 0
