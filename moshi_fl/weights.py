@@ -241,10 +241,15 @@ def save_weights(path: Path, tensors: Weights, metadata: Mapping[str, str] | Non
 
 
 class atomic_file:  # noqa: N801 - used as a function, as in ``with atomic_file(path) as file``
-    """A file that appears under its name only when the block ends without an exception."""
+    """A file that appears under its name only when the block ends without an exception.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    Args:
+        path: Its name.
+        shared: Whether others may read it as the user's umask says; else it is the user's alone.
+    """
+
+    def __init__(self, path: Path, *, shared: bool = False) -> None:
+        self._path, self._shared = path, shared
         self._file: IO[bytes]
 
     def __enter__(self) -> IO[bytes]:
@@ -271,6 +276,9 @@ class atomic_file:  # noqa: N801 - used as a function, as in ``with atomic_file(
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
+            if self._shared:
+                os.umask(mask := os.umask(0))  # there is no other way to read it
+                Path(self._name).chmod(0o666 & ~mask)
             Path(self._name).replace(self._path)
         except OSError as error:
             self._locate(error)
@@ -287,9 +295,9 @@ class atomic_file:  # noqa: N801 - used as a function, as in ``with atomic_file(
             error.filename = str(self._path)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace a small file in one step."""
-    with atomic_file(path) as file:
+def write_atomic(path: Path, data: bytes, *, shared: bool = False) -> None:
+    """Replace a small file in one step; ``shared`` as for ``atomic_file``."""
+    with atomic_file(path, shared=shared) as file:
         file.write(data)
 
 

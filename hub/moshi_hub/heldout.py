@@ -22,7 +22,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from moshi_fl.errors import ConfigError, DataError
-from moshi_fl.history import Refs
+from moshi_fl.history import HubState, Refs
 from moshi_fl.hubfile import HubConfig
 from moshi_fl.replica import Replica, Snapshot
 from moshi_fl.store import ANY, NOREPLY, Author, RefUpdate
@@ -80,11 +80,32 @@ def store_pool(
     task = get_family(config.family).load(config.model_table, tokenizer)
     task = able_to_read(task, lambda: replica.pull().load() if weights is None else weights)
     corpus = task.read(paths, seed=POOL_SEED)
-    count = config.evaluation.sequences + 2 * config.evaluation.private_sequences
-    pool = task.pool(corpus, count, seed=POOL_SEED, held_out=False)
+    pool = task.pool(corpus, _wanted(config), seed=POOL_SEED, held_out=False)
     replica.folder.mkdir(parents=True, exist_ok=True)
     write_atomic(pool_path(replica), pool)
     return sha256_bytes(pool)
+
+
+def _wanted(config: HubConfig) -> int:
+    return config.evaluation.sequences + 2 * config.evaluation.private_sequences
+
+
+def too_few(replica: Replica, state: HubState) -> str:
+    """A sentence when the pool on this machine has fewer sequences than the settings ask for."""
+    from moshi_fl.models import get_family
+    from moshi_fl.models.family import CutsPools
+
+    config = state.config
+    task = get_family(config.family).load(config.model_table, state.tokenizer)
+    if not isinstance(task, CutsPools):
+        return ""
+    found, wanted = task.pool_size(read_pool_file(replica)), _wanted(config)
+    if found >= wanted:
+        return ""
+    return (
+        f"The held-out data gives {found} sequences; the settings ask for {wanted}. Verdicts on so "
+        "few say little: give more. (moshi-hub pool new --eval-data PATH)"
+    )
 
 
 def read_pool_file(replica: Replica) -> bytes:

@@ -73,23 +73,33 @@ def sampler(
         patience: Seconds for all of them; what has not been said by then is left out.
         clock: Tells the time.
     """
-    chosen = tuple(prompts) or PROMPTS
+    chosen = tuple(prompts)
 
     def take(config: HubConfig, before: Model, after: Model) -> Samples:
         start, said = clock(), "before the round"
+        asked = chosen if prompts else _own_prompts(config, after)
         half, end = start + patience / 2, start + patience
         try:
-            old = list(_answers(config, before, chosen, lambda: clock() > half))
+            old = list(_answers(config, before, asked, lambda: clock() > half))
             said = "after it"
-            new = list(_answers(config, after, chosen, lambda: clock() > end))
+            new = list(_answers(config, after, asked, lambda: clock() > end))
         except MoshiError as error:  # it writes no text, or its numbers are not finite
             return Samples(note=f"None could be taken, {said}: {error}")
         count = min(len(old), len(new))
-        triples = zip(chosen[:count], old[:count], new[:count], strict=True)
-        note = "" if count == len(chosen) else f"The rest did not come within {patience:.0f} s."
+        triples = zip(asked[:count], old[:count], new[:count], strict=True)
+        note = "" if count == len(asked) else f"The rest did not come within {patience:.0f} s."
         return Samples(tuple(Sample(*triple) for triple in triples), note)
 
     return take
+
+
+def _own_prompts(config: HubConfig, model: Model) -> tuple[str, ...]:
+    """What a model of this family is asked; one that speaks says something by itself."""
+    from moshi_fl.models import get_family
+    from moshi_fl.models.family import Speaks
+
+    task = get_family(config.family).load(config.model_table, model[1])
+    return ("",) if isinstance(task, Speaks) else PROMPTS
 
 
 def _answers(

@@ -18,12 +18,19 @@ import moshi_fl
 from moshi_fl.codec import get_codec
 from moshi_fl.codec.delta import delta_bytes, encode_delta
 from moshi_fl.config import home as default_home
-from moshi_fl.errors import Rejected, TrainingError
+from moshi_fl.errors import ConfigError, Rejected, TrainingError
 from moshi_fl.feedback import Feedback
 from moshi_fl.history import HubState
 from moshi_fl.hubfile import HubConfig
 from moshi_fl.models.common import able_to_read, require_part
-from moshi_fl.models.family import Corpus, DataSummary, Explains, ReadsWithModel, Task
+from moshi_fl.models.family import (
+    Corpus,
+    DataSummary,
+    Explains,
+    ReadsWithModel,
+    Task,
+    Windowed,
+)
 from moshi_fl.policy import NO_DEMANDS, Policy
 from moshi_fl.pull_request import forge_of, propose, pushing_to
 from moshi_fl.records import Contribution, Metrics, Privacy, dump
@@ -151,6 +158,12 @@ def contribute(
     snapshot = manager.pull()
     listener.stage("sync", _whence(snapshot))
     task = able_to_read(load_task(snapshot.state), snapshot.load)
+    if options.privacy and not isinstance(task, Windowed):
+        raise ConfigError(
+            f"models of the family {snapshot.state.config.family} cannot be trained with "
+            "differential privacy.",
+            hint="leave out --dp",
+        )
     require_part(task, options.trains or snapshot.state.config.training.trains)
     paths = tuple(_absolute(Path(path)) for path in data)
     if isinstance(task, ReadsWithModel):
@@ -250,7 +263,8 @@ def load_task(state: HubState, tokenizer: bytes | None = None) -> Task:
 
 def describe(summary: DataSummary) -> str:
     """One line about what was taken and what was left."""
-    text = f"{summary.files} files, {summary.bytes:,} bytes, {summary.tokens:,} tokens"
+    files = "1 file" if summary.files == 1 else f"{summary.files} files"
+    text = f"{files}, {summary.bytes:,} bytes, {summary.tokens:,} tokens"
     left = ", ".join(f"{count} {reason}" for reason, count in sorted(summary.skipped.items()))
     return f"{text}; left out: {left}" if left else text
 

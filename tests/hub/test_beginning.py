@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 from moshi_fl.errors import ConfigError, CorruptRecord, MoshiError
 from moshi_fl.models import get_family, get_preset
 from moshi_fl.models.folder import read_folder
-from moshi_fl.weights import save_weights, weights_digest
+from moshi_fl.weights import save_weights, weights_digest, write_atomic
+from moshi_hub.cli import main as hub_main
 from moshi_hub.create import Plan, create
 
 SMALL = {"d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "max_seq_len": 16}
@@ -102,3 +104,27 @@ def test_a_part_that_the_model_has_not_is_no_recipe(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="trained whole"):
         make(tmp_path, source=source)
     assert not (tmp_path / "hub.git").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no modes on Windows")
+def test_what_is_for_others_has_the_mode_that_the_umask_says(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_atomic(tmp_path / "page.html", b"x", shared=True)
+        write_atomic(tmp_path / "secret", b"x")
+    finally:
+        os.umask(before)
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("page.html", "secret")]
+    assert modes == [0o640, 0o600]
+
+
+def test_held_out_data_that_gives_too_few_sequences_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "held.py").write_text("def f(x):\n    return x\n" * 30)
+    url = str(tmp_path / "hub.git")
+    assert hub_main(["init", url, "--eval-data", str(tmp_path / "held.py")]) == 0
+    said = capsys.readouterr().err
+    assert "sequences; the settings ask for" in said
+    assert hub_main(["pool", "new", "--hub", url, "--eval-data", str(tmp_path / "held.py")]) == 0
+    assert "sequences; the settings ask for" in capsys.readouterr().err

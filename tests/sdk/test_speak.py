@@ -20,8 +20,10 @@ from moshi_fl.models.speech.lm import LMModel
 from moshi_fl.models.speech.sampling import Sampling
 from moshi_fl.text import clean
 from moshi_hub.cli import main as hub_main
+from moshi_hub.samples import sampler
 from moshi_sdk.cli import main as fl_main
 from moshi_sdk.speak import converse, require_files
+from moshi_sdk.sync import SyncManager
 from tests.support.espeak import write_dialogues
 from tests.support.mimis import small_mimi
 from tests.support.releases import write_release
@@ -164,6 +166,13 @@ def test_files_that_cannot_be_used_are_named_before_any_work(tmp_path: Path) -> 
             require_files(source, out)
 
 
+def test_a_place_where_no_file_can_be_is_one_error(session: DuplexSession, tmp_path: Path) -> None:
+    source = tmp_path / "user.wav"
+    write_audio(source, voice(0.1))
+    with pytest.raises(DataError, match="cannot be made"):
+        list(converse(session, source, source / "reply.wav"))
+
+
 @pytest.fixture(scope="module")
 def speaking_hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A hub of the preset ``tiny``, at round 0: it babbles."""
@@ -203,6 +212,23 @@ def test_a_hubs_model_answers_on_a_machine_that_never_saw_it(
     other = tmp_path / "eight.flac"
     assert fl_main([*words, "--out", str(other), "--int8", "--stereo", "--top-k", "0"]) == 0
     assert read_audio(other, channels=2).shape == (2, heard * FRAME)
+
+
+def test_a_rounds_samples_are_what_it_says_by_itself(speaking_hub: Path, tmp_path: Path) -> None:
+    snapshot = SyncManager(str(speaking_hub), home=tmp_path / "home").pull()
+    model = snapshot.load(), snapshot.state.tokenizer
+    found = sampler()(snapshot.state.config, model, model)
+    assert not found.note
+    assert [sample.prompt for sample in found.entries] == [""]
+    assert found.entries[0].before == found.entries[0].after
+
+
+def test_differential_privacy_is_refused_before_anything_is_read(
+    speaking_hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["contribute", "--hub", str(speaking_hub), "--data", str(tmp_path / "none"), "--dp"]
+    assert fl_main(words) != 0
+    assert "speech cannot be trained with differential privacy" in capsys.readouterr().err
 
 
 def test_an_imported_release_speaks_without_a_hub(

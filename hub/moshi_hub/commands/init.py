@@ -14,6 +14,7 @@ from moshi_fl.console import Console
 from moshi_fl.errors import ConfigError
 from moshi_fl.forge import Repository, parse_address
 from moshi_fl.history import PREFIXES
+from moshi_fl.replica import Replica
 from moshi_fl.store import redact
 from moshi_fl.text import Size
 from moshi_hub.options import maintainer
@@ -96,6 +97,7 @@ def init(  # noqa: PLR0913 - one parameter an option
     from moshi_fl.models import get_preset
     from moshi_fl.subwords import start_of
     from moshi_hub.create import Plan, create
+    from moshi_hub.heldout import too_few
     from moshi_hub.keys import KeyStore
     from moshi_hub.regional import begin_from, refuse_choices
 
@@ -135,6 +137,8 @@ def init(  # noqa: PLR0913 - one parameter an option
     console.note("Whoever has these keys speaks for the hub: keep a copy of them in a safe place.")
     if not source and (note := get_preset(family, preset).note):
         console.note(note)
+    if eval_data and (few := too_few(Replica(hub, ensure_home()), snapshot.state)):
+        console.warn(few)
     if not eval_data:
         console.note("No held-out data: merges will not be measured. (--eval-data DIR)")
     if repository:

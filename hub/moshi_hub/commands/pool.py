@@ -48,12 +48,14 @@ def pool(console: Console, hub: str | None) -> None:
 @output_options
 def new(console: Console, hub: str | None, eval_data: tuple[Path, ...]) -> None:
     """Draw a new pool from files; the one before stays in use until then."""
-    from moshi_hub.heldout import store_pool
+    from moshi_hub.heldout import store_pool, too_few
 
     replica = replica_for(hub)
     state = replica.look()
     sha256 = store_pool(replica, state.config, state.tokenizer, eval_data)
     console.done("Drew a held-out pool; it stays on this machine", pool=sha256)
+    if few := too_few(replica, state):
+        console.warn(few)
 
 
 @pool.command()
@@ -97,12 +99,14 @@ def measure(console: Console, hub: str | None, number: int | None, plot: Path | 
     from moshi_fl.weights import write_atomic
     from moshi_hub.heldout import chart_of, figures_of
 
+    if plot and plot.suffix.lower() != ".svg":
+        raise click.UsageError(f"--plot {plot}: the chart is an SVG; let the name end in .svg.")
     replica = replica_for(hub)
     snapshot = replica.pull(number)
     console.result(round=snapshot.round, **figures_of(replica, snapshot))
     if plot:
         before = [replica.pull(snapshot.round - 1)] if snapshot.round else []
-        write_atomic(plot, chart_of(replica, [*before, snapshot]).svg().encode())
+        write_atomic(plot, chart_of(replica, [*before, snapshot]).svg().encode(), shared=True)
         console.note(f"Wrote {plot}")
 
 

@@ -27,7 +27,7 @@ def write_site(history: History, folder: Path) -> list[Path]:
     for name, text in render(history):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, text.encode())
+        write_atomic(path, text.encode(), shared=True)
         written.append(path)
     return written
 

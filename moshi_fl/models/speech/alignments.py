@@ -20,6 +20,7 @@ from msgspec import Meta
 from moshi_fl.errors import DataError
 
 MAIN_SPEAKER = "SPEAKER_MAIN"  # Moshi, on the left channel
+USER_SPEAKER = "SPEAKER_USER"
 MAX_BYTES = 64 << 20
 MAX_WORDS = 1_000_000
 MAX_WORD_LENGTH = 200  # characters
@@ -59,7 +60,8 @@ def read_alignments(
 
     Raises:
         DataError: Not such a file, or too large a one; a time that is negative or not finite, an
-            end before its start, or a word that starts after the end of the sound.
+            end before its start, a word that starts after the end of the sound, or speakers of
+            other names, where only ``SPEAKER_MAIN`` is kept.
     """
     try:
         with path.open("rb") as file:
@@ -86,6 +88,7 @@ def parse_alignments(
     for number, word in enumerate(words, 1):
         _check(word, number, duration, name)
     if keep_main_only:
+        _check_speakers({word.speaker for word in words}, name)
         words = [word for word in words if word.speaker == MAIN_SPEAKER]
     said = [word for word in words if word.text and word.start < word.end]
     return tuple(_without_overlaps(sorted(said, key=lambda word: word.start), duration))
@@ -102,6 +105,16 @@ def _check(word: Word, number: int, duration: float, name: str) -> None:
         raise DataError(
             f"{said} starts at {word.start:g} s; the sound ends at {duration:g} s.",
             hint="check that the alignments belong to this sound and are in seconds",
+        )
+
+
+def _check_speakers(found: set[str], name: str) -> None:
+    """Other labels would leave Moshi without a word, and a model would learn to say nothing."""
+    others = sorted(found - {MAIN_SPEAKER, USER_SPEAKER})
+    if others and MAIN_SPEAKER not in found:
+        raise DataError(
+            f"{name} has no word of {MAIN_SPEAKER}; its speakers are {', '.join(others[:5])}.",
+            hint=f"call the one on the left channel {MAIN_SPEAKER}, the other {USER_SPEAKER}",
         )
 
 

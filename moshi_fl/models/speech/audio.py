@@ -180,7 +180,7 @@ def audio_writer(
     kind = path.suffix[1:].upper()
     try:
         with (
-            atomic_file(path) as file,
+            atomic_file(path, shared=True) as file,
             soundfile.SoundFile(
                 file.fileno(), "w", sample_rate, channels, "PCM_16", format=kind, closefd=False
             ) as sound,
@@ -198,6 +198,10 @@ def audio_writer(
         raise DataError(
             f"{path} cannot be written: {error.error_string.strip()}",
             hint="make room there, or give another place",
+        ) from error
+    except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+        raise DataError(
+            f"{path} cannot be made: {error.strerror}: {error.filename}.", hint="give another place"
         ) from error
 
 
@@ -254,7 +258,11 @@ def _opened(path: Path) -> Iterator[SoundFile]:
     if path.exists() and not path.is_file():  # a pipe would wait for ever
         raise SoundError(f"{path} is not a file of sound.", reason=UNREADABLE)
     try:
-        with path.open("rb") as file, soundfile.SoundFile(file) as sound:
+        # By number: of a Python object libsndfile would call back, and swallow a Ctrl-C there.
+        with (
+            path.open("rb") as file,
+            soundfile.SoundFile(file.fileno(), closefd=False) as sound,
+        ):
             _check_header(path, sound)
             yield sound
     except OSError as error:

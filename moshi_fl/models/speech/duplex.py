@@ -191,6 +191,8 @@ class DuplexSession:
         return tuple("" if t == UNGENERATED else self._text.pieces([t]) for t in tokens.tolist())
 
     def _checked(self, sound: Tensor) -> Tensor:
+        if not self.mimi.is_streaming:
+            raise DataError("the session is not open.", hint="with DuplexSession(...) as session:")
         if sound.dim() == 1:
             sound = sound[None]
         if sound.shape != (self.batch, self.frame_size):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -182,7 +183,7 @@ class SpeechTask:
         found = self._summary(module, pool, device)
         text = {"text perplexity": found.text_perplexity, "word perplexity": found.word_perplexity}
         audio = {f"codebook {n}": nats for n, nats in enumerate(found.audio, 1)}
-        return text | audio
+        return {name: value for name, value in (text | audio).items() if math.isfinite(value)}
 
     @torch.inference_mode()
     def chart(self, modules: Mapping[str, nn.Module], pool: bytes, device: torch.device) -> Chart:

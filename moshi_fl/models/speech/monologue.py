@@ -37,7 +37,10 @@ def _refuse(sampling: Sampling) -> None:
     }
     for option, given in settings.items():
         if given:
-            raise ConfigError(f"{option} has no meaning for a speech model.", hint="leave it out")
+            raise ConfigError(
+                f"{option} has no meaning when a speech model says what comes to its mind.",
+                hint="leave it out" if option != "--int8" else "leave it out; speak has it",
+            )
 
 
 @torch.inference_mode()

@@ -115,14 +115,15 @@ def contribute(console: Console, resume: bool, discard: bool, dry_run: bool, **f
     own = {name: flags[name] for name in names}
     settings = settings_for(**own)
     use_threads(settings.threads)
-    console.resume_command = f"moshi-fl contribute{hub_flag(settings)} --resume"
+    again = f"moshi-fl contribute{hub_flag(settings)} --resume"
+    console.resume_command = again if resume else ""
     from moshi_sdk import contribute as work
 
     if discard:
         plan = work.discard(settings.hub, home=ensure_home())
         console.done("Discarded", base=plan.base_round, steps=plan.training.steps)
         return
-    with _Listener(console) as listener:
+    with _Listener(console, again) as listener:
         if resume:
             outcome = work.resume(
                 settings.hub,
@@ -189,8 +190,9 @@ def _options(flags: dict[str, Any], settings: Any, dry_run: bool) -> Any:
 class _Listener(AbstractContextManager["_Listener"]):
     """Turns stages into notes and steps into one bar."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, resume_command: str) -> None:
         self._console = console
+        self._resume_command = resume_command
         self._bar: Progress | None = None
 
     def stage(self, name: str, text: str) -> None:
@@ -201,6 +203,7 @@ class _Listener(AbstractContextManager["_Listener"]):
     def step(self, progress: Any) -> None:
         """Move the bar."""
         if self._bar is None:
+            self._console.resume_command = self._resume_command  # now there is something to resume
             self._bar = self._console.progress("Training", progress.steps, unit="steps")
             self._bar.__enter__()
         self._bar.update(
@@ -236,7 +239,7 @@ def _report(console: Console, outcome: Any, hub: str) -> None:
         console.note(f"Note    {outcome.note}")
     if outcome.sent is None:
         console.done("Ready; nothing was sent", **facts, sent=False)
-        console.hint(f"{console.resume_command}   (sends it)")
+        console.hint(f"moshi-fl contribute{hub} --resume   (sends it)")
         return
     sent = outcome.sent
     what = "The hub already had it" if sent.again else "Sent"

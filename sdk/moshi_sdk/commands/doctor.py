@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import platform
 import re
@@ -53,6 +54,7 @@ def _checks(hub: str | None) -> Iterator[Check]:
     yield attempt("signing", _signing)
     yield from _torch()
     yield _flower()
+    yield _speech()
     yield attempt("home", _home)
     yield attempt("disk", _space)
     yield attempt("clock", _clock)
@@ -108,6 +110,15 @@ def _flower() -> Check:
         return Check("flower", "ok", metadata.version("flwr"))
     except metadata.PackageNotFoundError:
         return Check("flower", "fail", "not installed", 'pip install "flwr>=1.41,<1.43"')
+
+
+def _speech() -> Check:
+    """Whether models of speech can be trained; nobody else needs it."""
+    wanted = ("soundfile", "sentencepiece")
+    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+    if missing:
+        return Check("speech", "ok", f"not installed: {', '.join(missing)} (moshi-fl[speech])")
+    return Check("speech", "ok", ", ".join(f"{n} {metadata.version(n)}" for n in wanted))
 
 
 def _home() -> Check:

@@ -132,7 +132,7 @@ def simulate(console: Console, plot: Path | None, **flags: Any) -> None:
             _report(console, federation, results)
     if plot:
         made = Simulation(federation.label, tuple(results), federation.clients, federation.weights)
-        write_atomic(plot, made.svg().encode())
+        write_atomic(plot, made.svg().encode(), shared=True)
     _conclude(console, results, plot)
 
 

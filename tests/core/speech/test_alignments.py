@@ -151,3 +151,9 @@ def test_repaired_words_are_in_order_and_never_overlap(
         for word, after in pairwise(own):
             assert word.start <= word.end <= after.start
     assert all(word.end <= DURATION for word in words)
+
+
+def test_speakers_of_other_names_are_told_and_not_trained_as_silence() -> None:
+    with pytest.raises(DataError, match="no word of SPEAKER_MAIN; its speakers are SPEAKER_00"):
+        parsed(entry("hello", 1, 2, "SPEAKER_00"), entry("hi", 3, 4, "SPEAKER_USER"))
+    assert parsed(entry("hello", 1, 2, "SPEAKER_USER")) == ()  # Moshi only listens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import struct
 import tracemalloc
 from pathlib import Path
@@ -237,3 +238,19 @@ def test_what_is_no_sound_is_not_written(
     with pytest.raises(DataError, match=said):
         write_audio(tmp_path / name, sound)
     assert not (tmp_path / name).exists()
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no such timer here")
+def test_an_interrupt_while_sound_is_read_is_not_lost(tmp_path: Path) -> None:
+    path = tmp_path / "long.flac"
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, (2, 60 * 24_000)).astype(np.float32)
+    write_audio(path, noise)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        for moment in (1e-3, 2e-3, 5e-3, 8e-3, 12e-3, 16e-3):
+            with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - the timer may fire at any time
+                signal.setitimer(signal.ITIMER_REAL, moment)
+                read_audio(path)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

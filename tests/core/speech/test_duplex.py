@@ -221,7 +221,7 @@ def test_a_closed_session_leaves_its_models_as_they_were() -> None:
     assert not mimi.is_streaming
     assert not model.is_streaming
     assert mimi.num_codebooks == levels
-    with pytest.raises(RuntimeError, match="not streaming"):
+    with pytest.raises(DataError, match="not open"):
         held.push(voice(1)[0])
 
 
