@@ -19,14 +19,15 @@ from moshi_fl.rules import shapes_of
 from moshi_fl.signing import fingerprint
 from moshi_fl.snapshot import encode_step
 from moshi_fl.strategies import find_strategy
-from moshi_fl.upstream import origin_of
+from moshi_fl.upstream import Origin, origin_of
 from moshi_fl.weights import open_weights, weights_digest
 from moshi_hub import taking
 from moshi_hub.bridge import Bridge
 from moshi_hub.cli import main as hub_command
 from moshi_hub.keys import passphrase_from_environment
 from moshi_hub.local import ANCHOR, key_folder
-from moshi_hub.merge import Options, Outcome, publish_round
+from moshi_hub.merge import Options, Outcome, findings_on, look, publish_round, push_round
+from moshi_hub.propose import Proposal, draft
 from moshi_hub.review import sign_round
 from moshi_hub.upward import Upward, encode_within, send
 from moshi_sdk.audit import Auditor, Finding
@@ -335,7 +336,7 @@ def test_a_taken_round_can_be_proposed_signed_and_published(
     upstream.rounds(1)
     assert down(region, upstream, publish=False)
     assert region.sync().round == 0
-    signed = sign_round(region.replica)
+    signed = sign_round(region.replica, upstream=Replica(upstream.url, region.home))
     assert signed.record.round == 1
     record, leftovers = publish_round(region.replica)
     assert (origin_of(record).round, leftovers) == (1, "")
@@ -379,6 +380,75 @@ def test_a_region_that_takes_other_weights_than_it_says_is_found_out(
     (finding,) = audit(region, upstream)
     assert finding.identical is False
     assert "is not round 1 of" in finding.problem
+
+
+def forge(hub: HubSimulator, origin: Origin, weights: dict[str, np.ndarray]) -> None:
+    """Propose weights under the name of another hub's round, without any key of this hub."""
+    eve = hub.person("eve")
+    with eve.workspace() as folder:
+        found = look(eve, folder)
+        snapshot = found.snapshot
+        record = draft(snapshot.state, found.rules, (), origin.strategy)
+        update = msgspec.structs.replace(record.update, kind="step")
+        record = msgspec.structs.replace(record, weights=origin.weights, update=update)
+        out = folder / "step"
+        out.mkdir()
+        files = tuple(out / file.name for file in encode_step(snapshot.load(), weights, out))
+        config, tokenizer = found.rules.config, snapshot.state.tokenizer
+        proposal = Proposal(record, config, tokenizer, weights, {}, folder / "deltas", files)
+        findings = findings_on(eve, found, proposal, [], None)
+        push_round(eve, found, findings, Options(publish=False), passphrase_from_environment)
+
+
+def filled(hub: HubSimulator, value: float) -> dict[str, np.ndarray]:
+    return {name: np.full_like(array, value) for name, array in hub.sync().load().items()}
+
+
+def test_weights_that_only_call_themselves_another_hubs_are_not_signed(
+    region: HubSimulator, upstream: HubSimulator, tmp_path: Path
+) -> None:
+    upstream.rounds(1)
+    evil = filled(region, 0.5)
+    there, other = upstream.sync().state.config.hub.id, Replica(upstream.url, region.home)
+    forged = Origin(hub=there, round=1, weights=weights_digest(evil))
+    alone = HubSimulator(tmp_path / "alone")
+    cases = [
+        (alone, forged, other, "did not begin with another hub's"),
+        (region, msgspec.structs.replace(forged, hub="f" * 16), other, "stands on hub"),
+        (region, msgspec.structs.replace(forged, round=0), other, "has taken round 0 already"),
+        (region, forged, None, "by its own word only"),
+        (region, forged, other, "is not round 1 of"),
+        (region, msgspec.structs.replace(forged, round=7), other, "is not round 7 of"),
+    ]
+    for hub, origin, compared, said in cases:
+        forge(hub, origin, evil)
+        proposal = hub.refs()["refs/moshi/next/1"]
+        with pytest.raises(UntrustedHub, match=said):
+            sign_round(hub.replica, upstream=compared)
+        assert hub.refs()["refs/moshi/next/1"] == proposal
+
+
+def test_a_taken_round_gets_a_signature_only_beside_the_hub_that_it_is_of(
+    region: HubSimulator, upstream: HubSimulator, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("MOSHI_FL_HOME", str(region.home))
+    upstream.rounds(1)
+    true = upstream.sync()
+    there = true.state.config.hub.id
+    origin = Origin(hub=there, round=1, weights=true.record.weights)
+    forge(region, origin, dict(true.load()))
+    assert hub_command(["publish", "--hub", region.url, "--upstream", upstream.url]) == 2
+    assert "--upstream is for --sign" in capsys.readouterr().err
+    words = ["publish", "--hub", region.url, "--sign"]
+    assert hub_command(words) == 1
+    said = capsys.readouterr().err
+    assert "by its own word only" in said
+    assert "--upstream URL" in said
+    assert region.sync().round == 0
+    assert hub_command(["sign", "--hub", region.url]) == 1
+    assert hub_command([*words, "--upstream", upstream.url]) == 0
+    assert region.sync().record.weights == true.record.weights
 
 
 def test_a_region_that_began_elsewhere_than_it_says_is_found_out(
