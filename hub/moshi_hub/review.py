@@ -29,7 +29,7 @@ from moshi_fl.signed.files import TARGETS
 from moshi_fl.store import HubRepo, PushRejected, RefUpdate
 from moshi_fl.taken import check_taken
 from moshi_fl.upstream import Origin, origin_of, stand_of
-from moshi_fl.weights import Weights, sha256_bytes, weights_digest
+from moshi_fl.weights import Weights, not_finite, sha256_bytes, weights_digest
 from moshi_hub.keys import Passphrase, passphrase_from_environment
 from moshi_hub.merge import desk_for, rules_of, settings_on
 from moshi_hub.metadata import counted, keys_of
@@ -224,6 +224,8 @@ def _take_over(
     with replica.scratch() as scratch, replica.workspace() as files:
         folder = fetch_locations(scratch, [record.update.location], files)[0]
         weights = advance(snapshot.load(), record, folder)
+        if bad := not_finite(weights):
+            raise UntrustedHub(f"{bad!r} of round {record.round} is not finite.", hint=ADVICE)
         _check_weights(weights, record, "what its step leads to")
 
 

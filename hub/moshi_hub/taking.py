@@ -17,7 +17,7 @@ from moshi_fl.records import Growth
 from moshi_fl.restore import grown
 from moshi_fl.snapshot import encode_step
 from moshi_fl.upstream import Origin
-from moshi_fl.weights import count_parameters, sha256_bytes
+from moshi_fl.weights import count_parameters, not_finite, sha256_bytes
 from moshi_hub.bridge import Bridge
 from moshi_hub.keys import Passphrase
 from moshi_hub.merge import OpenRound, Options, Outcome, desk_for, findings_on, look, push_round
@@ -86,6 +86,12 @@ def _proposal(
         bridge.above.load(),
         bridge.above.state.tokenizer,
     )
+    if bad := not_finite(weights):
+        raise HubError(
+            f"round {origin.round} of {bridge.upstream.repo.shown_url} is not taken: "
+            f"{bad!r} holds a value that is not finite.",
+            hint="tell that hub's maintainers; nothing was changed here",
+        )
     record = draft(state, found.rules, (), origin.strategy)
     assert record.update is not None
     record = msgspec.structs.replace(

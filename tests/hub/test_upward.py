@@ -24,6 +24,7 @@ from moshi_fl.weights import open_weights, weights_digest
 from moshi_hub import taking
 from moshi_hub.bridge import Bridge
 from moshi_hub.cli import main as hub_command
+from moshi_hub.heldout import evaluator_for, store_pool
 from moshi_hub.keys import passphrase_from_environment
 from moshi_hub.local import ANCHOR, key_folder
 from moshi_hub.merge import Options, Outcome, findings_on, look, publish_round, push_round
@@ -382,11 +383,19 @@ def test_a_region_that_takes_other_weights_than_it_says_is_found_out(
     assert "is not round 1 of" in finding.problem
 
 
-def forge(hub: HubSimulator, origin: Origin, weights: dict[str, np.ndarray]) -> None:
-    """Propose weights under the name of another hub's round, without any key of this hub."""
-    eve = hub.person("eve")
-    with eve.workspace() as folder:
-        found = look(eve, folder)
+def forge(
+    hub: HubSimulator,
+    origin: Origin,
+    weights: dict[str, np.ndarray],
+    publisher: Replica | None = None,
+) -> None:
+    """Propose weights under the name of another hub's round, without any key of this hub.
+
+    With the keys of a publisher, it is published at once.
+    """
+    replica, options = publisher or hub.person("eve"), Options(publish=publisher is not None)
+    with replica.workspace() as folder:
+        found = look(replica, folder)
         snapshot = found.snapshot
         record = draft(snapshot.state, found.rules, (), origin.strategy)
         update = msgspec.structs.replace(record.update, kind="step")
@@ -396,8 +405,8 @@ def forge(hub: HubSimulator, origin: Origin, weights: dict[str, np.ndarray]) -> 
         files = tuple(out / file.name for file in encode_step(snapshot.load(), weights, out))
         config, tokenizer = found.rules.config, snapshot.state.tokenizer
         proposal = Proposal(record, config, tokenizer, weights, {}, folder / "deltas", files)
-        findings = findings_on(eve, found, proposal, [], None)
-        push_round(eve, found, findings, Options(publish=False), passphrase_from_environment)
+        findings = findings_on(replica, found, proposal, [], None)
+        push_round(replica, found, findings, options, passphrase_from_environment)
 
 
 def filled(hub: HubSimulator, value: float) -> dict[str, np.ndarray]:
@@ -449,6 +458,47 @@ def test_a_taken_round_gets_a_signature_only_beside_the_hub_that_it_is_of(
     assert hub_command(["sign", "--hub", region.url]) == 1
     assert hub_command([*words, "--upstream", upstream.url]) == 0
     assert region.sync().record.weights == true.record.weights
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (float("nan"), "holds a value that is not finite"),
+        (3e38, "the held-out loss of the proposed round is"),
+    ],
+)
+def test_an_upstream_whose_weights_are_no_model_does_not_stop_its_regions(
+    region: HubSimulator, upstream: HubSimulator, tmp_path: Path, value: float, said: str
+) -> None:
+    state = region.replica.look()
+    held = write_corpus(tmp_path / "held")
+    store_pool(region.replica, state.config, state.tokenizer, [held])
+    evil = filled(upstream, value)
+    origin = Origin(hub="f" * 16, round=7, weights=weights_digest(evil))
+    forge(upstream, origin, evil, upstream.replica)
+    assert upstream.sync().round == 1
+    refs = region.refs()
+    with pytest.raises(HubError, match=said):
+        taking.take(
+            bridge_of(region, upstream),
+            Options(publish=True),
+            evaluator=evaluator_for(region.replica),
+            passphrase=passphrase_from_environment,
+        )
+    assert region.refs() == refs
+    assert region.sync().round == 0
+
+
+def test_weights_that_are_not_finite_are_not_signed(
+    region: HubSimulator, upstream: HubSimulator
+) -> None:
+    evil = filled(upstream, float("nan"))
+    there = upstream.sync().state.config.hub.id
+    origin = Origin(hub="f" * 16, round=7, weights=weights_digest(evil))
+    forge(upstream, origin, evil, upstream.replica)
+    forge(region, Origin(hub=there, round=1, weights=origin.weights), evil)
+    with pytest.raises(UntrustedHub, match="is not finite"):
+        sign_round(region.replica, upstream=Replica(upstream.url, region.home))
 
 
 def test_a_region_that_began_elsewhere_than_it_says_is_found_out(
