@@ -12,7 +12,7 @@ from moshi_fl.upstream import Origin
 
 
 def check_taken(record: Round, origin: Origin, upstream: Replica) -> None:
-    """Insist that a round is the one of another hub that it says it takes.
+    """Insist that a round is the one of another hub that it says it takes: weights and tokenizer.
 
     Args:
         record: The round.
@@ -31,7 +31,7 @@ def check_taken(record: Round, origin: Origin, upstream: Replica) -> None:
         )
     if origin.round <= state.newest.round:
         theirs = upstream.chain(state, origin.round)[0]
-        if theirs.weights == record.weights == origin.weights:
+        if (theirs.weights, theirs.tokenizer) == (record.weights, record.tokenizer):
             return
     raise UntrustedHub(
         f"round {record.round} is not round {origin.round} of {there}, which it says it takes."

@@ -19,8 +19,9 @@ from moshi_fl.rules import shapes_of
 from moshi_fl.signing import fingerprint
 from moshi_fl.snapshot import encode_step
 from moshi_fl.strategies import find_strategy
+from moshi_fl.tokenizer import CharVocabulary
 from moshi_fl.upstream import Origin, origin_of
-from moshi_fl.weights import open_weights, weights_digest
+from moshi_fl.weights import open_weights, sha256_bytes, weights_digest
 from moshi_hub import taking
 from moshi_hub.bridge import Bridge
 from moshi_hub.cli import main as hub_command
@@ -499,6 +500,30 @@ def test_weights_that_are_not_finite_are_not_signed(
     forge(region, Origin(hub=there, round=1, weights=origin.weights), evil)
     with pytest.raises(UntrustedHub, match="is not finite"):
         sign_round(region.replica, upstream=Replica(upstream.url, region.home))
+
+
+def test_a_region_that_takes_the_weights_with_another_tokenizer_is_found_out(
+    region: HubSimulator, upstream: HubSimulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upstream.rounds(1)
+    honest = taking._proposal
+
+    def falsify(*how):
+        proposal = honest(*how)
+        known = CharVocabulary.from_bytes(proposal.tokenizer)
+        tokenizer = replace(known, characters=known.characters[::-1]).to_bytes()
+        record = msgspec.structs.replace(proposal.record, tokenizer=sha256_bytes(tokenizer))
+        return replace(proposal, record=record, tokenizer=tokenizer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(taking, "_proposal", falsify)
+        down(region, upstream, publish=False)
+    with pytest.raises(UntrustedHub, match="is not round 1 of"):
+        sign_round(region.replica, upstream=Replica(upstream.url, region.home))
+    publish_round(region.replica)
+    (finding,) = audit(region, upstream)
+    assert finding.identical is False
+    assert "is not round 1 of" in finding.problem
 
 
 def test_a_region_that_began_elsewhere_than_it_says_is_found_out(
