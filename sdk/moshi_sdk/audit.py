@@ -101,6 +101,19 @@ class Auditor:
             finding, weights = self._audit_round(record, base, weights)
             yield finding
 
+    def audit_beginning(self) -> Finding:
+        """Whose weights round 0 has; there is nothing to recompute.
+
+        Raises:
+            HubError: The hub, or the one that it takes rounds of, cannot be reached.
+        """
+        record = self._replica.chain(self._replica.look(), 0)[0]
+        try:
+            origin = self._check_origin(record)
+        except UntrustedHub as error:
+            return Finding(0, 0, False, "", str(error))
+        return Finding(0, 0, None, record.weights, origin=origin)
+
     def audit_proposed(self, number: int) -> Finding:
         """Recompute the round that waits for its publication on branch ``round/N``.
 

@@ -536,6 +536,24 @@ def test_a_region_that_began_elsewhere_than_it_says_is_found_out(
     assert "round 0 takes a round of hub" in finding.problem
 
 
+def test_whose_weights_a_hub_begins_with_is_compared_before_it_has_a_round(
+    region: HubSimulator, upstream: HubSimulator, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("MOSHI_FL_HOME", str(tmp_path / "auditor"))
+    words = ["audit", "--hub", region.url]
+    there = upstream.sync().state.config.hub.id
+    assert sdk_command(words) == 0
+    assert f"round 0 of hub {there}, by this hub's word" in capsys.readouterr().err
+    assert sdk_command([*words, "--all", "--upstream", upstream.url]) == 0
+    assert f"round 0 of hub {there}, as {upstream.url} has it" in capsys.readouterr().err
+    assert sdk_command(["audit", "--hub", upstream.url]) == 0
+    assert "no other hub's weights" in capsys.readouterr().err
+    other = HubSimulator(tmp_path / "other")
+    assert sdk_command([*words, "--upstream", other.url]) == 1
+    assert f"round 0 takes a round of hub {there}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
