@@ -12,7 +12,7 @@ import pytest
 
 from moshi_fl.codec import get_codec
 from moshi_fl.codec.delta import Delta
-from moshi_fl.errors import HubError, UntrustedHub
+from moshi_fl.errors import CorruptRecord, HubError, UntrustedHub
 from moshi_fl.records import Round
 from moshi_fl.replica import Replica
 from moshi_fl.rules import shapes_of
@@ -21,7 +21,7 @@ from moshi_fl.snapshot import encode_step
 from moshi_fl.strategies import find_strategy
 from moshi_fl.tokenizer import CharVocabulary
 from moshi_fl.upstream import Origin, origin_of
-from moshi_fl.weights import open_weights, sha256_bytes, weights_digest
+from moshi_fl.weights import count_parameters, open_weights, sha256_bytes, weights_digest
 from moshi_hub import taking
 from moshi_hub.bridge import Bridge
 from moshi_hub.cli import main as hub_command
@@ -29,7 +29,7 @@ from moshi_hub.heldout import evaluator_for, store_pool
 from moshi_hub.keys import passphrase_from_environment
 from moshi_hub.local import ANCHOR, key_folder
 from moshi_hub.merge import Options, Outcome, findings_on, look, publish_round, push_round
-from moshi_hub.propose import Proposal, draft
+from moshi_hub.propose import Proposal, draft, keyframe_files
 from moshi_hub.review import sign_round
 from moshi_hub.upward import Upward, encode_within, send
 from moshi_sdk.audit import Auditor, Finding
@@ -400,12 +400,18 @@ def forge(
         snapshot = found.snapshot
         record = draft(snapshot.state, found.rules, (), origin.strategy)
         update = msgspec.structs.replace(record.update, kind="step")
-        record = msgspec.structs.replace(record, weights=origin.weights, update=update)
-        out = folder / "step"
+        count = count_parameters(weights)
+        record = msgspec.structs.replace(
+            record, weights=origin.weights, parameters=count, update=update
+        )
+        out, base = folder / "step", snapshot.load()
         out.mkdir()
-        files = tuple(out / file.name for file in encode_step(snapshot.load(), weights, out))
+        reached = weights if shapes_of(base) == shapes_of(weights) else base
+        files = tuple(out / file.name for file in encode_step(base, reached, out))
+        # Where no step leads there, only who begins with the keyframe sees what was made.
+        whole = () if reached is weights else keyframe_files(weights, folder / "keyframe")
         config, tokenizer = found.rules.config, snapshot.state.tokenizer
-        proposal = Proposal(record, config, tokenizer, weights, {}, folder / "deltas", files)
+        proposal = Proposal(record, config, tokenizer, reached, {}, folder / "deltas", files, whole)
         findings = findings_on(replica, found, proposal, [], None)
         push_round(replica, found, findings, options, passphrase_from_environment)
 
@@ -488,6 +494,26 @@ def test_an_upstream_whose_weights_are_no_model_does_not_stop_its_regions(
         )
     assert region.refs() == refs
     assert region.sync().round == 0
+
+
+def test_an_upstream_with_a_model_of_other_shapes_is_refused(
+    region: HubSimulator, upstream: HubSimulator, tmp_path: Path
+) -> None:
+    evil = filled(upstream, 0.5)
+    evil["fc_out.bias"] = np.zeros((3, 3), np.float32)
+    origin = Origin(hub="f" * 16, round=7, weights=weights_digest(evil))
+    forge(upstream, origin, evil, upstream.replica)
+    with pytest.raises(HubError, match=r"'fc_out.bias' is \(3, 3\) instead of"):
+        taking.take(
+            Bridge(region.replica, Replica(upstream.url, tmp_path / "fresh")),
+            Options(publish=True),
+            evaluator=lambda _: None,
+            passphrase=passphrase_from_environment,
+        )
+    assert region.sync().round == 0
+    with pytest.raises(CorruptRecord, match=r"fc_out.bias is float32 \[3, 3\] instead of"):
+        HubSimulator(tmp_path / "another", upstream=upstream.url)
+    assert not (tmp_path / "another" / "hub.git").exists()
 
 
 def test_weights_that_are_not_finite_are_not_signed(
