@@ -312,6 +312,12 @@ def weights_digest(weights: Weights) -> str:
     return state.hexdigest()
 
 
+def not_finite(weights: Weights) -> str | None:
+    """Name of the first tensor that holds a value that is not finite; None when all are."""
+    bad = (name for name in sorted(weights) if not np.isfinite(weights[name]).all())
+    return next(bad, None)
+
+
 def count_parameters(weights: Weights) -> int:
     """How many numbers the weights hold."""
     return sum(array.size for array in weights.values())

@@ -103,16 +103,16 @@ def create(plan: Plan, home: Path, preset: Preset | None = None) -> Snapshot:
     config = parse_hubfile(hubfile)
     task = get_family(plan.family).load(config.model_table, preset.tokenizer)
     require_part(task, config.training.trains)
+    begun = given or upstream
+    if begun:
+        require_weights_of(task, begun.weights)
     if is_local(plan.url):
         create_hub(Path(plan.url.removeprefix("file://")).expanduser())
     replica = Replica(plan.url, home)
     _refuse_used(replica.repo)
     replica.forget()
     replica.repo.prepare()
-    begun = given or upstream
     weights = begun.weights if begun else task.initial_weights(plan.seed)
-    if given:
-        require_weights_of(task, weights)
     if plan.eval_data:
         replica.folder.mkdir(parents=True, exist_ok=True)
         store_pool(replica, config, preset.tokenizer, plan.eval_data, weights)

@@ -48,6 +48,18 @@ def passphrase_option(function: F) -> F:
     )(function)
 
 
+def upstream_option(function: F) -> F:
+    """``--upstream``: the hub with which a signer compares a round that is taken of it."""
+    return click.option(
+        "--upstream", metavar="URL", help="The hub that a taken round is of: compared, then signed."
+    )(function)
+
+
+def upstream_replica(url: str | None) -> Replica | None:
+    """That hub's copy on this machine."""
+    return Replica(url, ensure_home()) if url else None
+
+
 def passphrase_from(variable: str) -> Callable[[str], bytes]:
     """What gives the passphrase of a key: the variable, or else whoever sits at the terminal."""
 

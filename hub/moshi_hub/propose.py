@@ -6,6 +6,7 @@ Computes only; nothing here talks to a hub. The locations in the record are fill
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 import moshi_fl
+from moshi_fl.errors import HubError
 from moshi_fl.history import HubState
 from moshi_fl.hubfile import HubConfig, StorageRules
 from moshi_fl.records import (
@@ -247,9 +249,19 @@ def needs_keyframe(rules: StorageRules, rounds: Sequence[Round], update_bytes: i
 def evaluation_of(
     evaluate: Evaluator | None, before: tuple[Weights, bytes], after: tuple[Weights, bytes]
 ) -> Evaluation | None:
-    """Held-out loss of two models, each with its tokenizer; None where it cannot be measured."""
+    """Held-out loss of two models, each with its tokenizer; None where it cannot be measured.
+
+    Raises:
+        HubError: A loss is not finite. No record can say it, so no client could read the round.
+    """
     if evaluate is None:
         return None
     old, _, _ = evaluate(*before)
     new, sequences, pool = evaluate(*after)
+    for loss, which in ((old, "the newest round"), (new, "the proposed round")):
+        if not math.isfinite(loss):
+            raise HubError(
+                f"the held-out loss of {which} is {loss}: no round is proposed.",
+                hint="moshi-hub merge --exclude ID   (leaves out a contribution that spoils it)",
+            )
     return Evaluation(before=old, after=new, sequences=sequences, pool=pool)

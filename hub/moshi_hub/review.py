@@ -1,7 +1,8 @@
 """A maintainer's signature on a round that somebody else proposed.
 
 Nobody signs what they have not recomputed: the round must extend what the hub has now, and its
-weights must follow, bit for bit, from the contributions that its branch names.
+weights must follow, bit for bit, from the contributions that its branch names. A round of another
+hub must be that hub's.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from moshi_fl.replica import Replica, Snapshot
 from moshi_fl.restore import StrategyFinder, advance, aggregate, delta_name, fetch_locations, grown
 from moshi_fl.signed.files import TARGETS
 from moshi_fl.store import HubRepo, PushRejected, RefUpdate
-from moshi_fl.upstream import origin_of
-from moshi_fl.weights import Weights, sha256_bytes, weights_digest
+from moshi_fl.taken import check_taken
+from moshi_fl.upstream import Origin, origin_of, stand_of
+from moshi_fl.weights import Weights, not_finite, sha256_bytes, weights_digest
 from moshi_hub.keys import Passphrase, passphrase_from_environment
 from moshi_hub.merge import desk_for, rules_of, settings_on
 from moshi_hub.metadata import counted, keys_of
@@ -40,6 +42,10 @@ ADVICE = "do not sign it; moshi-hub merge proposes the round again"
 
 class NoKeyHere(HubError):
     """This machine cannot sign."""
+
+
+class Unseen(UntrustedHub):
+    """The round is another hub's, and that hub is not at hand."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +74,16 @@ def sign_round(
     passphrase: Passphrase = passphrase_from_environment,
     find_strategy: StrategyFinder = get_strategy,
     name: str = "moshi-hub",
+    upstream: Replica | None = None,
 ) -> Signature:
     """Recompute a proposed round and sign it with the targets keys on this machine.
 
-    Doing it twice adds nothing.
+    Doing it twice adds nothing. A round that takes another hub's is compared with ``upstream``.
 
     Raises:
-        UntrustedHub: The round is not what its contributions make, or does not extend the hub's.
+        UntrustedHub: The round is not what its contributions make, or does not extend the hub's;
+            or it takes none of the hub that this one stands on.
+        Unseen: It takes another hub's, and there is no ``upstream`` to compare it with.
         NoKeyHere: None of the hub's targets keys is on this machine.
         HubError: No such proposal, or it was proposed anew meanwhile.
     """
@@ -93,7 +102,10 @@ def sign_round(
     source = proposed.branch or main
     _check_files(repo, source, state, proposed)
     rules = rules_of(replica, snapshot, main, config)
-    _recompute(replica, source, snapshot, record, rules, find_strategy)
+    if origin := origin_of(record):
+        _take_over(replica, snapshot, record, origin, upstream)
+    else:
+        _recompute(replica, source, snapshot, record, rules, find_strategy)
     targets = proposed.targets
     if not desk.is_next(targets, proposed.files, record.round):
         targets = desk.draft_targets(proposed.files, record.round)
@@ -162,9 +174,6 @@ def _recompute(
     rules: Rules,
     find_strategy: StrategyFinder,
 ) -> None:
-    if origin_of(record):
-        _take_over(replica, snapshot, record)
-        return
     contributions = read_contributions(replica.repo, source, record)
     if not contributions:
         raise UntrustedHub(f"round {record.round} names no contributions.", hint=ADVICE)
@@ -179,13 +188,44 @@ def _recompute(
         _check_weights(weights, record, "what its contributions make")
 
 
-def _take_over(replica: Replica, snapshot: Snapshot, record: Round) -> None:
-    """Of a round that takes another hub's weights: that its step leads to those that it names."""
+def _take_over(
+    replica: Replica,
+    snapshot: Snapshot,
+    record: Round,
+    origin: Origin,
+    upstream: Replica | None,
+) -> None:
+    """Of a round that takes another hub's weights: that it is one, and that its step leads there.
+
+    The record alone proves nothing: whoever can push a proposal can name any weights in it.
+    """
+    stand = stand_of(replica.chain(snapshot.state, 0))
+    if stand is None or stand.origin.hub != origin.hub:
+        on = f"stands on hub {stand.origin.hub}" if stand else "did not begin with another hub's"
+        raise UntrustedHub(
+            f"round {record.round} takes a round of hub {origin.hub}, and this hub {on}.",
+            hint=ADVICE,
+        )
+    if origin.round <= stand.origin.round:
+        raise UntrustedHub(
+            f"round {record.round} takes round {origin.round} of hub {origin.hub}; "
+            f"round {stand.number} has taken round {stand.origin.round} already.",
+            hint=ADVICE,
+        )
+    if upstream is None:
+        raise Unseen(
+            f"round {record.round} takes round {origin.round} of hub {origin.hub}, by its own "
+            "word only.",
+            hint="--upstream URL   (of that hub: compares them before it signs)",
+        )
+    check_taken(record, origin, upstream)
     if record.update is None:
         raise UntrustedHub(f"round {record.round} has no update.", hint=ADVICE)
     with replica.scratch() as scratch, replica.workspace() as files:
         folder = fetch_locations(scratch, [record.update.location], files)[0]
         weights = advance(snapshot.load(), record, folder)
+        if bad := not_finite(weights):
+            raise UntrustedHub(f"{bad!r} of round {record.round} is not finite.", hint=ADVICE)
         _check_weights(weights, record, "what its step leads to")
 
 

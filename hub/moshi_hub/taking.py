@@ -15,9 +15,10 @@ from moshi_fl.errors import HubError
 from moshi_fl.hubfile import HubConfig
 from moshi_fl.records import Growth
 from moshi_fl.restore import grown
+from moshi_fl.rules import shapes_of
 from moshi_fl.snapshot import encode_step
 from moshi_fl.upstream import Origin
-from moshi_fl.weights import count_parameters, sha256_bytes
+from moshi_fl.weights import Weights, count_parameters, not_finite, sha256_bytes
 from moshi_hub.bridge import Bridge
 from moshi_hub.keys import Passphrase
 from moshi_hub.merge import OpenRound, Options, Outcome, desk_for, findings_on, look, push_round
@@ -87,6 +88,13 @@ def _proposal(
         bridge.above.state.tokenizer,
     )
     record = draft(state, found.rules, (), origin.strategy)
+    record = msgspec.structs.replace(record, growth=growth)
+    longer = grown(base, record)
+    if problem := _misfit(longer, weights):
+        raise HubError(
+            f"round {origin.round} of {bridge.upstream.repo.shown_url} is not taken: {problem}.",
+            hint="tell that hub's maintainers; nothing was changed here",
+        )
     assert record.update is not None
     record = msgspec.structs.replace(
         record,
@@ -94,14 +102,24 @@ def _proposal(
         parameters=count_parameters(weights),
         tokenizer=sha256_bytes(tokenizer),
         update=msgspec.structs.replace(record.update, kind="step"),
-        growth=growth,
         evaluation=evaluation_of(evaluate, (base, state.tokenizer), (weights, tokenizer)),
     )
     out = folder / "step"
     out.mkdir()
-    files = tuple(out / file.name for file in encode_step(grown(base, record), weights, out))
+    files = tuple(out / file.name for file in encode_step(longer, weights, out))
     keyframe: tuple[Path, ...] = ()
     size = sum(path.stat().st_size for path in files)
     if needs_keyframe(config.storage, state.manifest.rounds, size):
         keyframe = keyframe_files(weights, folder / "keyframe")
     return Proposal(record, config, tokenizer, weights, {}, folder / "deltas", files, keyframe)
+
+
+def _misfit(base: Weights, weights: Weights) -> str:
+    """Why no step leads from this hub's weights to these; empty when one does."""
+    own, theirs = shapes_of(base), shapes_of(weights)
+    for name in sorted(own.keys() | theirs.keys()):
+        wanted, found = own.get(name), theirs.get(name)
+        if wanted != found:
+            return f"its model is another: {name!r} is {found} instead of {wanted}"
+    bad = not_finite(weights)
+    return f"{bad!r} holds a value that is not finite" if bad else ""

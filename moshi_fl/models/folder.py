@@ -14,7 +14,7 @@ from typing import Any
 
 from moshi_fl.errors import ConfigError, CorruptRecord
 from moshi_fl.models.family import Preset, Task
-from moshi_fl.weights import Weights, open_weights
+from moshi_fl.weights import Weights, not_finite, open_weights
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -91,7 +91,7 @@ def require_weights_of(task: Task, weights: Weights) -> None:
     """Whether weights are those of a task's model; the model is not made for it.
 
     Raises:
-        CorruptRecord: A tensor is missing, unknown or of another shape or type.
+        CorruptRecord: A tensor is missing, unknown, not finite, or of another shape or type.
     """
     import torch
 
@@ -106,6 +106,8 @@ def require_weights_of(task: Task, weights: Weights) -> None:
         if found.shape != own[name] or found.dtype.str != "<f4":
             wanted = f"float32 {list(own[name])}"
             problems.append(f"{name} is {found.dtype} {list(found.shape)} instead of {wanted}")
+    if not problems and (bad := not_finite(weights)):
+        problems = [f"{bad} holds a value that is not finite"]
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise CorruptRecord(f"the weights do not fit: {'; '.join(problems[:_SHOWN])}{more}.")

@@ -32,6 +32,7 @@ from moshi_fl.restore import (
     median_norm,
 )
 from moshi_fl.rules import MEASURES_NORMS, Claim, owner_of, round_weights, running_norm
+from moshi_fl.taken import check_taken
 from moshi_fl.trusted import check_evaluation, external_attestations
 from moshi_fl.upstream import Origin, origin_of
 from moshi_fl.weights import Weights, weights_digest
@@ -100,6 +101,19 @@ class Auditor:
             finding, weights = self._audit_round(record, base, weights)
             yield finding
 
+    def audit_beginning(self) -> Finding:
+        """Whose weights round 0 has; there is nothing to recompute.
+
+        Raises:
+            HubError: The hub, or the one that it takes rounds of, cannot be reached.
+        """
+        record = self._replica.chain(self._replica.look(), 0)[0]
+        try:
+            origin = self._check_origin(record)
+        except UntrustedHub as error:
+            return Finding(0, 0, False, "", str(error))
+        return Finding(0, 0, None, record.weights, origin=origin)
+
     def audit_proposed(self, number: int) -> Finding:
         """Recompute the round that waits for its publication on branch ``round/N``.
 
@@ -158,19 +172,7 @@ class Auditor:
         """What a round takes of another hub, compared with that hub where it is at hand."""
         origin = origin_of(record)
         if origin and self._upstream:
-            state = self._upstream.look()
-            if state.config.hub.id != origin.hub:
-                raise UntrustedHub(
-                    f"round {record.round} takes a round of hub {origin.hub}; "
-                    f"{self._upstream.repo.shown_url} is {state.config.hub.id}."
-                )
-            if origin.round > state.newest.round or (
-                self._upstream.chain(state, origin.round)[0].weights != origin.weights
-            ):
-                raise UntrustedHub(
-                    f"round {record.round} is not round {origin.round} of "
-                    f"{self._upstream.repo.shown_url}, which it says it takes."
-                )
+            check_taken(record, origin, self._upstream)
         return origin
 
     def _take_over(self, record: Round, base: Weights) -> Weights:

@@ -76,6 +76,12 @@ def _half(source: Path) -> None:
     save_weights(source / "model.safetensors", weights)
 
 
+def _spoil(source: Path) -> None:
+    weights = {n: a.copy() for n, a in read_folder(source).weights.items()}
+    weights[min(weights)].flat[0] = np.inf
+    save_weights(source / "model.safetensors", weights)
+
+
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
@@ -88,6 +94,7 @@ def _half(source: Path) -> None:
         (lambda s: write_model(s, d_model=32), "instead of float32"),
         (_cut, "bytes of data where the header describes"),
         (_half, "is float16"),
+        (_spoil, "holds a value that is not finite"),
     ],
 )
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, harm: Any, said: str) -> None:
@@ -96,6 +103,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, harm: Any, said: s
     with pytest.raises(MoshiError, match=said) as caught:
         make(tmp_path, source=source)
     assert isinstance(caught.value, ConfigError | CorruptRecord)
+    assert not (tmp_path / "hub.git").exists()
 
 
 def test_a_part_that_the_model_has_not_is_no_recipe(tmp_path: Path) -> None:

@@ -12,21 +12,24 @@ import pytest
 
 from moshi_fl.codec import get_codec
 from moshi_fl.codec.delta import Delta
-from moshi_fl.errors import HubError, UntrustedHub
+from moshi_fl.errors import CorruptRecord, HubError, UntrustedHub
 from moshi_fl.records import Round
 from moshi_fl.replica import Replica
 from moshi_fl.rules import shapes_of
 from moshi_fl.signing import fingerprint
 from moshi_fl.snapshot import encode_step
 from moshi_fl.strategies import find_strategy
-from moshi_fl.upstream import origin_of
-from moshi_fl.weights import open_weights, weights_digest
+from moshi_fl.tokenizer import CharVocabulary
+from moshi_fl.upstream import Origin, origin_of
+from moshi_fl.weights import count_parameters, open_weights, sha256_bytes, weights_digest
 from moshi_hub import taking
 from moshi_hub.bridge import Bridge
 from moshi_hub.cli import main as hub_command
+from moshi_hub.heldout import evaluator_for, store_pool
 from moshi_hub.keys import passphrase_from_environment
 from moshi_hub.local import ANCHOR, key_folder
-from moshi_hub.merge import Options, Outcome, publish_round
+from moshi_hub.merge import Options, Outcome, findings_on, look, publish_round, push_round
+from moshi_hub.propose import Proposal, draft, keyframe_files
 from moshi_hub.review import sign_round
 from moshi_hub.upward import Upward, encode_within, send
 from moshi_sdk.audit import Auditor, Finding
@@ -335,7 +338,7 @@ def test_a_taken_round_can_be_proposed_signed_and_published(
     upstream.rounds(1)
     assert down(region, upstream, publish=False)
     assert region.sync().round == 0
-    signed = sign_round(region.replica)
+    signed = sign_round(region.replica, upstream=Replica(upstream.url, region.home))
     assert signed.record.round == 1
     record, leftovers = publish_round(region.replica)
     assert (origin_of(record).round, leftovers) == (1, "")
@@ -381,6 +384,174 @@ def test_a_region_that_takes_other_weights_than_it_says_is_found_out(
     assert "is not round 1 of" in finding.problem
 
 
+def forge(
+    hub: HubSimulator,
+    origin: Origin,
+    weights: dict[str, np.ndarray],
+    publisher: Replica | None = None,
+) -> None:
+    """Propose weights under the name of another hub's round, without any key of this hub.
+
+    With the keys of a publisher, it is published at once.
+    """
+    replica, options = publisher or hub.person("eve"), Options(publish=publisher is not None)
+    with replica.workspace() as folder:
+        found = look(replica, folder)
+        snapshot = found.snapshot
+        record = draft(snapshot.state, found.rules, (), origin.strategy)
+        update = msgspec.structs.replace(record.update, kind="step")
+        count = count_parameters(weights)
+        record = msgspec.structs.replace(
+            record, weights=origin.weights, parameters=count, update=update
+        )
+        out, base = folder / "step", snapshot.load()
+        out.mkdir()
+        reached = weights if shapes_of(base) == shapes_of(weights) else base
+        files = tuple(out / file.name for file in encode_step(base, reached, out))
+        # Where no step leads there, only who begins with the keyframe sees what was made.
+        whole = () if reached is weights else keyframe_files(weights, folder / "keyframe")
+        config, tokenizer = found.rules.config, snapshot.state.tokenizer
+        proposal = Proposal(record, config, tokenizer, reached, {}, folder / "deltas", files, whole)
+        findings = findings_on(replica, found, proposal, [], None)
+        push_round(replica, found, findings, options, passphrase_from_environment)
+
+
+def filled(hub: HubSimulator, value: float) -> dict[str, np.ndarray]:
+    return {name: np.full_like(array, value) for name, array in hub.sync().load().items()}
+
+
+def test_weights_that_only_call_themselves_another_hubs_are_not_signed(
+    region: HubSimulator, upstream: HubSimulator, tmp_path: Path
+) -> None:
+    upstream.rounds(1)
+    evil = filled(region, 0.5)
+    there, other = upstream.sync().state.config.hub.id, Replica(upstream.url, region.home)
+    forged = Origin(hub=there, round=1, weights=weights_digest(evil))
+    alone = HubSimulator(tmp_path / "alone")
+    cases = [
+        (alone, forged, other, "did not begin with another hub's"),
+        (region, msgspec.structs.replace(forged, hub="f" * 16), other, "stands on hub"),
+        (region, msgspec.structs.replace(forged, round=0), other, "has taken round 0 already"),
+        (region, forged, None, "by its own word only"),
+        (region, forged, other, "is not round 1 of"),
+        (region, msgspec.structs.replace(forged, round=7), other, "is not round 7 of"),
+    ]
+    for hub, origin, compared, said in cases:
+        forge(hub, origin, evil)
+        proposal = hub.refs()["refs/moshi/next/1"]
+        with pytest.raises(UntrustedHub, match=said):
+            sign_round(hub.replica, upstream=compared)
+        assert hub.refs()["refs/moshi/next/1"] == proposal
+
+
+def test_a_taken_round_gets_a_signature_only_beside_the_hub_that_it_is_of(
+    region: HubSimulator, upstream: HubSimulator, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("MOSHI_FL_HOME", str(region.home))
+    upstream.rounds(1)
+    true = upstream.sync()
+    there = true.state.config.hub.id
+    origin = Origin(hub=there, round=1, weights=true.record.weights)
+    forge(region, origin, dict(true.load()))
+    assert hub_command(["publish", "--hub", region.url, "--upstream", upstream.url]) == 2
+    assert "--upstream is for --sign" in capsys.readouterr().err
+    words = ["publish", "--hub", region.url, "--sign"]
+    assert hub_command(words) == 1
+    said = capsys.readouterr().err
+    assert "by its own word only" in said
+    assert "--upstream URL" in said
+    assert region.sync().round == 0
+    assert hub_command(["sign", "--hub", region.url]) == 1
+    assert hub_command([*words, "--upstream", upstream.url]) == 0
+    assert region.sync().record.weights == true.record.weights
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (float("nan"), "holds a value that is not finite"),
+        (3e38, "the held-out loss of the proposed round is"),
+    ],
+)
+def test_an_upstream_whose_weights_are_no_model_does_not_stop_its_regions(
+    region: HubSimulator, upstream: HubSimulator, tmp_path: Path, value: float, said: str
+) -> None:
+    state = region.replica.look()
+    held = write_corpus(tmp_path / "held")
+    store_pool(region.replica, state.config, state.tokenizer, [held])
+    evil = filled(upstream, value)
+    origin = Origin(hub="f" * 16, round=7, weights=weights_digest(evil))
+    forge(upstream, origin, evil, upstream.replica)
+    assert upstream.sync().round == 1
+    refs = region.refs()
+    with pytest.raises(HubError, match=said):
+        taking.take(
+            bridge_of(region, upstream),
+            Options(publish=True),
+            evaluator=evaluator_for(region.replica),
+            passphrase=passphrase_from_environment,
+        )
+    assert region.refs() == refs
+    assert region.sync().round == 0
+
+
+def test_an_upstream_with_a_model_of_other_shapes_is_refused(
+    region: HubSimulator, upstream: HubSimulator, tmp_path: Path
+) -> None:
+    evil = filled(upstream, 0.5)
+    evil["fc_out.bias"] = np.zeros((3, 3), np.float32)
+    origin = Origin(hub="f" * 16, round=7, weights=weights_digest(evil))
+    forge(upstream, origin, evil, upstream.replica)
+    with pytest.raises(HubError, match=r"'fc_out.bias' is \(3, 3\) instead of"):
+        taking.take(
+            Bridge(region.replica, Replica(upstream.url, tmp_path / "fresh")),
+            Options(publish=True),
+            evaluator=lambda _: None,
+            passphrase=passphrase_from_environment,
+        )
+    assert region.sync().round == 0
+    with pytest.raises(CorruptRecord, match=r"fc_out.bias is float32 \[3, 3\] instead of"):
+        HubSimulator(tmp_path / "another", upstream=upstream.url)
+    assert not (tmp_path / "another" / "hub.git").exists()
+
+
+def test_weights_that_are_not_finite_are_not_signed(
+    region: HubSimulator, upstream: HubSimulator
+) -> None:
+    evil = filled(upstream, float("nan"))
+    there = upstream.sync().state.config.hub.id
+    origin = Origin(hub="f" * 16, round=7, weights=weights_digest(evil))
+    forge(upstream, origin, evil, upstream.replica)
+    forge(region, Origin(hub=there, round=1, weights=origin.weights), evil)
+    with pytest.raises(UntrustedHub, match="is not finite"):
+        sign_round(region.replica, upstream=Replica(upstream.url, region.home))
+
+
+def test_a_region_that_takes_the_weights_with_another_tokenizer_is_found_out(
+    region: HubSimulator, upstream: HubSimulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upstream.rounds(1)
+    honest = taking._proposal
+
+    def falsify(*how):
+        proposal = honest(*how)
+        known = CharVocabulary.from_bytes(proposal.tokenizer)
+        tokenizer = replace(known, characters=known.characters[::-1]).to_bytes()
+        record = msgspec.structs.replace(proposal.record, tokenizer=sha256_bytes(tokenizer))
+        return replace(proposal, record=record, tokenizer=tokenizer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(taking, "_proposal", falsify)
+        down(region, upstream, publish=False)
+    with pytest.raises(UntrustedHub, match="is not round 1 of"):
+        sign_round(region.replica, upstream=Replica(upstream.url, region.home))
+    publish_round(region.replica)
+    (finding,) = audit(region, upstream)
+    assert finding.identical is False
+    assert "is not round 1 of" in finding.problem
+
+
 def test_a_region_that_began_elsewhere_than_it_says_is_found_out(
     region: HubSimulator, tmp_path: Path
 ) -> None:
@@ -389,6 +560,24 @@ def test_a_region_that_began_elsewhere_than_it_says_is_found_out(
     (finding,) = audit(region, other)
     assert finding.identical is False
     assert "round 0 takes a round of hub" in finding.problem
+
+
+def test_whose_weights_a_hub_begins_with_is_compared_before_it_has_a_round(
+    region: HubSimulator, upstream: HubSimulator, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("MOSHI_FL_HOME", str(tmp_path / "auditor"))
+    words = ["audit", "--hub", region.url]
+    there = upstream.sync().state.config.hub.id
+    assert sdk_command(words) == 0
+    assert f"round 0 of hub {there}, by this hub's word" in capsys.readouterr().err
+    assert sdk_command([*words, "--all", "--upstream", upstream.url]) == 0
+    assert f"round 0 of hub {there}, as {upstream.url} has it" in capsys.readouterr().err
+    assert sdk_command(["audit", "--hub", upstream.url]) == 0
+    assert "no other hub's weights" in capsys.readouterr().err
+    other = HubSimulator(tmp_path / "other")
+    assert sdk_command([*words, "--upstream", other.url]) == 1
+    assert f"round 0 takes a round of hub {there}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,14 @@ import click
 from moshi_fl.cli import hub_option, output_options
 from moshi_fl.console import Console
 from moshi_fl.replica import Replica
-from moshi_hub.options import maintainer, passphrase_from, passphrase_option, replica_for
+from moshi_hub.options import (
+    maintainer,
+    passphrase_from,
+    passphrase_option,
+    replica_for,
+    upstream_option,
+    upstream_replica,
+)
 
 
 @click.command()
@@ -19,6 +26,7 @@ from moshi_hub.options import maintainer, passphrase_from, passphrase_option, re
     help="For a CI: only a round that main has already; else say so and end with status 0.",
 )
 @click.option("--sign", is_flag=True, help="First recompute and sign it, if a targets key is here.")
+@upstream_option
 @passphrase_option
 @output_options
 def publish(
@@ -28,6 +36,7 @@ def publish(
     number: int | None,
     if_merged: bool,
     sign: bool,
+    upstream: str | None,
     passphrase_env: str,
 ) -> None:
     r"""Publish a proposed round: fast-forward main, unless a forge did, and move `latest`.
@@ -40,13 +49,15 @@ def publish(
       moshi-hub publish --hub ./hub.git
       moshi-hub publish --if-merged --sign
     """
+    if upstream and not sign:
+        raise click.UsageError("--upstream is for --sign.")
     from moshi_hub.merge import publish_round
 
     replica, passphrase = replica_for(hub), passphrase_from(passphrase_env)
     if if_merged and not _is_merged(console, replica, number):
         return
     if sign:
-        _sign(console, replica, number, passphrase_env)
+        _sign(console, replica, number, upstream, passphrase_env)
     record, leftovers = publish_round(replica, number, passphrase=passphrase, name=maintainer())
     console.done(f"Published round {record.round}", round=record.round, weights=record.weights)
     if leftovers:
@@ -66,17 +77,30 @@ def _is_merged(console: Console, replica: Replica, number: int | None) -> bool:
     return False
 
 
-def _sign(console: Console, replica: Replica, number: int | None, passphrase_env: str) -> None:
+def _sign(
+    console: Console,
+    replica: Replica,
+    number: int | None,
+    upstream: str | None,
+    passphrase_env: str,
+) -> None:
     from moshi_fl.strategies import find_strategy
-    from moshi_hub.review import NoKeyHere, sign_round
+    from moshi_hub.review import NoKeyHere, Unseen, sign_round
 
-    passphrase, name = passphrase_from(passphrase_env), maintainer()
     try:
         done = sign_round(
-            replica, number, passphrase=passphrase, find_strategy=find_strategy, name=name
+            replica,
+            number,
+            passphrase=passphrase_from(passphrase_env),
+            find_strategy=find_strategy,
+            name=maintainer(),
+            upstream=upstream_replica(upstream),
         )
     except NoKeyHere:
         console.note("No targets key is here: the round needs the signatures that it has.")
+        return
+    except Unseen as error:
+        console.warn(f"not signed, so it needs the signatures that it has: {error.in_full}")
         return
     for change in done.settings:
         console.warn(f"you have signed a change of hub.toml: {change}")

@@ -9,25 +9,40 @@ import click
 from moshi_fl.cli import hub_option, output_options
 from moshi_fl.console import Console
 from moshi_fl.strategies import find_strategy
-from moshi_fl.upstream import origin_of
-from moshi_hub.options import maintainer, passphrase_from, passphrase_option, replica_for
+from moshi_hub.options import (
+    maintainer,
+    passphrase_from,
+    passphrase_option,
+    replica_for,
+    upstream_option,
+    upstream_replica,
+)
 
 
 @click.command()
 @click.argument("number", type=click.IntRange(1), metavar="[ROUND]", required=False)
 @hub_option
+@upstream_option
 @passphrase_option
 @output_options
-def sign(console: Console, number: int | None, hub: str | None, passphrase_env: str) -> None:
+def sign(
+    console: Console,
+    number: int | None,
+    hub: str | None,
+    upstream: str | None,
+    passphrase_env: str,
+) -> None:
     r"""Recompute a proposed round and sign it with your targets key; default: the next round.
 
     A round that does not extend the hub's, or whose weights are not what its contributions make,
-    is not signed. Signing twice adds nothing.
+    is not signed. Nor is one that takes another hub's round, unless --upstream shows that it does.
+    Signing twice adds nothing.
 
     \b
     Examples:
       moshi-hub sign --hub ./hub.git
       moshi-hub sign 3
+      moshi-hub sign --upstream https://git.example.org/team/model.git
     """
     from moshi_hub.review import sign_round
 
@@ -37,6 +52,7 @@ def sign(console: Console, number: int | None, hub: str | None, passphrase_env: 
         passphrase=passphrase_from(passphrase_env),
         find_strategy=find_strategy,
         name=maintainer(),
+        upstream=upstream_replica(upstream),
     )
     record = done.record
     what = "Signed" if done.added else "Already signed:"
@@ -50,11 +66,6 @@ def sign(console: Console, number: int | None, hub: str | None, passphrase_env: 
     )
     for change in done.settings:
         console.warn(f"you have signed a change of hub.toml: {change}")
-    if origin := origin_of(done.record):
-        console.warn(
-            f"you have signed that these are the weights of round {origin.round} of hub "
-            f"{origin.hub}: {origin.weights}; its own clients see them by moshi-fl sync --json"
-        )
     where = f" --hub {shlex.quote(hub)}" if hub else ""
     if done.have >= done.need:
         console.hint(f"moshi-hub publish{where}   (makes it the current round)")

@@ -15,7 +15,10 @@ from moshi_fl.strategies import find_strategy
 from moshi_sdk.options import settings_for, sync_manager
 
 if TYPE_CHECKING:
+    from moshi_fl.upstream import Origin
     from moshi_sdk.audit import Finding
+
+BY_ITS_WORD = "by this hub's word: --upstream URL"
 
 
 @click.command()
@@ -45,12 +48,11 @@ def audit(
     manager = sync_manager(settings_for(hub=hub))
     newest = manager.replica.look().newest.round
     proposed = number == newest + 1
-    if newest == 0 and not proposed:
-        console.done("Only round 0: random weights, nothing to recompute", audited=0)
-        return Exit.DONE
-    first, last = (1, newest) if everything else (number or newest, number or newest)
     other = Replica(upstream, manager.replica.home) if upstream else None
     auditor = Auditor(manager.replica, find_strategy=find_strategy, upstream=other)
+    if newest == 0 and not proposed:
+        return _tell_beginning(console, auditor.audit_beginning(), other)
+    first, last = (1, newest) if everything else (number or newest, number or newest)
     findings = []
     with console.progress("Auditing", last - first + 1, unit="rounds") as bar:
         found = [auditor.audit_proposed(last)] if proposed else auditor.audit(first, last)
@@ -62,8 +64,7 @@ def audit(
     console.table(rows, shown + ["problem"] * any(row["problem"] for row in rows), name="rounds")
     for finding in findings:
         if finding.origin and not upstream:
-            theirs = f"round {finding.origin.round} of hub {finding.origin.hub}"
-            console.note(f"Round {finding.round} is {theirs}, by this hub's word: --upstream URL")
+            console.note(f"Round {finding.round} is {_theirs(finding.origin)}, {BY_ITS_WORD}")
     if proposed:
         console.note(f"Round {number} is proposed; a maintainer has yet to publish it.")
     if any(finding.identical is False for finding in findings):
@@ -72,6 +73,26 @@ def audit(
     done = sum(finding.identical is True for finding in findings)
     console.done(f"{done} of {len(findings)} round(s) recomputed, bit for bit", audited=done)
     return Exit.DONE if done == len(findings) else Exit.FAILED
+
+
+def _tell_beginning(console: Console, finding: Finding, upstream: Replica | None) -> int:
+    if finding.identical is False:
+        console.warn(f"{finding.problem} Do not build on this hub.")
+        return Exit.FAILED
+    whose = "no other hub's weights"
+    if finding.origin:
+        word = f"as {upstream.repo.shown_url} has it" if upstream else BY_ITS_WORD
+        whose = f"{_theirs(finding.origin)}, {word}"
+    console.done(
+        f"Only round 0, nothing to recompute: {whose}",
+        audited=0,
+        upstream=msgspec.to_builtins(finding.origin),
+    )
+    return Exit.DONE
+
+
+def _theirs(origin: Origin) -> str:
+    return f"round {origin.round} of hub {origin.hub}"
 
 
 def _row(finding: Finding) -> dict[str, Any]:
