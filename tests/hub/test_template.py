@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from moshi_fl.forge import parse_address
+from moshi_hub.commands.init import next_steps
 from moshi_hub.create import FILLED, TEMPLATE, VERBATIM, WORKFLOWS, Plan, pages_of
 from tests.support.npm import files_of, tool
 
@@ -189,6 +190,18 @@ def test_a_hub_on_github_has_its_jobs_and_a_bare_one_has_not() -> None:
     assert pages[".github/CODEOWNERS"].decode().splitlines()[-1] == "* @team"
     assert re.fullmatch(rb"moshi-fl==\d\S*\n", pages[".github/requirements.txt"])
     assert not any(b"$" in pages[name] for name in FILLED)
+
+
+def test_an_organisation_is_told_to_name_a_team_before_its_code_owners_are_demanded() -> None:
+    """GitHub skips a line of CODEOWNERS that names an organisation."""
+    there = parse_address("https://github.com/team/code.git")
+    lines = next_steps(there, measured=True)
+    owners = next(n for n, line in enumerate(lines) if "CODEOWNERS" in line)
+    assert "@team/TEAM" in lines[owners]
+    assert owners < next(n for n, line in enumerate(lines) if "review by its code owners" in line)
+    guide = (ROOT / "hub" / "README.md").read_text(encoding="utf-8")
+    assert "`* @organisation/team`" in guide.split("demand a review by its code owners")[0]
+    assert "@organisation/team" in (FOLDER / ".github/CODEOWNERS").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
