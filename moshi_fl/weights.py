@@ -241,7 +241,10 @@ def save_weights(path: Path, tensors: Weights, metadata: Mapping[str, str] | Non
 
 
 class atomic_file:  # noqa: N801 - used as a function, as in ``with atomic_file(path) as file``
-    """A file that appears under its name only when the block ends without an exception."""
+    """A file that appears under its name only when the block ends without an exception.
+
+    Only its owner can read it, from the first byte on, whatever the umask (``mkstemp``).
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
