@@ -100,8 +100,7 @@ def init(  # noqa: PLR0913 - one parameter an option
     from moshi_hub.regional import begin_from, refuse_choices
 
     repository = _repository(hub, github)
-    if upstream:
-        refuse_choices(click.get_current_context())
+    refuse_choices(click.get_current_context())
     plan = Plan(
         url=hub,
         family=family,
