@@ -151,6 +151,18 @@ def test_only_report_and_merge_write_where_people_read() -> None:
     assert report["permissions"]["contents"] == "read"
 
 
+def test_the_guide_says_which_workflows_write_and_which_keys_they_have() -> None:
+    guide = (ROOT / "hub" / "README.md").read_text(encoding="utf-8")
+    table = guide.split("| workflow | starts |")[1].split("\n\n")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", table, re.MULTILINE))
+    assert set(rows) == {path.stem for path in OURS}
+    for path in OURS:
+        text, may = path.read_text(encoding="utf-8"), rows[path.stem]
+        assert ("write" in may) == bool(re.search(r": write\b", text)), path.stem
+        keys = re.findall(r"secrets\.MOSHI_HUB_(\w+)_KEY", text)
+        assert [key for key in keys if key.lower() not in may] == []
+
+
 def test_keys_are_where_a_person_has_said_yes() -> None:
     for path in OURS:
         for job in workflow(path)["jobs"].values():
