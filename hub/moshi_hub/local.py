@@ -14,8 +14,10 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
+from moshi_fl.errors import ConfigError
 from moshi_fl.evidence import Seat
 from moshi_fl.signing import IDENTITY_FILE, Signer, own_signer
+from moshi_fl.weights import write_atomic
 from moshi_hub.board import FolderBoard
 from moshi_hub.chair import Chair, awaited
 from moshi_hub.evaluator import Evaluator
@@ -35,15 +37,28 @@ def local_signer(home: Path, hub: str, name: str) -> Signer:
     """The signer of one of this machine's evaluators; its key is made on first use.
 
     The anchor's may come from a variable: a CI forgets what it made.
+
+    Raises:
+        ConfigError: The variable holds another key than the one that lies here.
+        SigningError: The key cannot be used, or ssh-keygen is not there.
     """
     folder = key_folder(home, hub, name)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     given = os.environ.get(ANCHOR_KEY, "").strip() if name == ANCHOR else ""
-    path = folder / IDENTITY_FILE
-    if given and not path.exists():
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(given.encode() + b"\n")  # ssh-keygen wants the last line to end
+    if given:
+        _keep_given(folder / IDENTITY_FILE, given)
     return own_signer(folder)
+
+
+def _keep_given(path: Path, key: str) -> None:
+    """Write a private key to its file, unless it is there."""
+    if not path.exists():
+        write_atomic(path, key.encode() + b"\n")  # ssh-keygen wants the last line to end
+    elif path.read_text(encoding="utf-8", errors="replace").split() != key.split():
+        raise ConfigError(
+            f"{ANCHOR_KEY} is another key than the one in {path}.",
+            hint=f"unset {ANCHOR_KEY}, or move the folder {path.parent} away",
+        )
 
 
 def local_seats(home: Path, hub: str, count: int) -> dict[str, tuple[Signer, Seat]]:

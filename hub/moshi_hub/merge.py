@@ -183,12 +183,12 @@ def merge(
             suffice to publish.
     """
     with replica.workspace() as folder:
-        found = look(replica, folder)
+        found, left = look(replica, folder), ""
         if options.if_ready:
             record_arrivals(replica, found, options.name)
         if options.publish:
             announce_past(replica, found)
-            found = _finish_clean_up(replica, found)
+            found, left = _finish_clean_up(replica, found)
         if options.publish and not options.dry_run:
             desk_for(replica, found.snapshot.state, found.rules.config, passphrase).require_keys()
         again = options.if_ready and not options.publish
@@ -220,7 +220,8 @@ def merge(
         if options.dry_run:
             return _outcome(found, proposal, None, waiting)
         findings = findings_on(replica, found, proposal, waiting, sampler)
-        return push_round(replica, found, findings, options, passphrase)
+        outcome = push_round(replica, found, findings, options, passphrase)
+        return replace(outcome, leftovers=" ".join(filter(None, [left, outcome.leftovers])))
 
 
 def desk_for(
@@ -239,8 +240,12 @@ def desk_for(
     return Desk(metadata, store, config.trust, utc_now())
 
 
-def _finish_clean_up(replica: Replica, found: OpenRound) -> OpenRound:
-    """Remove what a published round has taken: the merge that should have done it was killed."""
+def _finish_clean_up(replica: Replica, found: OpenRound) -> tuple[OpenRound, str]:
+    """Remove what a published round has taken: the merge that should have done it was killed.
+
+    Returns:
+        What is open without it, and what went wrong, in words.
+    """
     state = found.snapshot.state
     taken = {
         merged.id
@@ -249,9 +254,9 @@ def _finish_clean_up(replica: Replica, found: OpenRound) -> OpenRound:
     }
     done = tuple(v for v in found.verdicts if v.contribution and v.contribution.id in taken)
     if not done:
-        return found
-    clean_up(replica.repo, state, found.rules, settle(done, found.branches, set()))
-    return replace(found, verdicts=tuple(v for v in found.verdicts if v not in done))
+        return found, ""
+    left = clean_up(replica.repo, state, found.rules, settle(done, found.branches, set()))
+    return replace(found, verdicts=tuple(v for v in found.verdicts if v not in done)), left
 
 
 def choose(
@@ -478,5 +483,5 @@ def finish(replica: Replica) -> list[str]:
     with replica.workspace() as folder:
         found = look(replica, folder)
         problems, _ = announce_past(replica, found)
-        _finish_clean_up(replica, found)
-        return problems
+        _, left = _finish_clean_up(replica, found)
+        return [*problems, *filter(None, [left])]

@@ -26,8 +26,14 @@ if TYPE_CHECKING:
 NO_GROWTH = 256
 """As ``[vocabulary] max_size``: every vocabulary has as many tokens, so none joins."""
 
-SETTLED = ("family", "preset", "model", "source", "seed", "tokenizer")
-"""What ``moshi-hub init --upstream`` takes from the other hub."""
+SETTLED = {
+    "upstream": ("family", "preset", "model", "source", "seed", "tokenizer"),
+    "source": ("family", "seed"),
+}
+"""What ``moshi-hub init`` takes from the other hub (``--upstream``) or the folder (``--weights``).
+
+A folder without a recipe has that of the preset, so ``--preset`` still says something there.
+"""
 
 
 @dataclass(frozen=True)
@@ -45,15 +51,20 @@ class Beginning:
 
 
 def refuse_choices(context: click.Context) -> None:
-    """Say so when something is asked for that the other hub has settled.
+    """Say so when something is asked for that the other hub, or the folder, has settled.
 
     Raises:
         UsageError: It is.
     """
-    for option in context.command.params:
-        given = context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
-        if given and option.name in SETTLED:
-            raise click.UsageError(f"{option.opts[0]} and --upstream exclude each other.")
+    given = {
+        option.name or "": option.opts[0]
+        for option in context.command.params
+        if context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
+    }
+    for chosen, settled in SETTLED.items():
+        for name in settled if chosen in given else ():
+            if name in given:
+                raise click.UsageError(f"{given[name]} and {given[chosen]} exclude each other.")
 
 
 def begin_from(plan: Plan, url: str, home: Path) -> Plan:

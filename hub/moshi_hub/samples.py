@@ -27,7 +27,7 @@ MAX_TOKENS = 48
 MAX_SHOWN = 400  # characters of a sample
 TEMPERATURE = 0.7
 SEED = 0
-PATIENCE = 60.0  # seconds for all samples of a round
+PATIENCE = 60.0  # seconds for all samples of a round, after which nothing more is written
 
 Model = tuple[Weights, bytes]
 """Weights and the tokenizer that goes with them."""
@@ -70,7 +70,8 @@ def sampler(
 
     Args:
         prompts: What the model continues; a few of ours when empty.
-        patience: Seconds for all of them; what has not been said by then is left out.
+        patience: Seconds for all of them; what has not been said by then is left out. Building
+            the models counts, but is not cut short.
         clock: Tells the time.
     """
     chosen = tuple(prompts)

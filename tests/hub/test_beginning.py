@@ -13,8 +13,9 @@ import pytest
 from moshi_fl.errors import ConfigError, CorruptRecord, MoshiError
 from moshi_fl.models import get_family, get_preset
 from moshi_fl.models.folder import read_folder
+from moshi_fl.replica import Replica
 from moshi_fl.weights import save_weights, weights_digest, write_atomic
-from moshi_hub.cli import main as hub_main
+from moshi_hub.cli import main
 from moshi_hub.create import Plan, create
 
 SMALL = {"d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "max_seq_len": 16}
@@ -64,6 +65,30 @@ def test_keys_of_the_model_can_be_set(tmp_path: Path) -> None:
     )
     table = create(plan, tmp_path / "home").state.config.model_table
     assert table == {**get_preset("char", "tiny").model, "n_layer": 1, "d_model": 32}
+
+
+@pytest.mark.parametrize("more", [("--family", "moc"), ("--seed", "7")])
+def test_what_the_folder_has_settled_cannot_be_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, str]
+) -> None:
+    source = write_model(tmp_path / "best")
+    words = ["init", str(tmp_path / "hub.git"), "--weights", str(source), *more]
+    assert main(words) == 2
+    assert f"{more[0]} and --weights exclude each other" in capsys.readouterr().err
+    assert not (tmp_path / "hub.git").exists()
+
+
+def test_the_preset_gives_a_folder_its_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOSHI_FL_HOME", str(tmp_path / "home"))
+    source, hub = write_model(tmp_path / "best"), str(tmp_path / "hub.git")
+    assert main(["init", hub, "--weights", str(source), "--preset", "base"]) == 0
+    config = Replica(hub, tmp_path / "reader").pull().state.config
+    base = get_preset("moc", "base")
+    assert config.model_table == read_folder(source).model
+    assert config.training.learning_rate == base.training["learning_rate"]
+    assert config.training.learning_rate != get_preset("moc", "tiny").training["learning_rate"]
 
 
 def _cut(source: Path) -> None:
@@ -131,8 +156,8 @@ def test_held_out_data_that_gives_too_few_sequences_is_told(
 ) -> None:
     (tmp_path / "held.py").write_text("def f(x):\n    return x\n" * 30)
     url = str(tmp_path / "hub.git")
-    assert hub_main(["init", url, "--eval-data", str(tmp_path / "held.py")]) == 0
+    assert main(["init", url, "--eval-data", str(tmp_path / "held.py")]) == 0
     said = capsys.readouterr().err
     assert "sequences; the settings ask for" in said
-    assert hub_main(["pool", "new", "--hub", url, "--eval-data", str(tmp_path / "held.py")]) == 0
+    assert main(["pool", "new", "--hub", url, "--eval-data", str(tmp_path / "held.py")]) == 0
     assert "sequences; the settings ask for" in capsys.readouterr().err

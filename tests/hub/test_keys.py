@@ -22,6 +22,7 @@ from moshi_fl.store import ANY, Author, PushRejected, RefUpdate
 from moshi_hub.cli import main
 from moshi_hub.create import Plan, create
 from moshi_hub.keys import KeyStore, passphrase_from_environment
+from moshi_hub.local import local_signer
 from moshi_hub.merge import publish_round
 from moshi_hub.metadata import TooFewSignatures
 from moshi_hub.publish import commit_latest, latest_files
@@ -118,6 +119,25 @@ def test_the_online_key_may_come_from_a_variable(
     monkeypatch.setenv("MOSHI_HUB_ONLINE_KEY", "something else")
     run("keys", "refresh", by="ci", status=1)
     assert hub.sync().online
+
+
+def test_the_anchors_key_is_exported_only_where_it_is(
+    hub: HubSimulator, run: Run, tmp_path: Path
+) -> None:
+    """Before a hub has an anchor, its key is made on first use: a CI's secrets come first."""
+    first = run("keys", "export", "--role", "anchor")["lines"]
+    assert "PRIVATE KEY" in first[0]
+    eve = local_signer(tmp_path / "eve", "hub", "1").public_key
+    (tmp_path / "eve.pub").write_text(eve)
+    run("evaluators", "add", tmp_path / "eve.pub", "--owner", "eve")  # main names the anchor
+    assert run("keys", "export", "--role", "anchor")["lines"] == first
+
+    told = run("keys", "export", "--role", "anchor", by="bob", status=1)
+    assert "the key of this hub's anchor is not in" in told["error"]["message"]
+    assert not (hub.folder / "bob" / "evaluators").exists()
+    local_signer(hub.folder / "bob", hub.replica.look().config.hub.id, "anchor")
+    run("keys", "export", "--role", "anchor", by="bob", status=1)
+    run("keys", "export", "abc", "--role", "anchor", status=2)
 
 
 # Rounds of several maintainers.

@@ -10,12 +10,13 @@ import pytest
 
 from moshi_fl.aggregate import STRATEGIES
 from moshi_fl.errors import HubError
-from moshi_fl.history import MAIN, round_branch
+from moshi_fl.history import MAIN, contribution_branch, round_branch
 from moshi_fl.replica import Replica
 from moshi_fl.store import PushRejected
 from moshi_fl.strategies import find_strategy
-from moshi_hub.merge import publish_round
+from moshi_hub.merge import finish, publish_round
 from moshi_sdk.audit import Auditor
+from tests.support.hubs import git
 from tests.support.simulator import HubSimulator, random_delta
 
 
@@ -55,6 +56,18 @@ def test_settled_branches_and_deltas_leave_the_hub(hub: HubSimulator) -> None:
     assert len(outcome.open_round.accepted) == 1
     assert outcome.leftovers == ""
     assert not [ref for ref in hub.refs() if "contribute" in ref or "/delta/" in ref]
+
+
+def test_what_a_hub_does_not_let_go_is_said_until_it_is_gone(hub: HubSimulator) -> None:
+    branch = contribution_branch(0, hub.contribute("ann").id)
+    git(hub.path, "config", "receive.denyDeletes", "true")
+    assert branch in hub.merge().leftovers
+    hub.contribute("bob", seed=2)
+    assert branch in hub.merge().leftovers
+    assert any(branch in problem for problem in finish(hub.replica))
+    git(hub.path, "config", "receive.denyDeletes", "false")
+    assert finish(hub.replica) == []
+    assert branch not in hub.refs()
 
 
 def test_nothing_to_merge_is_said_and_changes_nothing(hub: HubSimulator) -> None:

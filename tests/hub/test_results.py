@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +22,16 @@ from moshi_fl.replica import Replica
 from moshi_fl.store import HubRepo, RefUpdate
 from moshi_hub.announce import tell_results
 from moshi_hub.comment import one_line, results_text
-from moshi_hub.heldout import POOL_KEY, open_sealed_pool, pool_path, seal_pool, store_pool
+from moshi_hub.heldout import (
+    POOL_KEY,
+    import_pool,
+    open_sealed_pool,
+    pool_path,
+    seal_pool,
+    store_pool,
+)
 from moshi_hub.keys import VARIABLES, KeyStore, private_pem
-from moshi_hub.local import ANCHOR, ANCHOR_KEY, local_signer
+from moshi_hub.local import ANCHOR, ANCHOR_KEY, key_folder, local_signer
 from moshi_hub.metadata import keys_of
 from moshi_hub.pinned import pinned
 from moshi_hub.results import (
@@ -433,6 +441,63 @@ def test_a_job_evaluates_with_the_anchors_own_key(
     assert again.public_key == anchor.public_key
     assert sys.platform == "win32" or again.key_path.stat().st_mode & 0o077 == 0
     assert local_signer(tmp_path / "next-job", "hub", "1").public_key != anchor.public_key
+
+
+def test_an_anchors_key_that_was_not_written_whole_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(
+        ANCHOR_KEY, local_signer(tmp_path / "carol", "hub", ANCHOR).key_path.read_text()
+    )
+    path = key_folder(tmp_path / "job", "hub", ANCHOR) / "identity"
+
+    def die(source: Path, _target: Path) -> Path:
+        assert source.read_text().strip() == os.environ[ANCHOR_KEY].strip()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed:
+        killed.setattr(Path, "replace", die)  # the moment before the key has its name
+        with pytest.raises(KeyboardInterrupt):
+            local_signer(tmp_path / "job", "hub", ANCHOR)
+    assert not path.exists()
+    local_signer(tmp_path / "job", "hub", ANCHOR)
+    assert path.read_text().strip() == os.environ[ANCHOR_KEY].strip()
+
+
+def test_an_anchors_key_in_a_variable_must_be_the_one_that_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = (local_signer(tmp_path / who, "hub", ANCHOR) for who in ("carol", "job"))
+    monkeypatch.setenv(ANCHOR_KEY, theirs.key_path.read_text().replace("\n", "\r\n"))
+    assert local_signer(tmp_path / "job", "hub", ANCHOR).public_key == theirs.public_key
+    with pytest.raises(ConfigError, match=f"{ANCHOR_KEY} is another key than the one in") as told:
+        local_signer(tmp_path / "carol", "hub", ANCHOR)
+    assert str(ours.key_path.parent) in told.value.hint
+    assert local_signer(tmp_path / "carol", "hub", "1").public_key != ours.public_key
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no modes")
+def test_nobody_else_can_read_a_pool(
+    hub: HubSimulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drawn, brought from the hub, exported and imported; under the widest umask."""
+    before = os.umask(0)
+    try:
+        state = hub.replica.look()
+        held_out = write_corpus(tmp_path / "held-out")
+        store_pool(hub.replica, state.config, state.tokenizer, [held_out])
+        key = seal_pool(hub.replica, state.refs, state.config.hub.id, "carol")
+        monkeypatch.setenv(POOL_KEY, key)
+        assert open_sealed_pool(hub.person("job"))
+        monkeypatch.setenv("MOSHI_FL_HOME", str(hub.home))
+        assert run("pool", "export", str(tmp_path / "exported"), "--hub", hub.url) == 0
+        (tmp_path / "sent").write_bytes((tmp_path / "exported").read_bytes())
+        import_pool(hub.person("eve"), tmp_path / "sent")
+    finally:
+        os.umask(before)
+    here = [pool_path(who) for who in (hub.replica, hub.person("job"), hub.person("eve"))]
+    for path in (*here, tmp_path / "exported"):
+        assert path.stat().st_mode & 0o077 == 0, path
 
 
 def test_a_timer_ends_well_when_there_is_nothing_to_do(

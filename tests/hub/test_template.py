@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from moshi_fl.forge import parse_address
+from moshi_hub.commands.init import next_steps
 from moshi_hub.create import FILLED, TEMPLATE, VERBATIM, WORKFLOWS, Plan, pages_of
 from tests.support.npm import files_of, tool
 
@@ -150,6 +151,18 @@ def test_only_report_and_merge_write_where_people_read() -> None:
     assert report["permissions"]["contents"] == "read"
 
 
+def test_the_guide_says_which_workflows_write_and_which_keys_they_have() -> None:
+    guide = (ROOT / "hub" / "README.md").read_text(encoding="utf-8")
+    table = guide.split("| workflow | starts |")[1].split("\n\n")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", table, re.MULTILINE))
+    assert set(rows) == {path.stem for path in OURS}
+    for path in OURS:
+        text, may = path.read_text(encoding="utf-8"), rows[path.stem]
+        assert ("write" in may) == bool(re.search(r": write\b", text)), path.stem
+        keys = re.findall(r"secrets\.MOSHI_HUB_(\w+)_KEY", text)
+        assert [key for key in keys if key.lower() not in may] == []
+
+
 def test_keys_are_where_a_person_has_said_yes() -> None:
     for path in OURS:
         for job in workflow(path)["jobs"].values():
@@ -189,6 +202,18 @@ def test_a_hub_on_github_has_its_jobs_and_a_bare_one_has_not() -> None:
     assert pages[".github/CODEOWNERS"].decode().splitlines()[-1] == "* @team"
     assert re.fullmatch(rb"moshi-fl==\d\S*\n", pages[".github/requirements.txt"])
     assert not any(b"$" in pages[name] for name in FILLED)
+
+
+def test_an_organisation_is_told_to_name_a_team_before_its_code_owners_are_demanded() -> None:
+    """GitHub skips a line of CODEOWNERS that names an organisation."""
+    there = parse_address("https://github.com/team/code.git")
+    lines = next_steps(there, measured=True)
+    owners = next(n for n, line in enumerate(lines) if "CODEOWNERS" in line)
+    assert "@team/TEAM" in lines[owners]
+    assert owners < next(n for n, line in enumerate(lines) if "review by its code owners" in line)
+    guide = (ROOT / "hub" / "README.md").read_text(encoding="utf-8")
+    assert "`* @organisation/team`" in guide.split("demand a review by its code owners")[0]
+    assert "@organisation/team" in (FOLDER / ".github/CODEOWNERS").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)

@@ -102,8 +102,7 @@ def init(  # noqa: PLR0913 - one parameter an option
     from moshi_hub.regional import begin_from, refuse_choices
 
     repository = _repository(hub, github)
-    if upstream:
-        refuse_choices(click.get_current_context())
+    refuse_choices(click.get_current_context())
     plan = Plan(
         url=hub,
         family=family,
@@ -159,10 +158,12 @@ def _repository(hub: str, github: bool | None) -> Repository | None:
 
 def next_steps(repository: Repository, *, measured: bool) -> list[str]:
     """What a maintainer does in the settings of a new repository, in a few lines."""
+    owner = repository.slug.partition("/")[0]
     pool = " and MOSHI_HUB_POOL_KEY (moshi-hub pool seal)" if measured else ""
     online, anchor = "moshi-hub keys export", "moshi-hub keys export --role anchor"
     return [
         f"What is left to do in {repository.web}/{repository.slug}/settings:",
+        f"- First, if {owner} is an organisation: in .github/CODEOWNERS, its team, @{owner}/TEAM.",
         "- Actions, General: let Actions create pull requests; ask before strangers' first runs.",
         f"- Environment evaluators, main only: secrets MOSHI_HUB_ANCHOR_KEY ({anchor}){pool}.",
         f"- Environment publishing, main only, reviewed: secret MOSHI_HUB_ONLINE_KEY ({online}).",

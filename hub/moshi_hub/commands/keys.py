@@ -14,6 +14,7 @@ from moshi_fl.text import Moment
 from moshi_hub.options import maintainer, passphrase_from, passphrase_option, replica_for
 
 if TYPE_CHECKING:
+    from moshi_fl.replica import Replica
     from moshi_hub.keys import KeyStore, StoredKey
     from moshi_hub.rotation import Bench, Change, Changed, Waiting
 
@@ -162,19 +163,41 @@ def export(
 ) -> None:
     """Print a private key without a passphrase, for a CI's secret."""
     from moshi_hub.keys import VARIABLES, private_pem
-    from moshi_hub.local import ANCHOR, ANCHOR_KEY, local_signer
+    from moshi_hub.local import ANCHOR, ANCHOR_KEY
 
+    if role == ANCHOR and key:
+        raise click.UsageError("KEY and --role anchor exclude each other: a hub has one anchor.")
     bench = _bench(hub, passphrase_env)
     if role == ANCHOR:
-        bench_home, hub_id = bench.replica.home, bench.replica.look().config.hub.id
-        path = local_signer(bench_home, hub_id, ANCHOR).key_path
-        console.line(path.read_text(encoding="utf-8").rstrip())
+        console.line(_anchor(bench.replica).read_text(encoding="utf-8").rstrip())
         console.note(f"Give it to the CI as {ANCHOR_KEY}. Whoever has it can judge for the hub.")
         return
     store = bench.desk.keys
     console.line(private_pem(store.load(_stored(store, role, key))).rstrip())
     can = {"online": "say what is newest", "targets": "make rounds of this hub"}[role]
     console.note(f"Give it to the CI as {VARIABLES[role]}. Whoever has it can {can}.")
+
+
+def _anchor(replica: Replica) -> Path:
+    """File of the anchor's key on this machine; made here as long as the hub names no anchor."""
+    from moshi_fl.signing import IDENTITY_FILE
+    from moshi_fl.trusted import read_evaluators
+    from moshi_hub.local import ANCHOR, key_folder, local_signer
+
+    hub = replica.look().config.hub.id
+    listed = read_evaluators(replica.repo, replica.fetch_main())
+    folder = key_folder(replica.home, hub, ANCHOR)
+    if not listed:
+        return local_signer(replica.home, hub, ANCHOR).key_path
+    if (folder / IDENTITY_FILE).exists():
+        signer = local_signer(replica.home, hub, ANCHOR)
+        if signer.public_key in listed.anchors:
+            return signer.key_path
+    raise ConfigError(
+        f"the key of this hub's anchor is not in {folder}.",
+        hint="Export it where the hub's rounds are measured; if nobody has it any more, "
+        "measure and publish a round here, which makes this machine's key the anchor's.",
+    )
 
 
 def _stored(store: KeyStore, role: str, start: str | None) -> StoredKey:
