@@ -93,6 +93,17 @@ def test_a_commit_is_judged_by_itself(hub: HubSimulator, entry: Contribution) ->
         assert [c.id for c in one.found.accepted] == [entry.id]
 
 
+def test_another_branch_at_the_same_commit_does_not_take_its_verdict(
+    hub: HubSimulator, entry: Contribution
+) -> None:
+    head, own = head_of(hub, entry), contribution_branch(entry.round, entry.id)
+    for name in ("--", "zz"):
+        git(hub.path, "update-ref", f"refs/heads/contribute/{name}", head)
+    with pinned(hub.replica, head) as one:
+        assert (one.verdict.branch, one.verdict.accepted) == (own, True)
+        assert len(one.found.verdicts) == 3
+
+
 def test_who_came_first_is_not_forgotten_by_a_look_at_one(hub: HubSimulator) -> None:
     first, second = hub.contribute("ann"), hub.contribute("bob", seed=2)
     order = [c.id for c in hub.look().intake]
