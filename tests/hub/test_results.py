@@ -21,7 +21,14 @@ from moshi_fl.replica import Replica
 from moshi_fl.store import HubRepo, RefUpdate
 from moshi_hub.announce import tell_results
 from moshi_hub.comment import one_line, results_text
-from moshi_hub.heldout import POOL_KEY, open_sealed_pool, pool_path, seal_pool, store_pool
+from moshi_hub.heldout import (
+    POOL_KEY,
+    open_sealed_pool,
+    pool_path,
+    retire_pool,
+    seal_pool,
+    store_pool,
+)
 from moshi_hub.keys import VARIABLES, KeyStore, private_pem
 from moshi_hub.local import ANCHOR, ANCHOR_KEY, local_signer
 from moshi_hub.metadata import keys_of
@@ -411,6 +418,26 @@ def test_a_sealed_pool_is_opened_with_its_key_only(
     assert pool_path(job).read_bytes() == pool
     assert seal_pool(hub.replica, state.refs, state.config.hub.id, "carol") == key
     assert sealed_bytes(hub) != everything  # the same key, another nonce
+
+
+def test_a_retired_pool_is_measured_on_no_more(
+    hub: HubSimulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, repo = hub.replica.look(), hub.replica.repo
+    refs, name = state.refs, state.config.hub.id
+    store_pool(hub.replica, state.config, state.tokenizer, [write_corpus(tmp_path / "held-out")])
+    pool = pool_path(hub.replica).read_bytes()
+    monkeypatch.setenv(POOL_KEY, seal_pool(hub.replica, refs, name, "carol"))
+    retired = retire_pool(hub.replica, refs, "carol")
+    assert set(repo.remote_refs(refs.sealed_pool, refs.pool(retired))) == {refs.pool(retired)}
+    job = hub.person("job")
+    with pytest.raises(DataError, match="no sealed pool is on the hub"):
+        open_sealed_pool(job)
+    pool_path(hub.replica).write_bytes(pool)  # somebody who has it still seals it again
+    seal_pool(hub.replica, refs, name, "dave")
+    with pytest.raises(DataError, match="was retired: it is public"):
+        open_sealed_pool(job)
+    assert not pool_path(job).exists()
 
 
 def sealed_bytes(hub: HubSimulator) -> bytes:
