@@ -92,15 +92,16 @@ def tell_verdicts(
 def _tell(
     forge: Forge, verdict: Verdict, proposal: Proposal, commit: str, problems: list[str]
 ) -> None:
-    number = proposal.number
-    word, other = (ACCEPTED, REJECTED) if verdict.accepted else (REJECTED, ACCEPTED)
+    if verdict.accepted and _is_measured(forge, commit, problems):
+        return
+    number, word = proposal.number, ACCEPTED if verdict.accepted else REJECTED
     first = "passes the gate" if verdict.accepted else verdict.findings[0].code
     status = Status(CHECK, "success" if verdict.accepted else "failure", first)
     _try(problems, lambda: forge.set_status(commit, status))
     signer = _signer(forge, verdict, proposal.author, problems)
     _try(problems, lambda: forge.say(number, verdict_text(verdict, signer), marker=VERDICT))
-    missing, wrong = {word} - {*proposal.labels}, {other} & {*proposal.labels}
-    _try(problems, lambda: forge.label(number, [*missing], remove=[*wrong]))
+    missing, wrong = {word} - {*proposal.labels}, ({*STATES} - {word}) & {*proposal.labels}
+    _try(problems, lambda: forge.label(number, [*missing], remove=sorted(wrong)))
 
 
 def tell_results(
@@ -122,7 +123,9 @@ def tell_results(
     lesser: list[str] = []
     gate, verdict = results.gate, verdict_of(results.gate)
     text = results_text(results, verdict, _signer(forge, verdict, author, lesser), hub)
-    if not gate.pull_request or _said_more(forge, results, problems):
+    if not gate.pull_request:
+        return text, problems, lesser
+    if results.outcome == ACCEPTED and _is_measured(forge, gate.head, problems):
         return text, problems, lesser
     word = results.outcome if results.outcome in {REJECTED, DISPUTED} else ACCEPTED
     _try(problems, lambda: forge.say(gate.pull_request, text, marker=VERDICT))
@@ -135,11 +138,10 @@ def tell_results(
     return text, problems, lesser
 
 
-def _said_more(forge: Forge, results: Results, problems: list[str]) -> bool:
-    """Whether measurements of this head are told: a job that comes late takes none back."""
+def _is_measured(forge: Forge, commit: str, problems: list[str]) -> bool:
+    """Whether measurements of this head are told: the gate, which comes late, takes none back."""
     found: dict[str, Status] = {}
-    if results.outcome == ACCEPTED:
-        _try(problems, lambda: found.update(forge.statuses(results.gate.head)))
+    _try(problems, lambda: found.update(forge.statuses(commit)))
     return CHECK in found and AGREE in found[CHECK].description
 
 
