@@ -189,16 +189,23 @@ def propose_round(forge: Forge, record: Round, report: str) -> tuple[str, str]:
         return "", error.in_full
 
 
-def show_round(forge: Forge, record: Round, report: str) -> str:
+def show_round(forge: Forge, record: Round, report: str, commit: str) -> str:
     """Open the pull request of a proposed round that has none; one that was closed stays closed.
+
+    Args:
+        forge: Where it is shown.
+        record: The round.
+        report: What a maintainer reads.
+        commit: Of its branch. A fork may have a branch of that name, too: that is another one.
 
     Returns:
         What the forge refused, in words.
     """
     branch = round_branch(record.round).removeprefix("refs/heads/")
     try:
-        if any(entry.branch == branch for entry in forge.proposals(branch)):
-            return ""
+        for entry in forge.proposals(branch):
+            if (entry.branch, entry.commit, entry.clone_url) == (branch, commit, None):
+                return ""
         title = f"Round {record.round}: {len(record.contributions)} contributions"
         forge.propose(Offer(branch, "main", title, report, ("round",)))
     except HubError as error:

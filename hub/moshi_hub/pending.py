@@ -63,7 +63,7 @@ def refuse_again(replica: Replica, found: OpenRound, chosen: Sequence[Contributi
     same = {entry.id for entry in chosen} == proposed.contributions
     if same and proposed.branch and repo.parents(proposed.branch) == [found.main]:
         report = proposed_report(repo, proposed)
-        problem = show_round(found.offers.forge, record, report)
+        problem = show_round(found.offers.forge, record, report, proposed.branch)
         said = f" It is not shown as a pull request: {problem}" if problem else ""
         raise NothingToMerge(f"round {number} is proposed already, with the same.{said}")
 

@@ -323,11 +323,17 @@ def test_a_round_that_could_not_be_shown_is_shown_by_the_next_timer(
     assert status == 0
     assert "proposed, but not shown" in said
     assert len(github.pulls) == 1
+    hub = tmp_path / "served/hub/model.git"
     github.failing = ""
-    status, _, said = call("carol", "moshi-hub", "merge", "--if-ready")
-    assert (status, "is proposed already" in said) == (0, True)
-    assert github.pulls[1]["head"]["ref"] == "round/1"
-    assert github.pulls[1]["body"].startswith("# Round 1")
+    theirs = fork(github, "bob", tmp_path)  # with the branch round/1, as it is on the hub
+    github.open_pull("bob", {"head": "bob:round/1", "title": "mine", "base": "main"})
+    assert git(theirs, "rev-parse", "round/1") == git(hub, "rev-parse", "round/1")
+    for _ in range(2):
+        status, _, said = call("carol", "moshi-hub", "merge", "--if-ready")
+        assert (status, "is proposed already" in said) == (0, True)
+    _, stranger, shown = github.pulls
+    assert (stranger["title"], shown["head"]["label"]) == ("mine", "hub:round/1")
+    assert shown["body"].startswith("# Round 1")
 
 
 def test_two_maintainers_propose_at_once(
