@@ -16,6 +16,7 @@ from moshi_fl.records import Round
 from moshi_fl.signing import fingerprint, keys_match
 from moshi_fl.text import markdown
 from moshi_hub.comment import AGREE, one_line, results_text, verdict_text
+from moshi_hub.publish import title
 from moshi_hub.results import Results, verdict_of
 from moshi_hub.verify import Verdict
 
@@ -180,11 +181,10 @@ def propose_round(forge: Forge, record: Round, report: str) -> tuple[str, str]:
         Its page, or the page on which it can be opened (empty where there is no forge); and what
         the forge refused, in words.
     """
-    count = len(record.contributions)
-    title = f"Round {record.round}: {count} contribution{'' if count == 1 else 's'}"
     branch = round_branch(record.round).removeprefix("refs/heads/")
     try:
-        return forge.propose(Offer(branch, "main", title, report, ("round",), anew=True)).url, ""
+        offer = Offer(branch, "main", title(record), report, ("round",), anew=True)
+        return forge.propose(offer).url, ""
     except HubError as error:
         return "", error.in_full
 
@@ -206,8 +206,7 @@ def show_round(forge: Forge, record: Round, report: str, commit: str) -> str:
         for entry in forge.proposals(branch):
             if (entry.branch, entry.commit, entry.clone_url) == (branch, commit, None):
                 return ""
-        title = f"Round {record.round}: {len(record.contributions)} contributions"
-        forge.propose(Offer(branch, "main", title, report, ("round",)))
+        forge.propose(Offer(branch, "main", title(record), report, ("round",)))
     except HubError as error:
         return error.in_full
     return ""

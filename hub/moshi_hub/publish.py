@@ -119,7 +119,7 @@ def build_round(
     if proposal.tokenizer != state.tokenizer:
         files[TOKENIZER_FILE] = proposal.tokenizer
     tree = repo.tree(put_all(repo, files), base=main)
-    message = f"Round {record.round}: {_subject(record)}\n"
+    message = f"{title(record)}{_losses(record)}\n"
     message += _decisions(proposal)
     commit = repo.commit(
         tree, parents=(main,), message=message, author=by, when=seconds(record.created)
@@ -159,14 +159,18 @@ def seconds(created: str) -> int:
     return timegm(strptime(created, "%Y-%m-%dT%H:%M:%SZ"))
 
 
-def _subject(record: Round) -> str:
+def title(record: Round) -> str:
+    """What a round is made of, in one line."""
     count = len(record.contributions)
     text = f"{count} contribution{'' if count == 1 else 's'}"
     if origin := origin_of(record):
         text = f"round {origin.round} of hub {origin.hub}"
-    if record.evaluation:
-        text += f", held-out loss {record.evaluation.before:.4f} to {record.evaluation.after:.4f}"
-    return text
+    return f"Round {record.round}: {text}"
+
+
+def _losses(record: Round) -> str:
+    found = record.evaluation
+    return f", held-out loss {found.before:.4f} to {found.after:.4f}" if found else ""
 
 
 def _locate(

@@ -333,6 +333,7 @@ def test_a_round_that_could_not_be_shown_is_shown_by_the_next_timer(
         assert (status, "is proposed already" in said) == (0, True)
     _, stranger, shown = github.pulls
     assert (stranger["title"], shown["head"]["label"]) == ("mine", "hub:round/1")
+    assert shown["title"] == "Round 1: 1 contribution"
     assert shown["body"].startswith("# Round 1")
 
 

@@ -19,6 +19,7 @@ from moshi_fl.history import contribution_branch
 from moshi_fl.records import Contribution, dump, load
 from moshi_fl.replica import Replica
 from moshi_fl.store import HubRepo, RefUpdate
+from moshi_fl.upstream import Origin
 from moshi_hub.announce import tell_results
 from moshi_hub.comment import one_line, results_text
 from moshi_hub.heldout import (
@@ -33,6 +34,7 @@ from moshi_hub.keys import VARIABLES, KeyStore, private_pem
 from moshi_hub.local import ANCHOR, ANCHOR_KEY, local_signer
 from moshi_hub.metadata import keys_of
 from moshi_hub.pinned import pinned
+from moshi_hub.publish import title
 from moshi_hub.results import (
     MAX_RESULT_BYTES,
     Broken,
@@ -167,7 +169,8 @@ def test_the_jobs_steps_on_a_bare_hub(
         out = results / f"measure-{seat}.json"
         assert run("attest", "--verdict", verdict, "--out", out, "--seat", seat) == 0
     assert run("comment", "--results", results) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "There is no pull request: said here only" in err
     assert "| 2 of 2 |" in out
     assert f"moshi-hub attest {entry.id[:12]} --local --hub {hub.url}" in out
     assert summary.read_text().strip() in out
@@ -196,6 +199,17 @@ def test_a_rejected_contribution_is_told_and_not_measured(
     assert "nothing to measure" in capsys.readouterr().err
     assert run("comment", "--results", tmp_path) == 0
     assert "**Rejected** by the gate.\n\n- `unknown-base`" in capsys.readouterr().out
+
+
+def test_a_round_is_called_by_what_it_took(hub: HubSimulator) -> None:
+    hub.contribute("ann")
+    record = hub.merge().proposal.record
+    assert title(record) == "Round 1: 1 contribution"
+    origin = Origin(hub="f" * 16, round=4, weights=record.weights)
+    record = msgspec.structs.replace(
+        record, strategy=origin.strategy, contributions=(), archive=None, verdicts=None, update=None
+    )
+    assert title(record) == f"Round 1: round 4 of hub {origin.hub}"
 
 
 # Hostile files.
