@@ -16,6 +16,7 @@ from moshi_fl.records import Round
 from moshi_fl.signing import fingerprint, keys_match
 from moshi_fl.text import markdown
 from moshi_hub.comment import AGREE, one_line, results_text, verdict_text
+from moshi_hub.publish import title
 from moshi_hub.results import Results, verdict_of
 from moshi_hub.verify import Verdict
 
@@ -92,15 +93,16 @@ def tell_verdicts(
 def _tell(
     forge: Forge, verdict: Verdict, proposal: Proposal, commit: str, problems: list[str]
 ) -> None:
-    number = proposal.number
-    word, other = (ACCEPTED, REJECTED) if verdict.accepted else (REJECTED, ACCEPTED)
+    if verdict.accepted and _is_measured(forge, commit, problems):
+        return
+    number, word = proposal.number, ACCEPTED if verdict.accepted else REJECTED
     first = "passes the gate" if verdict.accepted else verdict.findings[0].code
     status = Status(CHECK, "success" if verdict.accepted else "failure", first)
     _try(problems, lambda: forge.set_status(commit, status))
     signer = _signer(forge, verdict, proposal.author, problems)
     _try(problems, lambda: forge.say(number, verdict_text(verdict, signer), marker=VERDICT))
-    missing, wrong = {word} - {*proposal.labels}, {other} & {*proposal.labels}
-    _try(problems, lambda: forge.label(number, [*missing], remove=[*wrong]))
+    missing, wrong = {word} - {*proposal.labels}, ({*STATES} - {word}) & {*proposal.labels}
+    _try(problems, lambda: forge.label(number, [*missing], remove=sorted(wrong)))
 
 
 def tell_results(
@@ -122,7 +124,9 @@ def tell_results(
     lesser: list[str] = []
     gate, verdict = results.gate, verdict_of(results.gate)
     text = results_text(results, verdict, _signer(forge, verdict, author, lesser), hub)
-    if not gate.pull_request or _said_more(forge, results, problems):
+    if not gate.pull_request:
+        return text, problems, lesser
+    if results.outcome == ACCEPTED and _is_measured(forge, gate.head, problems):
         return text, problems, lesser
     word = results.outcome if results.outcome in {REJECTED, DISPUTED} else ACCEPTED
     _try(problems, lambda: forge.say(gate.pull_request, text, marker=VERDICT))
@@ -135,11 +139,10 @@ def tell_results(
     return text, problems, lesser
 
 
-def _said_more(forge: Forge, results: Results, problems: list[str]) -> bool:
-    """Whether measurements of this head are told: a job that comes late takes none back."""
+def _is_measured(forge: Forge, commit: str, problems: list[str]) -> bool:
+    """Whether measurements of this head are told: the gate, which comes late, takes none back."""
     found: dict[str, Status] = {}
-    if results.outcome == ACCEPTED:
-        _try(problems, lambda: found.update(forge.statuses(results.gate.head)))
+    _try(problems, lambda: found.update(forge.statuses(commit)))
     return CHECK in found and AGREE in found[CHECK].description
 
 
@@ -178,27 +181,32 @@ def propose_round(forge: Forge, record: Round, report: str) -> tuple[str, str]:
         Its page, or the page on which it can be opened (empty where there is no forge); and what
         the forge refused, in words.
     """
-    count = len(record.contributions)
-    title = f"Round {record.round}: {count} contribution{'' if count == 1 else 's'}"
     branch = round_branch(record.round).removeprefix("refs/heads/")
     try:
-        return forge.propose(Offer(branch, "main", title, report, ("round",), anew=True)).url, ""
+        offer = Offer(branch, "main", title(record), report, ("round",), anew=True)
+        return forge.propose(offer).url, ""
     except HubError as error:
         return "", error.in_full
 
 
-def show_round(forge: Forge, record: Round, report: str) -> str:
+def show_round(forge: Forge, record: Round, report: str, commit: str) -> str:
     """Open the pull request of a proposed round that has none; one that was closed stays closed.
+
+    Args:
+        forge: Where it is shown.
+        record: The round.
+        report: What a maintainer reads.
+        commit: Of its branch. A fork may have a branch of that name, too: that is another one.
 
     Returns:
         What the forge refused, in words.
     """
     branch = round_branch(record.round).removeprefix("refs/heads/")
     try:
-        if any(entry.branch == branch for entry in forge.proposals(branch)):
-            return ""
-        title = f"Round {record.round}: {len(record.contributions)} contributions"
-        forge.propose(Offer(branch, "main", title, report, ("round",)))
+        for entry in forge.proposals(branch):
+            if (entry.branch, entry.commit, entry.clone_url) == (branch, commit, None):
+                return ""
+        forge.propose(Offer(branch, "main", title(record), report, ("round",)))
     except HubError as error:
         return error.in_full
     return ""

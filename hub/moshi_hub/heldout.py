@@ -171,7 +171,7 @@ def open_sealed_pool(replica: Replica) -> bool:
         Whether the pool is here now.
 
     Raises:
-        DataError: The hub has none, or the key is that of another.
+        DataError: The hub has none, it is public since, or the key is that of another.
     """
     path = pool_path(replica)
     if path.exists() or not (key := _pool_key()):
@@ -195,9 +195,20 @@ def open_sealed_pool(replica: Replica) -> bool:
             f"{POOL_KEY} is not the key of the pool that is sealed on the hub.",
             hint="moshi-hub pool seal   (seals it anew; its output is the secret)",
         ) from error
+    _refuse_retired(replica, state.refs, data)
     write_atomic(path, data)
     path.chmod(0o600)
     return True
+
+
+def _refuse_retired(replica: Replica, refs: Refs, pool: bytes) -> None:
+    """Whoever can train on a pool passes any measurement on it."""
+    name = sha256_bytes(pool)
+    if replica.repo.remote_refs(refs.pool(name)):
+        raise DataError(
+            f"the pool that is sealed on the hub, {name[:12]}, was retired: it is public.",
+            hint="moshi-hub pool new --eval-data PATH, then: moshi-hub pool seal",
+        )
 
 
 def _pool_key() -> bytes | None:
@@ -221,7 +232,10 @@ def _pool_key() -> bytes | None:
 
 
 def retire_pool(replica: Replica, refs: Refs, by: str) -> str:
-    """Publish the pool on a ref of the hub, and stop using it; returns its SHA-256."""
+    """Publish the pool on a ref of the hub, and stop using it; returns its SHA-256.
+
+    A sealed one goes with the same push: jobs must not go on with what is public.
+    """
     data, repo = read_pool_file(replica), replica.repo
     name = sha256_bytes(data)
     ref = refs.pool(name)
@@ -229,7 +243,9 @@ def retire_pool(replica: Replica, refs: Refs, by: str) -> str:
     commit = repo.commit(
         repo.tree({POOL_FILE: repo.put(data)}), message=f"{ref}\n", author=author, when=0
     )
-    repo.push([RefUpdate(ref, commit, ANY)])
+    sealed = repo.remote_refs(refs.sealed_pool)
+    gone = [RefUpdate(sealed_ref, None, was) for sealed_ref, was in sealed.items()]
+    repo.push([RefUpdate(ref, commit, ANY), *gone])
     pool_path(replica).rename(replica.folder / f"retired-{name[:16]}.pool")
     return name
 

@@ -27,7 +27,7 @@ from moshi_hub.keys import KeyStore, Passphrase, passphrase_from_environment
 from moshi_hub.likeness import likeness
 from moshi_hub.metadata import Desk, utc_now
 from moshi_hub.offers import Offers, open_offers
-from moshi_hub.pending import NothingToMerge, excluded_before, record_arrivals, refuse_again
+from moshi_hub.pending import NothingToMerge, decided_before, record_arrivals, refuse_again
 from moshi_hub.propose import Evaluator, Proposal, propose
 from moshi_hub.publish import (
     Built,
@@ -193,7 +193,10 @@ def merge(
             desk_for(replica, found.snapshot.state, found.rules.config, passphrase).require_keys()
         again = options.if_ready and not options.publish
         if again:
-            options = replace(options, exclude=(*options.exclude, *excluded_before(replica, found)))
+            out, taken = decided_before(replica, found)
+            options = replace(
+                options, exclude=(*options.exclude, *out), accept=(*options.accept, *taken)
+            )
             refuse_again(replica, found, kept(found, options.exclude))  # before it is measured
         decided = gate(found, folder) if gate else None
         late: set[str] = set()

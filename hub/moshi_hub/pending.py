@@ -12,7 +12,7 @@ from moshi_fl.replica import Replica
 from moshi_fl.store import PushRejected
 from moshi_hub.announce import show_round
 from moshi_hub.intake import publish_intake
-from moshi_hub.publish import author, has_round, left_out, proposed_now, proposed_report
+from moshi_hub.publish import author, decisions, has_round, proposed_now, proposed_report
 
 if TYPE_CHECKING:
     from moshi_hub.merge import OpenRound
@@ -30,13 +30,19 @@ def record_arrivals(replica: Replica, found: OpenRound, name: str) -> None:
             publish_intake(replica, names, intake, author(name))
 
 
-def excluded_before(replica: Replica, found: OpenRound) -> set[str]:
-    """What a maintainer left out of the round that is proposed now, and is open still."""
+def decided_before(replica: Replica, found: OpenRound) -> tuple[set[str], set[str]]:
+    """What a maintainer left out of the round that is proposed now, and accepted though disputed.
+
+    Returns:
+        The ids of each that are open still.
+    """
     state, number = found.snapshot.state, found.snapshot.round + 1
     proposed = proposed_now(replica.repo, state, number)
     if proposed is None or not proposed.follows(found.snapshot.record):
-        return set()
-    return left_out(replica.repo, proposed) & {entry.id for entry in found.intake}
+        return set(), set()
+    is_open = {entry.id for entry in found.intake}
+    excluded, accepted = decisions(replica.repo, proposed)
+    return excluded & is_open, accepted & is_open
 
 
 def refuse_again(replica: Replica, found: OpenRound, chosen: Sequence[Contribution]) -> None:
@@ -57,7 +63,7 @@ def refuse_again(replica: Replica, found: OpenRound, chosen: Sequence[Contributi
     same = {entry.id for entry in chosen} == proposed.contributions
     if same and proposed.branch and repo.parents(proposed.branch) == [found.main]:
         report = proposed_report(repo, proposed)
-        problem = show_round(found.offers.forge, record, report)
+        problem = show_round(found.offers.forge, record, report, proposed.branch)
         said = f" It is not shown as a pull request: {problem}" if problem else ""
         raise NothingToMerge(f"round {number} is proposed already, with the same.{said}")
 

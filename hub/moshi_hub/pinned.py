@@ -36,8 +36,12 @@ class Pinned:
 
     @property
     def verdict(self) -> Verdict:
-        """What the gate says of it."""
-        return self.found.verdicts[0]
+        """What the gate says of it.
+
+        Anyone can put a branch of another name on the same commit: what is a contribution counts.
+        """
+        found = self.found.verdicts
+        return min(found, key=lambda v: (not v.accepted, v.contribution is None, v.is_settled))
 
     @property
     def proposal(self) -> Proposal | None:
@@ -62,13 +66,14 @@ def pinned(replica: Replica, head: str) -> Iterator[Pinned]:
         found = look(replica, folder, head)
         if not found.verdicts:
             raise _nothing(head, " ".join(found.offers.problems))
-        first = found.verdicts[0]
+        one = Pinned(found, head, folder)
+        first = one.verdict
         if not first.is_settled:
             raise HubError(f"{head[:12]} cannot be judged now: {first.findings[0].message}")
         entry = first.contribution
         if entry and found.rules.seen.get(entry.delta.files[0].sha256) == entry.id:
             raise HubError(f"contribution {entry.id[:12]} is in a round already.")
-        yield Pinned(found, head, folder)
+        yield one
 
 
 def _nothing(head: str, problems: str) -> HubError:

@@ -46,7 +46,7 @@ from moshi_hub.judging import Decided, with_anchor
 from moshi_hub.propose import Proposal
 
 REPORT_FILE = "report.md"
-LEFT_OUT = "Left-out: "
+LEFT_OUT, ACCEPTED = "Left-out: ", "Accepted: "
 MAX_REPORT_BYTES = 1 << 20
 
 
@@ -119,13 +119,21 @@ def build_round(
     if proposal.tokenizer != state.tokenizer:
         files[TOKENIZER_FILE] = proposal.tokenizer
     tree = repo.tree(put_all(repo, files), base=main)
-    message = f"Round {record.round}: {_subject(record)}\n"
-    if proposal.left_out:
-        message += "\n" + "".join(f"{LEFT_OUT}{entry}\n" for entry in proposal.left_out)
+    message = f"{title(record)}{_losses(record)}\n"
+    message += _decisions(proposal)
     commit = repo.commit(
         tree, parents=(main,), message=message, author=by, when=seconds(record.created)
     )
     return Built(record, commit, main, latest, weights)
+
+
+def _decisions(proposal: Proposal) -> str:
+    """What a maintainer has decided about it: left out, or taken though disputed."""
+    judged = proposal.decided.verdicts.judged if proposal.decided else ()
+    disputed = sorted(entry.submission for entry in judged if entry.outcome == "disputed")
+    lines = [f"{LEFT_OUT}{entry}\n" for entry in proposal.left_out]
+    lines += [f"{ACCEPTED}{entry}\n" for entry in disputed if entry in proposal.contributions]
+    return "\n" + "".join(lines) if lines else ""
 
 
 def _evaluation_files(repo: HubRepo, main: str, decided: Decided) -> dict[str, bytes]:
@@ -151,14 +159,18 @@ def seconds(created: str) -> int:
     return timegm(strptime(created, "%Y-%m-%dT%H:%M:%SZ"))
 
 
-def _subject(record: Round) -> str:
+def title(record: Round) -> str:
+    """What a round is made of, in one line."""
     count = len(record.contributions)
     text = f"{count} contribution{'' if count == 1 else 's'}"
     if origin := origin_of(record):
         text = f"round {origin.round} of hub {origin.hub}"
-    if record.evaluation:
-        text += f", held-out loss {record.evaluation.before:.4f} to {record.evaluation.after:.4f}"
-    return text
+    return f"Round {record.round}: {text}"
+
+
+def _losses(record: Round) -> str:
+    found = record.evaluation
+    return f", held-out loss {found.before:.4f} to {found.after:.4f}" if found else ""
 
 
 def _locate(
@@ -312,10 +324,14 @@ def proposed_now(repo: HubRepo, state: HubState, number: int) -> Proposed | None
     return fetch_proposed(repo, state.refs, number) if ref in repo.remote_refs(ref) else None
 
 
-def left_out(repo: HubRepo, proposed: Proposed) -> set[str]:
-    """Ids that a maintainer excluded from it."""
+def decisions(repo: HubRepo, proposed: Proposed) -> tuple[set[str], set[str]]:
+    """Ids that a maintainer excluded from it, and disputed ones that a maintainer accepted."""
     lines = repo.message(proposed.branch).splitlines() if proposed.branch else []
-    return {line.removeprefix(LEFT_OUT) for line in lines if line.startswith(LEFT_OUT)}
+
+    def after(word: str) -> set[str]:
+        return {line.removeprefix(word) for line in lines if line.startswith(word)}
+
+    return after(LEFT_OUT), after(ACCEPTED)
 
 
 def proposed_report(repo: HubRepo, proposed: Proposed) -> str:

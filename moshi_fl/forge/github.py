@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from moshi_fl.store import HubRepo
 MAX_BODY = 65_535  # characters of a comment or a description; GitHub refuses 65,536
 MAX_TITLE = 256
 MAX_STATUS = 140  # characters of a status
-JOB = "github-actions[bot]"
+JOB = "github-actions[bot]"  # stands for any app
 NOT_A_USER = "not accessible by integration"  # what the token of a job is told
 CUT = "\n\n*(shortened)*\n"
 FORK_POLLS = 30
@@ -46,7 +47,7 @@ class GitHub:
 
     @cached_property
     def login(self) -> str:
-        """Whose token it is; empty without one. That of a job has no user, and a name of its own.
+        """Whose token it is; empty without one. That of a job or an app has no user: ``JOB``.
 
         Raises:
             ForgeError: The token is not accepted.
@@ -62,15 +63,26 @@ class GitHub:
 
     @cached_property
     def _may_push(self) -> bool:
-        if self.api.token and self.login == JOB:  # it is the repository's; nothing says more
-            return True
+        here = self.repository.slug
+        ours = os.environ.get("GITHUB_REPOSITORY") or here  # a job's token is its repository's
+        if self.api.token and self.login == JOB and ours.lower() == here.lower():
+            return True  # nothing says more
         there = self.api.get(f"repos/{self.repository.slug}")
         return bool(there.get("permissions", {}).get("push"))
 
     def push_url(self) -> str:
-        """The hub where the token may push, else this user's fork, made if need be."""
+        """The hub where the token may push, else this user's fork, made if need be.
+
+        Raises:
+            ForgeError: The token is that of a job elsewhere, which has no fork.
+        """
         if self._may_push or not self.api.token:
             return self.repository.clone_url
+        if self.login == JOB:
+            raise ForgeError(
+                f"a job's or an app's token has no fork of {self.repository.slug} to push to.",
+                hint="Set GH_TOKEN to a token of a user.",
+            )
         return self._fork()
 
     def _fork(self) -> str:
@@ -170,7 +182,8 @@ class GitHub:
     def say(self, number: int, body: str, *, marker: str) -> None:
         """The one comment of this marker: made at first, edited from then on.
 
-        Only a comment of the token's own user counts: anyone can write a marker.
+        Only a comment of the token's own user counts: anyone can write a marker. An app is not told
+        its name: to it, any app's counts, which no person's can be.
         """
         tag = f"<!-- moshi-fl:{marker} -->"
         text = fitted(f"{tag}\n{body}")
@@ -185,8 +198,10 @@ class GitHub:
     def _comment(self, number: int, tag: str) -> Any | None:
         path = f"repos/{self.repository.slug}/issues/{number}/comments"
         for comment in self.api.pages(path):
-            author = (comment.get("user") or {}).get("login", "")
-            if str(comment.get("body") or "").startswith(tag) and author == self.login:
+            author = comment.get("user") or {}
+            mine = author.get("login", "") == self.login
+            mine = mine or (self.login == JOB and author.get("type", "") == "Bot")
+            if mine and str(comment.get("body") or "").startswith(tag):
                 return comment
         return None
 

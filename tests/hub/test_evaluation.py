@@ -21,6 +21,7 @@ from moshi_hub.evaluation import gate_for
 from moshi_hub.heldout import pool_path, store_pool
 from moshi_hub.host import host
 from moshi_hub.merge import Options, merge
+from moshi_hub.pending import NothingToMerge
 from moshi_sdk.audit import Auditor
 from moshi_sdk.cli import main as sdk_main
 from moshi_sdk.sync import SyncManager
@@ -35,11 +36,11 @@ def hub(tmp_path: Path) -> HubSimulator:
     return HubSimulator(tmp_path, evaluation={"sequences": 12}, delta={"codec": "f32"})
 
 
-def merged(hub: HubSimulator, **how):
+def merged(hub: HubSimulator, publish: bool = True, **how):
     """Merge as the command does."""
     return merge(
         hub.replica,
-        Options(publish=True, **how),
+        Options(publish=publish, **how),
         evaluator=lambda _: None,
         find_strategy=find_strategy,
         gate=gate_for(hub.replica, hub.home),
@@ -121,6 +122,19 @@ def test_what_is_disputed_waits_until_the_maintainer_decides(hub: HubSimulator) 
     assert "Proven to have lied" in text
     (finding,) = Auditor(hub.person("reader"), find_strategy=find_strategy).audit(1, 1)
     assert finding.identical, finding.problem
+
+
+def test_a_timer_keeps_what_a_maintainer_accepted(hub: HubSimulator) -> None:
+    court = Court(hub, "eve", "fay")
+    odd, good, _ = court.helpful(), court.helpful("bob", seed=5), court.harmful()
+    for name in ("eve", "fay"):
+        court.person(name, shifted(100_000, only=odd.id))
+    court.run("eve", "fay")
+    outcome = merged(hub, publish=False, accept=(odd.id[:8],))
+    record = outcome.built.record
+    assert {entry.id for entry in record.contributions} == {odd.id, good.id}
+    with pytest.raises(NothingToMerge, match="proposed already"):
+        merged(hub, publish=False, if_ready=True)
 
 
 @pytest.mark.slow

@@ -17,6 +17,8 @@ import pytest
 
 import moshi_hub.cli
 import moshi_sdk.cli
+from moshi_fl.records import dump, load
+from moshi_hub.results import GateResult, Measurement
 from tests.support.children import Child, Nursery
 from tests.support.github import FakeGitHub, serving
 from tests.support.http_hub import serve
@@ -104,6 +106,54 @@ def test_a_round_from_forks(github: FakeGitHub, call: Call, tmp_path: Path) -> N
     assert "Included in round 1" in github.comments[1][-1]["body"]
     status, seen, said = call("ann", "moshi-fl", "status")
     assert [entry["state"] for entry in seen["contributions"]] == ["in round 1"], said
+
+
+def test_the_gate_takes_back_nothing_that_evaluators_said(
+    github: FakeGitHub, call: Call, tmp_path: Path
+) -> None:
+    assert call("carol", "moshi-hub", "init", f"{github.web}/hub/model.git", "--no-github")[0] == 0
+    fork(github, "ann", tmp_path)
+    data, results = write_corpus(tmp_path / "data"), tmp_path / "results"
+    assert call("ann", "moshi-fl", "contribute", "--data", data, *LITTLE)[0] == 0
+    (pull,), head = github.pulls, github.pulls[0]["head"]["sha"]
+    label = {**github.description.sample("label"), "description": "", "name": "disputed"}
+    pull["labels"] = [label]
+    assert call("carol", "moshi-hub", "verify", "--comment")[0] == 0
+    assert [entry["name"] for entry in pull["labels"]] == ["accepted"]
+    results.mkdir()
+    verdict = results / "verdict.json"
+    assert call("carol", "moshi-hub", "verify", "--head", head, "--out", verdict)[0] == 0
+    gate = load(verdict.read_bytes(), GateResult, name="verdict.json")
+    for seat in ("1", "2"):
+        (results / f"{seat}.json").write_bytes(dump(harmful(gate, seat)))
+    assert call("carol", "moshi-hub", "comment", "--results", results)[0] == 0
+    said = (github.comments[1][0]["body"], list(github.status_list[head]), list(pull["labels"]))
+    assert "it makes the model worse" in said[0]
+    assert call("carol", "moshi-hub", "verify", "--comment")[0] == 0
+    assert (github.comments[1][0]["body"], github.status_list[head], pull["labels"]) == said
+
+
+def harmful(gate: GateResult, seat: str) -> Measurement:
+    """What an evaluator hands on of a contribution that makes the model worse."""
+    assert gate.contribution
+    return Measurement(
+        hub=gate.hub,
+        head=gate.head,
+        contribution=gate.contribution.id,
+        evaluator=seat,
+        system="Linux",
+        software="moshi-fl test",
+        pool="b" * 64,
+        precision="float64",
+        share=0.25,
+        sequences=128,
+        losses="c" * 64,
+        before=2_616_412,
+        after=2_626_412,
+        gain=-10_000,
+        standard_error=900,
+        outcome="reject",
+    )
 
 
 def test_a_round_is_proposed_as_a_pull_request(
@@ -273,11 +323,18 @@ def test_a_round_that_could_not_be_shown_is_shown_by_the_next_timer(
     assert status == 0
     assert "proposed, but not shown" in said
     assert len(github.pulls) == 1
+    hub = tmp_path / "served/hub/model.git"
     github.failing = ""
-    status, _, said = call("carol", "moshi-hub", "merge", "--if-ready")
-    assert (status, "is proposed already" in said) == (0, True)
-    assert github.pulls[1]["head"]["ref"] == "round/1"
-    assert github.pulls[1]["body"].startswith("# Round 1")
+    theirs = fork(github, "bob", tmp_path)  # with the branch round/1, as it is on the hub
+    github.open_pull("bob", {"head": "bob:round/1", "title": "mine", "base": "main"})
+    assert git(theirs, "rev-parse", "round/1") == git(hub, "rev-parse", "round/1")
+    for _ in range(2):
+        status, _, said = call("carol", "moshi-hub", "merge", "--if-ready")
+        assert (status, "is proposed already" in said) == (0, True)
+    _, stranger, shown = github.pulls
+    assert (stranger["title"], shown["head"]["label"]) == ("mine", "hub:round/1")
+    assert shown["title"] == "Round 1: 1 contribution"
+    assert shown["body"].startswith("# Round 1")
 
 
 def test_two_maintainers_propose_at_once(

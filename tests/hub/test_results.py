@@ -20,6 +20,7 @@ from moshi_fl.history import contribution_branch
 from moshi_fl.records import Contribution, dump, load
 from moshi_fl.replica import Replica
 from moshi_fl.store import HubRepo, RefUpdate
+from moshi_fl.upstream import Origin
 from moshi_hub.announce import tell_results
 from moshi_hub.comment import one_line, results_text
 from moshi_hub.heldout import (
@@ -27,6 +28,7 @@ from moshi_hub.heldout import (
     import_pool,
     open_sealed_pool,
     pool_path,
+    retire_pool,
     seal_pool,
     store_pool,
 )
@@ -34,6 +36,7 @@ from moshi_hub.keys import VARIABLES, KeyStore, private_pem
 from moshi_hub.local import ANCHOR, ANCHOR_KEY, key_folder, local_signer
 from moshi_hub.metadata import keys_of
 from moshi_hub.pinned import pinned
+from moshi_hub.publish import title
 from moshi_hub.results import (
     MAX_RESULT_BYTES,
     Broken,
@@ -101,6 +104,17 @@ def test_a_commit_is_judged_by_itself(hub: HubSimulator, entry: Contribution) ->
         assert [c.id for c in one.found.accepted] == [entry.id]
 
 
+def test_another_branch_at_the_same_commit_does_not_take_its_verdict(
+    hub: HubSimulator, entry: Contribution
+) -> None:
+    head, own = head_of(hub, entry), contribution_branch(entry.round, entry.id)
+    for name in ("--", "zz"):
+        git(hub.path, "update-ref", f"refs/heads/contribute/{name}", head)
+    with pinned(hub.replica, head) as one:
+        assert (one.verdict.branch, one.verdict.accepted) == (own, True)
+        assert len(one.found.verdicts) == 3
+
+
 def test_who_came_first_is_not_forgotten_by_a_look_at_one(hub: HubSimulator) -> None:
     first, second = hub.contribute("ann"), hub.contribute("bob", seed=2)
     order = [c.id for c in hub.look().intake]
@@ -157,7 +171,8 @@ def test_the_jobs_steps_on_a_bare_hub(
         out = results / f"measure-{seat}.json"
         assert run("attest", "--verdict", verdict, "--out", out, "--seat", seat) == 0
     assert run("comment", "--results", results) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "There is no pull request: said here only" in err
     assert "| 2 of 2 |" in out
     assert f"moshi-hub attest {entry.id[:12]} --local --hub {hub.url}" in out
     assert summary.read_text().strip() in out
@@ -186,6 +201,17 @@ def test_a_rejected_contribution_is_told_and_not_measured(
     assert "nothing to measure" in capsys.readouterr().err
     assert run("comment", "--results", tmp_path) == 0
     assert "**Rejected** by the gate.\n\n- `unknown-base`" in capsys.readouterr().out
+
+
+def test_a_round_is_called_by_what_it_took(hub: HubSimulator) -> None:
+    hub.contribute("ann")
+    record = hub.merge().proposal.record
+    assert title(record) == "Round 1: 1 contribution"
+    origin = Origin(hub="f" * 16, round=4, weights=record.weights)
+    record = msgspec.structs.replace(
+        record, strategy=origin.strategy, contributions=(), archive=None, verdicts=None, update=None
+    )
+    assert title(record) == f"Round 1: round 4 of hub {origin.hub}"
 
 
 # Hostile files.
@@ -408,6 +434,26 @@ def test_a_sealed_pool_is_opened_with_its_key_only(
     assert pool_path(job).read_bytes() == pool
     assert seal_pool(hub.replica, state.refs, state.config.hub.id, "carol") == key
     assert sealed_bytes(hub) != everything  # the same key, another nonce
+
+
+def test_a_retired_pool_is_measured_on_no_more(
+    hub: HubSimulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, repo = hub.replica.look(), hub.replica.repo
+    refs, name = state.refs, state.config.hub.id
+    store_pool(hub.replica, state.config, state.tokenizer, [write_corpus(tmp_path / "held-out")])
+    pool = pool_path(hub.replica).read_bytes()
+    monkeypatch.setenv(POOL_KEY, seal_pool(hub.replica, refs, name, "carol"))
+    retired = retire_pool(hub.replica, refs, "carol")
+    assert set(repo.remote_refs(refs.sealed_pool, refs.pool(retired))) == {refs.pool(retired)}
+    job = hub.person("job")
+    with pytest.raises(DataError, match="no sealed pool is on the hub"):
+        open_sealed_pool(job)
+    pool_path(hub.replica).write_bytes(pool)  # somebody who has it still seals it again
+    seal_pool(hub.replica, refs, name, "dave")
+    with pytest.raises(DataError, match="was retired: it is public"):
+        open_sealed_pool(job)
+    assert not pool_path(job).exists()
 
 
 def sealed_bytes(hub: HubSimulator) -> bytes:

@@ -179,6 +179,13 @@ def test_a_pull_requests_own_workflow_of_the_same_name_starts_nothing() -> None:
             assert job["if"].startswith("github.event.workflow_run.event == 'workflow_run' &&")
 
 
+def test_a_pull_request_at_somebodys_commit_cancels_no_run_of_theirs() -> None:
+    (path,) = (path for path in OURS if path.stem == "verify")
+    group = workflow(path)["concurrency"]["group"]
+    for part in ("head_sha", "head_repository.id", "head_branch"):
+        assert f"${{{{ github.event.workflow_run.{part} }}}}" in group
+
+
 def test_the_template_has_no_file_that_nobody_writes() -> None:
     there = {p.relative_to(FOLDER).as_posix() for p in FOLDER.rglob("*") if p.is_file()}
     assert there == {*FILLED, *VERBATIM, "hub.toml"}

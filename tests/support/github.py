@@ -63,7 +63,8 @@ class FakeGitHub:
     # -- what it knows ---------------------------------------------------------
 
     def user(self, login: str) -> dict[str, Any]:
-        return {**self.description.sample("simple-user"), "login": login, "type": "User"}
+        kind = "Bot" if login.endswith("[bot]") else "User"
+        return {**self.description.sample("simple-user"), "login": login, "type": kind}
 
     def repository(self, slug: str, login: str) -> dict[str, Any]:
         owner, name = slug.split("/")

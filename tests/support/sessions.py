@@ -58,13 +58,15 @@ TRUTH = [2_000_000 + 1000 * n for n in range(6)]
 Lie = Callable[[Attestation], Attestation]
 
 
-def shifted(by: int) -> Lie:
-    """Makes every contribution better (or worse) by so many micro-nats."""
+def shifted(by: int, only: str = "") -> Lie:
+    """Makes every contribution, or only the one of this id, better by so many micro-nats."""
 
     def lie(found: Attestation) -> Attestation:
-        return msgspec.structs.replace(
-            found, results=tuple(_shift(entry, by) for entry in found.results)
+        results = (
+            _shift(entry, by) if only in {"", entry.submission} else entry
+            for entry in found.results
         )
+        return msgspec.structs.replace(found, results=tuple(results))
 
     return lie
 

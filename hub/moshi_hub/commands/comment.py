@@ -54,7 +54,8 @@ def comment(console: Console, results: Path, hub: str | None) -> None:
         raise HubError(
             "not all of it could be said.", hint="Run it again: what is said is not said twice."
         )
-    console.done("Said it", pull_request=found.gate.pull_request, verdict=found.outcome)
+    what = "Said it" if found.gate.pull_request else "There is no pull request: said here only"
+    console.done(what, pull_request=found.gate.pull_request, verdict=found.outcome)
 
 
 def _summarise(text: str) -> None:

@@ -136,4 +136,6 @@ def retire(console: Console, hub: str | None) -> None:
     replica = replica_for(hub)
     sha256 = retire_pool(replica, replica.look().refs, maintainer())
     console.done("Published the pool; nothing is measured on it any more", pool=sha256)
-    console.hint("moshi-hub pool new --eval-data PATH   (draws the next)")
+    console.hint(
+        "moshi-hub pool new --eval-data PATH   (the next); for a CI, then: moshi-hub pool seal"
+    )

@@ -116,6 +116,31 @@ def test_one_comment_stays_one_and_a_forged_marker_is_not_mine(hub: FakeGitHub) 
     assert text.endswith("*(shortened)*\n")
 
 
+def test_an_apps_comment_stays_one_though_it_is_not_told_its_name(hub: FakeGitHub) -> None:
+    hub.tokens["t-app"] = "our-app[bot]"
+    hub.writers.add("our-app[bot]")
+    number = as_user(hub, "t-ann").propose(OFFER).number
+    as_user(hub, "t-ann").say(number, "I say: accepted!", marker="report")
+    for body in ("accepted", "accepted", "rejected: zero-delta"):
+        as_user(hub, "t-app").say(number, body, marker="report")
+    assert [(entry["user"]["login"], entry["body"]) for entry in hub.comments[number]] == [
+        ("ann", "<!-- moshi-fl:report -->\nI say: accepted!"),
+        ("our-app[bot]", "<!-- moshi-fl:report -->\nrejected: zero-delta"),
+    ]
+
+
+def test_a_job_pushes_to_its_own_repository_only(
+    hub: FakeGitHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.tokens["t-job"] = "github-actions[bot]"
+    monkeypatch.setenv("GITHUB_REPOSITORY", "Hub/model")
+    assert as_user(hub, "t-job").push_url() == f"{hub.url}/hub/model.git"
+    monkeypatch.setenv("GITHUB_REPOSITORY", "region/model")
+    with pytest.raises(ForgeError, match="no fork of hub/model to push to"):
+        as_user(hub, "t-job").push_url()
+    assert changes(hub) == []
+
+
 def test_a_status_is_set_once(hub: FakeGitHub) -> None:
     carol, commit = as_user(hub, "t-carol"), "a" * 40
     for state in ("pending", "success", "success"):
