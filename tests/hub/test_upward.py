@@ -32,6 +32,7 @@ from moshi_hub.upward import Upward, encode_within, send
 from moshi_sdk.audit import Auditor, Finding
 from moshi_sdk.cli import main as sdk_command
 from tests.support.children import Ended, Nursery
+from tests.support.http_hub import Faults, serve
 from tests.support.simulator import HubSimulator, random_delta, write_corpus
 
 
@@ -470,6 +471,23 @@ def test_the_command_sends_and_takes_and_then_has_nothing_to_do(
     assert sdk_command(command) == 0
     rows = json.loads(capsys.readouterr().out)["rounds"]
     assert [row["upstream"] and row["upstream"]["round"] for row in rows] == [None, 1]
+
+
+def test_the_token_for_a_hub_is_not_shown_to_the_server_of_the_other(
+    tmp_path: Path, region: HubSimulator, upstream: HubSimulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOSHI_FL_HOME", str(region.home))
+    monkeypatch.setenv("MOSHI_FL_TOKEN", "the-regions-own")
+    upstream.rounds(1)
+    seen = Faults()
+    with serve(upstream.folder, faults=seen) as base:
+        url = f"{base}/{Path(upstream.url).name}"
+        here = ("--hub", region.url)
+        assert hub_command(["upward", *here, "--to", url, "--publish"]) == 0
+        assert sdk_command(["audit", *here, "--upstream", url]) == 0
+        assert hub_command(["init", str(tmp_path / "x.git"), "--upstream", url]) == 0
+    assert len(seen.seen) > 3
+    assert not seen.logins
 
 
 # Two tiers, with training.

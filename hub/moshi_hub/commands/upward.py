@@ -10,7 +10,6 @@ import click
 from moshi_fl.cli import hub_option, output_options
 from moshi_fl.config import ensure_home
 from moshi_fl.console import Console
-from moshi_fl.replica import Replica
 from moshi_fl.text import Size
 from moshi_hub.options import maintainer, passphrase_from, passphrase_option, replica_for
 
@@ -43,7 +42,7 @@ def upward(
     from moshi_hub.upward import send
 
     replica = replica_for(hub)
-    bridge = Bridge(replica, Replica(upstream, ensure_home()))
+    bridge = Bridge(replica, replica.beside(upstream))
     sent = send(bridge, ensure_home(), console.note)
     if sent:
         _tell_sent(console, sent)

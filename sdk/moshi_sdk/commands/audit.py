@@ -10,7 +10,6 @@ import msgspec
 from moshi_fl.cli import hub_option, output_options
 from moshi_fl.console import Console
 from moshi_fl.errors import Exit
-from moshi_fl.replica import Replica
 from moshi_fl.strategies import find_strategy
 from moshi_sdk.options import settings_for, sync_manager
 
@@ -49,7 +48,7 @@ def audit(
         console.done("Only round 0: random weights, nothing to recompute", audited=0)
         return Exit.DONE
     first, last = (1, newest) if everything else (number or newest, number or newest)
-    other = Replica(upstream, manager.replica.home) if upstream else None
+    other = manager.replica.beside(upstream) if upstream else None
     auditor = Auditor(manager.replica, find_strategy=find_strategy, upstream=other)
     findings = []
     with console.progress("Auditing", last - first + 1, unit="rounds") as bar:
