@@ -101,16 +101,15 @@ def _work(bridge: Bridge) -> Path:
 
 
 def _prepared(bridge: Bridge) -> Prepared | None:
-    """What an earlier run left ready, unless it is sent or has grown too old."""
+    """What an earlier run left ready, unless it is sent, also by others, or has grown too old."""
     path = _work(bridge) / "prepared.json"
     if not path.exists():
         return None
     prepared = load(path.read_bytes(), Prepared, name=path.name)
     state, entry = bridge.above.state, prepared.contribution
     is_late = state.newest.round - entry.round > state.config.delta.max_staleness
-    if prepared.passed == bridge.passed() or (
-        is_late and not is_merged(bridge.upstream, state, entry)
-    ):
+    is_sent = prepared.passed.first != bridge.first_unsent()  # from here, or another machine
+    if is_sent or (is_late and not is_merged(bridge.upstream, state, entry)):
         shutil.rmtree(path.parent)
         return None
     return prepared

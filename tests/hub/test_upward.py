@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,14 +19,15 @@ from moshi_fl.replica import Replica
 from moshi_fl.rules import shapes_of
 from moshi_fl.signing import fingerprint
 from moshi_fl.snapshot import encode_step
+from moshi_fl.store import NOREPLY, Author
 from moshi_fl.strategies import find_strategy
 from moshi_fl.upstream import origin_of
 from moshi_fl.weights import open_weights, weights_digest
-from moshi_hub import taking
-from moshi_hub.bridge import Bridge
+from moshi_hub import taking, upward
+from moshi_hub.bridge import Bridge, Passed
 from moshi_hub.cli import main as hub_command
 from moshi_hub.keys import passphrase_from_environment
-from moshi_hub.local import ANCHOR, key_folder
+from moshi_hub.local import ANCHOR, key_folder, local_signer
 from moshi_hub.merge import Options, Outcome, publish_round
 from moshi_hub.review import sign_round
 from moshi_hub.upward import Upward, encode_within, send
@@ -415,6 +417,57 @@ def test_a_record_that_only_claims_to_take_a_round_is_refused(
         change = {"contributions": made.contributions}
     with pytest.raises(UntrustedHub, match=said):
         origin_of(msgspec.structs.replace(record, **change))
+
+
+# Two machines.
+
+
+def another_machine(region: HubSimulator, home: Path) -> Path:
+    """A home with the keys of the region's, and nothing else."""
+    for name in ("keys", "evaluators"):
+        shutil.copytree(region.home / name, home / name)
+    return home
+
+
+def test_what_lies_ready_is_not_sent_after_another_machine_sent_more(
+    tmp_path: Path, region: HubSimulator, upstream: HubSimulator
+) -> None:
+    region.rounds(1)
+    here = bridge_of(region, upstream)
+    key = local_signer(region.home, here.below.state.config.hub.id, ANCHOR).public_key
+    left = upward._prepare(here, key, lambda _: None)  # and here it was killed
+    assert (left.passed.first, left.passed.last) == (0, 1)
+    region.contribute("zed", seed=77)
+    region.merge()
+    upstream.rounds(1)
+    home = another_machine(region, tmp_path / "other")
+    replicas = (Replica(hub.url, home) for hub in (region, upstream))
+    there = send(Bridge(*replicas), home, lambda _: None)
+    assert (there.passed.first, there.passed.last) == (0, 2)
+    assert up(region, upstream) is None
+    assert len(upstream.look().verdicts) == 1
+    upstream.merge()
+    assert up(region, upstream) is None
+    assert bridge_of(region, upstream).passed() == there.passed
+
+
+def test_what_was_sent_is_never_forgotten_for_something_earlier(
+    region: HubSimulator, upstream: HubSimulator
+) -> None:
+    region.rounds(2)
+    late, early = bridge_of(region, upstream), bridge_of(region, upstream)
+    assert early.passed() is None
+    upstream_id = upstream.sync().state.config.hub.id
+    sent = [
+        Passed(upstream=upstream_id, id=digit * 32, round=0, first=0, last=last)
+        for digit, last in (("a", 1), ("b", 2))
+    ]
+    author = Author("region", NOREPLY)
+    late.folder.mkdir(parents=True)
+    late.keep(sent[1], author)
+    with pytest.raises(HubError, match="sent the rounds up to 2 meanwhile"):
+        early.keep(sent[0], author)
+    assert bridge_of(region, upstream)._ask()[1] == sent[1]
 
 
 # The command, and its deaths.
