@@ -19,7 +19,7 @@ from moshi_fl.replica import Replica
 from moshi_fl.rules import shapes_of
 from moshi_fl.signing import fingerprint
 from moshi_fl.snapshot import encode_step
-from moshi_fl.store import NOREPLY, Author
+from moshi_fl.store import NOREPLY, Author, RefUpdate
 from moshi_fl.strategies import find_strategy
 from moshi_fl.upstream import origin_of
 from moshi_fl.weights import open_weights, weights_digest
@@ -28,7 +28,8 @@ from moshi_hub.bridge import Bridge, Passed
 from moshi_hub.cli import main as hub_command
 from moshi_hub.keys import passphrase_from_environment
 from moshi_hub.local import ANCHOR, key_folder, local_signer
-from moshi_hub.merge import Options, Outcome, publish_round
+from moshi_hub.merge import Options, Outcome, merge, publish_round
+from moshi_hub.pending import NothingToMerge
 from moshi_hub.review import sign_round
 from moshi_hub.upward import Upward, encode_within, send
 from moshi_sdk.audit import Auditor, Finding
@@ -417,6 +418,51 @@ def test_a_record_that_only_claims_to_take_a_round_is_refused(
         change = {"contributions": made.contributions}
     with pytest.raises(UntrustedHub, match=said):
         origin_of(msgspec.structs.replace(record, **change))
+
+
+# A round that is proposed.
+
+
+def proposed(region: HubSimulator) -> str:
+    return region.refs()["refs/heads/round/1"]
+
+
+def test_what_is_proposed_is_not_proposed_again_until_there_is_more_to_take(
+    region: HubSimulator, upstream: HubSimulator
+) -> None:
+    upstream.rounds(1)
+    first = down(region, upstream, publish=False)
+    sign_round(region.replica)
+    signed = region.refs()
+    with pytest.raises(NothingToMerge, match="round 1 is proposed already"):
+        down(region, upstream, publish=False)
+    region.contribute("ann", seed=5)
+    with pytest.raises(NothingToMerge, match="another hub's round"):
+        merge(region.replica, Options(if_ready=True), evaluator=lambda _: None)
+    names = [name for name in signed if "next" in name or "round/" in name]
+    assert len(names) == 2
+    assert {name: region.refs()[name] for name in names} == {name: signed[name] for name in names}
+    upstream.rounds(1)
+    second = down(region, upstream, publish=False)
+    assert second.built.record.weights != first.built.record.weights
+    assert proposed(region) != signed["refs/heads/round/1"]
+
+
+def test_a_round_that_is_merged_and_waits_is_not_replaced(
+    region: HubSimulator, upstream: HubSimulator, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    upstream.rounds(1)
+    region.contribute("ann", seed=5)
+    merge(region.replica, Options(publish=False), evaluator=lambda _: None)
+    commit = proposed(region)
+    repo = region.replica.repo
+    main = region.refs()["refs/heads/main"]
+    repo.push([RefUpdate("refs/heads/main", commit, main)])  # its pull request is merged
+    monkeypatch.setenv("MOSHI_FL_HOME", str(region.home))
+    assert hub_command(["upward", "--hub", region.url, "--to", upstream.url]) == 0
+    assert "Nothing to take: round 1 is merged and waits" in capsys.readouterr().err
+    assert proposed(region) == commit
 
 
 # Two machines.

@@ -37,6 +37,7 @@ def upward(
     from moshi_hub.bridge import Bridge
     from moshi_hub.heldout import evaluator_for
     from moshi_hub.merge import Options
+    from moshi_hub.pending import NothingToMerge
     from moshi_hub.samples import sampler
     from moshi_hub.taking import take
     from moshi_hub.upward import send
@@ -46,13 +47,17 @@ def upward(
     sent = send(bridge, ensure_home(), console.note)
     if sent:
         _tell_sent(console, sent)
-    taken = take(
-        bridge,
-        Options(publish=publish, name=maintainer()),
-        evaluator=evaluator_for(replica),
-        passphrase=passphrase_from(passphrase_env),
-        sampler=sampler(),
-    )
+    try:
+        taken = take(
+            bridge,
+            Options(publish=publish, name=maintainer()),
+            evaluator=evaluator_for(replica),
+            passphrase=passphrase_from(passphrase_env),
+            sampler=sampler(),
+        )
+    except NothingToMerge as error:
+        console.done(f"Nothing to take: {error}", upstream_round=bridge.above.round)
+        return
     if taken:
         _tell_taken(console, taken, publish, f" --hub {shlex.quote(hub)}" if hub else "")
     elif not sent:
