@@ -91,7 +91,7 @@ class Bridge:
         if found.origin.hub != other:
             raise HubError(
                 f"{here} stands on hub {found.origin.hub}, and {there} is hub {other}.",
-                hint="--to URL   (of the hub that it began with)",
+                hint="--upstream URL   (of the hub that it began with)",
             )
         return found
 

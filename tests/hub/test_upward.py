@@ -460,7 +460,7 @@ def test_a_round_that_is_merged_and_waits_is_not_replaced(
     main = region.refs()["refs/heads/main"]
     repo.push([RefUpdate("refs/heads/main", commit, main)])  # its pull request is merged
     monkeypatch.setenv("MOSHI_FL_HOME", str(region.home))
-    assert hub_command(["upward", "--hub", region.url, "--to", upstream.url]) == 0
+    assert hub_command(["upward", "--hub", region.url, "--upstream", upstream.url]) == 0
     assert "Nothing to take: round 1 is merged and waits" in capsys.readouterr().err
     assert proposed(region) == commit
 
@@ -527,7 +527,7 @@ class Scene:
 
     def upward(self, **how: object) -> Ended:
         words = ("moshi-hub", "upward", "--publish", "--hub", self.region.url)
-        words += ("--to", self.upstream.url, "--json")
+        words += ("--upstream", self.upstream.url, "--json")
         return self.commands.run(*words, home=self.region.home, **how)
 
 
@@ -557,7 +557,7 @@ def test_the_command_sends_and_takes_and_then_has_nothing_to_do(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setenv("MOSHI_FL_HOME", str(region.home))
-    words = ["upward", "--hub", region.url, "--to", upstream.url, "--publish", "--json"]
+    words = ["upward", "--hub", region.url, "--upstream", upstream.url, "--publish", "--json"]
     region.rounds(1)
     upstream.rounds(1)
     capsys.readouterr()
@@ -582,7 +582,7 @@ def test_the_token_for_a_hub_is_not_shown_to_the_server_of_the_other(
     with serve(upstream.folder, faults=seen) as base:
         url = f"{base}/{Path(upstream.url).name}"
         here = ("--hub", region.url)
-        assert hub_command(["upward", *here, "--to", url, "--publish"]) == 0
+        assert hub_command(["upward", *here, "--upstream", url, "--publish"]) == 0
         assert sdk_command(["audit", *here, "--upstream", url]) == 0
         assert hub_command(["init", str(tmp_path / "x.git"), "--upstream", url]) == 0
     assert len(seen.seen) > 3
@@ -632,7 +632,7 @@ class Tiers:
 
     def upward(self, name: str) -> None:
         hub, _ = self.regions[name]
-        to = ("--to", self.upstream.url)
+        to = ("--upstream", self.upstream.url)
         self.command(hub.home, "upward", "--publish", "--hub", hub.url, *to)
 
     def round_above(self) -> None:

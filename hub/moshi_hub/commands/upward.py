@@ -16,7 +16,7 @@ from moshi_hub.options import maintainer, passphrase_from, passphrase_option, re
 
 @click.command()
 @hub_option
-@click.option("--to", "upstream", metavar="URL", required=True, help="The hub that it began with.")
+@click.option("--upstream", metavar="URL", required=True, help="The hub that it began with.")
 @click.option("--publish", is_flag=True, help="Publish a taken round at once; else it is proposed.")
 @passphrase_option
 @output_options
@@ -32,7 +32,7 @@ def upward(
 
     \b
     Examples:
-      moshi-hub upward --hub ./region.git --to https://git.example.org/team/model.git --publish
+      moshi-hub upward --hub ./west.git --upstream https://git.example.org/team/model.git --publish
     """
     from moshi_hub.bridge import Bridge
     from moshi_hub.heldout import evaluator_for
