@@ -7,6 +7,7 @@ that is there: a killed one goes on, and nothing is sent twice.
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -190,7 +191,8 @@ def _deliver(bridge: Bridge, prepared: Prepared, signer: Signer) -> Upward:
     signature = signature_of(folder / "record.sig", entry, signer)
     forge = forge_of(bridge.upstream)
     to = pushing_to(forge, bridge.upstream)
-    sent = submit(bridge.upstream, state, entry, signature, folder / "delta.safetensors", to)
+    delta, anew = folder / "delta.safetensors", f"rm -r {shlex.quote(str(folder))}"
+    sent = submit(bridge.upstream, state, entry, signature, delta, to, anew)
     before = bridge.feedback.base(merged_test(bridge.upstream, state))
     if before != entry.id:
         carry = open_weights(folder / "carry.safetensors")

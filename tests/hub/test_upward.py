@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from moshi_fl.codec import get_codec
 from moshi_fl.codec.delta import Delta
-from moshi_fl.errors import HubError, UntrustedHub
+from moshi_fl.errors import HubError, MoshiError, UntrustedHub
 from moshi_fl.records import Round
 from moshi_fl.replica import Replica
 from moshi_fl.rules import shapes_of
@@ -495,6 +496,25 @@ def test_what_lies_ready_is_not_sent_after_another_machine_sent_more(
     upstream.merge()
     assert up(region, upstream) is None
     assert bridge_of(region, upstream).passed() == there.passed
+
+
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_a_delta_that_is_not_as_it_was_made_is_not_sent_and_can_be_made_anew(
+    region: HubSimulator, upstream: HubSimulator, damage: str
+) -> None:
+    region.rounds(1)
+    here = bridge_of(region, upstream)
+    key = local_signer(region.home, here.below.state.config.hub.id, ANCHOR).public_key
+    upward._prepare(here, key, lambda _: None)  # and here it was killed
+    work = here.folder / "work"
+    delta = work / "delta.safetensors"
+    delta.unlink() if damage == "missing" else delta.write_bytes(delta.read_bytes() + b" ")
+    with pytest.raises(MoshiError) as refused:
+        up(region, upstream)
+    command, _, _ = refused.value.hint.partition("   ")
+    assert shlex.split(command) == ["rm", "-r", str(work)]
+    shutil.rmtree(work)
+    assert up(region, upstream).passed.last == 1
 
 
 def test_what_was_sent_is_never_forgotten_for_something_earlier(
