@@ -29,7 +29,8 @@ def pushing_to(forge: Forge, replica: Replica) -> HubRepo:
     url = forge.push_url()
     if url == replica.repo.url:
         return replica.repo
-    return HubRepo(replica.repo.path, url, timeout=replica.timeout)
+    own = replica.repo
+    return HubRepo(own.path, url, timeout=replica.timeout, token_for=own.token_for)
 
 
 def propose(forge: Forge, contribution: Contribution) -> tuple[str, str]:

@@ -172,6 +172,13 @@ class Replica:
         self.repo = HubRepo(self.folder / "git", self.url, timeout=timeout)
         self.trust = TrustFolder(self.folder / "trust")
 
+    def beside(self, url: str) -> Replica:
+        """The copy of another hub, whose server is not shown the token for this one's."""
+        other = Replica(url, self.home)
+        path, timeout = other.repo.path, other.timeout
+        other.repo = HubRepo(path, other.url, timeout=timeout, token_for=self.url)
+        return other
+
     def pull(self, number: int | None = None) -> Snapshot:
         """Ask the hub and bring a round here: a cold start, an update, or nothing to do.
 
@@ -273,7 +280,9 @@ class Replica:
     def scratch(self) -> Iterator[HubRepo]:
         """A throw-away store beside the replica's own."""
         with self.workspace() as folder:
-            yield HubRepo(folder / "git", self.url, timeout=self.timeout)
+            yield HubRepo(
+                folder / "git", self.url, timeout=self.timeout, token_for=self.repo.token_for
+            )
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -92,6 +92,7 @@ def submit(
     signature: str,
     delta: Path,
     to: HubRepo,
+    anew: str = "moshi-fl contribute --seed N",
 ) -> Sent:
     """Push a contribution's record, its signature and the delta.
 
@@ -102,6 +103,7 @@ def submit(
         signature: Over its bytes.
         delta: The file that it names.
         to: Where to push: the replica's own store, or the same with a fork's address.
+        anew: What a user does to make another contribution.
 
     Raises:
         HubError: The hub cannot be reached or refuses; the run stays and can be resumed.
@@ -117,11 +119,13 @@ def submit(
     if not delta.exists():
         raise Rejected(
             f"contribution {contribution.id[:12]} was sent before, and the hub did not take it.",
-            hint="moshi-fl contribute --seed N   (another one; the hub's maintainer knows why)",
+            hint=f"{anew}   (another one; the hub's maintainer knows why)",
         )
     commit = delta_commit(repo, contribution.delta.ref, delta.read_bytes())
     if commit != contribution.delta.commit:
-        raise HubError("the delta on disk is not the one in the record; start a new contribution.")
+        raise HubError(
+            "the delta on disk is not the one in the record.", hint=f"{anew}   (makes another one)"
+        )
     updates = [
         RefUpdate(branch, _record_commit(replica, contribution, signature.encode()), None),
         RefUpdate(contribution.delta.ref, commit, present.get(contribution.delta.ref)),

@@ -91,7 +91,7 @@ class Bridge:
         if found.origin.hub != other:
             raise HubError(
                 f"{here} stands on hub {found.origin.hub}, and {there} is hub {other}.",
-                hint="--to URL   (of the hub that it began with)",
+                hint="--upstream URL   (of the hub that it began with)",
             )
         return found
 
@@ -106,21 +106,25 @@ class Bridge:
         return Feedback(self.folder / "feedback")
 
     @cached_property
-    def _told(self) -> Passed | None:
-        """What this hub itself says was sent last; another machine may have sent it."""
+    def _told(self) -> tuple[str | None, Passed | None]:
+        """What the hub itself said at first; it is asked again before that is replaced."""
+        return self._ask()
+
+    def _ask(self) -> tuple[str | None, Passed | None]:
+        """What this hub itself says was sent last, to whichever hub, and the commit of that."""
         repo, ref = self.replica.repo, self.below.state.refs.upward
         present = repo.remote_refs(ref)
         if ref not in present:
-            return None
+            return None, None
         repo.fetch({ref: "refs/moshi-fl/upward"}, max_bytes=MAX_TOLD, expect=present)
         data = repo.read(present[ref], PASSED_FILE, limit=MAX_RECORD_BYTES)
-        told = load(data, Passed, name=PASSED_FILE)
-        is_ours = told.upstream == self.stand.origin.hub and told.last <= self.below.round
-        return told if is_ours else None
+        return present[ref], load(data, Passed, name=PASSED_FILE)
 
     def passed(self) -> Passed | None:
         """What was sent last, from here or from another machine."""
-        path, told = self.folder / PASSED_FILE, self._told
+        path, (_, told) = self.folder / PASSED_FILE, self._told
+        if told and (told.upstream != self.stand.origin.hub or told.last > self.below.round):
+            told = None
         own = load(path.read_bytes(), Passed, name=path.name) if path.exists() else None
         return max((one for one in (own, told) if one), key=lambda one: one.last, default=None)
 
@@ -129,9 +133,16 @@ class Bridge:
 
         Raises:
             PushRejected: Another machine did so in this moment.
+            HubError: Another machine has sent later rounds since this one began.
         """
         repo, ref = self.replica.repo, self.below.state.refs.upward
-        present = repo.remote_refs(ref).get(ref)
+        present, told = self._ask()
+        is_new = told and present != self._told[0] and told.upstream == passed.upstream
+        if told and is_new and told.last > passed.last:
+            raise HubError(
+                f"another machine has sent the rounds up to {told.last} meanwhile.",
+                hint="the same command again   (goes on from there; run it on one machine only)",
+            )
         tree = repo.tree({PASSED_FILE: repo.put(dump(passed))})
         commit = repo.commit(tree, message=f"{ref}\n", author=by, when=0)
         if commit != present:

@@ -55,11 +55,6 @@ def upstream_option(function: F) -> F:
     )(function)
 
 
-def upstream_replica(url: str | None) -> Replica | None:
-    """That hub's copy on this machine."""
-    return Replica(url, ensure_home()) if url else None
-
-
 def passphrase_from(variable: str) -> Callable[[str], bytes]:
     """What gives the passphrase of a key: the variable, or else whoever sits at the terminal."""
 

@@ -10,6 +10,7 @@ from moshi_fl.errors import HubError
 from moshi_fl.records import Contribution
 from moshi_fl.replica import Replica
 from moshi_fl.store import PushRejected
+from moshi_fl.upstream import Origin, takes_upstream
 from moshi_hub.announce import show_round
 from moshi_hub.intake import publish_intake
 from moshi_hub.publish import author, decisions, has_round, proposed_now, proposed_report
@@ -45,11 +46,23 @@ def decided_before(replica: Replica, found: OpenRound) -> tuple[set[str], set[st
     return excluded & is_open, accepted & is_open
 
 
-def refuse_again(replica: Replica, found: OpenRound, chosen: Sequence[Contribution]) -> None:
+def refuse_again(
+    replica: Replica,
+    found: OpenRound,
+    chosen: Sequence[Contribution],
+    origin: Origin | None = None,
+) -> None:
     """Leave a round that is under review as it is, while nothing has changed.
 
+    Args:
+        replica: The hub's copy on this machine.
+        found: The open round.
+        chosen: What a round would be made of now.
+        origin: The round of another hub that it would take instead.
+
     Raises:
-        NothingToMerge: It is proposed, with the same contributions, or merged and not published.
+        NothingToMerge: It is proposed, with the same contributions, or merged and not published;
+            or it takes another hub's round, and is not to take a newer one.
     """
     repo, number = replica.repo, found.snapshot.round + 1
     proposed = proposed_now(repo, found.snapshot.state, number)
@@ -60,7 +73,13 @@ def refuse_again(replica: Replica, found: OpenRound, chosen: Sequence[Contributi
         raise NothingToMerge(
             f"round {number} is merged and waits to be published.", hint="moshi-hub publish"
         )
+    if origin is None and takes_upstream(record):
+        raise NothingToMerge(
+            f"round {number} is proposed already: another hub's round, taken as it is.",
+            hint="moshi-hub publish",
+        )
     same = {entry.id for entry in chosen} == proposed.contributions
+    same = same and (origin is None or record.strategy == origin.strategy)
     if same and proposed.branch and repo.parents(proposed.branch) == [found.main]:
         report = proposed_report(repo, proposed)
         problem = show_round(found.offers.forge, record, report, proposed.branch)

@@ -73,7 +73,7 @@ def begin_from(plan: Plan, url: str, home: Path) -> Plan:
     Raises:
         HubError, UntrustedHub: As for any client of that hub.
     """
-    snapshot = Replica(url, home).pull()
+    snapshot = Replica(plan.url, home).beside(url).pull()
     state, record = snapshot.state, snapshot.record
     config = state.config
     delta = {"codec": config.delta.codec, "max_norm": config.delta.max_norm}

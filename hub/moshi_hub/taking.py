@@ -22,6 +22,7 @@ from moshi_fl.weights import Weights, count_parameters, not_finite, sha256_bytes
 from moshi_hub.bridge import Bridge
 from moshi_hub.keys import Passphrase
 from moshi_hub.merge import OpenRound, Options, Outcome, desk_for, findings_on, look, push_round
+from moshi_hub.pending import refuse_again
 from moshi_hub.propose import (
     Evaluator,
     Proposal,
@@ -54,6 +55,8 @@ def take(
 
     Raises:
         HubError: This hub has moved on meanwhile, or the keys here do not suffice.
+        NothingToMerge: It is proposed already, or a round is merged and not published: its
+            signatures would be lost.
     """
     origin = bridge.to_take()
     if origin is None:
@@ -66,7 +69,9 @@ def take(
                 f"round {found.snapshot.round} was published meanwhile.",
                 hint="the same command again   (sends it first)",
             )
-        if options.publish:
+        if not options.publish:
+            refuse_again(replica, found, (), origin)
+        else:
             desk_for(replica, found.snapshot.state, found.rules.config, passphrase).require_keys()
         proposal = _proposal(bridge, found, origin, growth, folder, evaluator(found.rules.config))
         findings = findings_on(replica, found, proposal, found.accepted, sampler)

@@ -7,6 +7,7 @@ that is there: a killed one goes on, and nothing is sent twice.
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -101,16 +102,15 @@ def _work(bridge: Bridge) -> Path:
 
 
 def _prepared(bridge: Bridge) -> Prepared | None:
-    """What an earlier run left ready, unless it is sent or has grown too old."""
+    """What an earlier run left ready, unless it is sent, also by others, or has grown too old."""
     path = _work(bridge) / "prepared.json"
     if not path.exists():
         return None
     prepared = load(path.read_bytes(), Prepared, name=path.name)
     state, entry = bridge.above.state, prepared.contribution
     is_late = state.newest.round - entry.round > state.config.delta.max_staleness
-    if prepared.passed == bridge.passed() or (
-        is_late and not is_merged(bridge.upstream, state, entry)
-    ):
+    is_sent = prepared.passed.first != bridge.first_unsent()  # from here, or another machine
+    if is_sent or (is_late and not is_merged(bridge.upstream, state, entry)):
         shutil.rmtree(path.parent)
         return None
     return prepared
@@ -191,7 +191,8 @@ def _deliver(bridge: Bridge, prepared: Prepared, signer: Signer) -> Upward:
     signature = signature_of(folder / "record.sig", entry, signer)
     forge = forge_of(bridge.upstream)
     to = pushing_to(forge, bridge.upstream)
-    sent = submit(bridge.upstream, state, entry, signature, folder / "delta.safetensors", to)
+    delta, anew = folder / "delta.safetensors", f"rm -r {shlex.quote(str(folder))}"
+    sent = submit(bridge.upstream, state, entry, signature, delta, to, anew)
     before = bridge.feedback.base(merged_test(bridge.upstream, state))
     if before != entry.id:
         carry = open_weights(folder / "carry.safetensors")

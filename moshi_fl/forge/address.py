@@ -56,8 +56,8 @@ def parse_address(url: str, api: str = "") -> Repository | None:
 
     Args:
         url: ``https://host/owner/name(.git)``, ``ssh://git@host/…`` or ``git@host:owner/name``.
-        api: Base URL of the REST API of a GitHub Enterprise server. Then any host that the
-            address names is taken for that server.
+        api: Base URL of the REST API of a GitHub Enterprise server; it says nothing about
+            addresses on other hosts.
 
     Raises:
         ConfigError: ``api`` is no URL, or a github.com address names no repository.
@@ -66,10 +66,13 @@ def parse_address(url: str, api: str = "") -> Repository | None:
     if place is None:
         return None
     scheme, host, path = place
+    api = _checked_api(api) if api else ""
+    if not _serves(api, host):
+        api = ""
     if host.lower() in {PUBLIC, f"www.{PUBLIC}"} and not api:
         host, base, web = PUBLIC, f"https://api.{PUBLIC}", f"https://{PUBLIC}"
     elif api or host.lower() in _enterprise_hosts():
-        base = _checked_api(api) if api else f"https://{host}/api/v3"
+        base = api or f"https://{host}/api/v3"
         web = f"{scheme}://{host}"
     else:
         return None
@@ -93,6 +96,12 @@ def _split(url: str) -> tuple[str, str, str] | None:
         return None
     found = _SCP.match(url)
     return ("https", found[1], f"/{found[2]}") if found else None
+
+
+def _serves(api: str, host: str) -> bool:
+    """Whether this is the API of the GitHub on a host; some have it on ``api.`` before its name."""
+    name = urlsplit(f"//{host}").hostname or ""
+    return urlsplit(api).hostname in {name, f"api.{name}"}
 
 
 def _enterprise_hosts() -> set[str]:

@@ -64,15 +64,21 @@ class RefMissing(HubError):
 class HubRepo(ObjectStore):
     """A bare local object store that talks to one hub: a folder, https, ssh, or loopback http."""
 
-    def __init__(self, path: Path, url: str, *, timeout: float = 600.0) -> None:
+    def __init__(
+        self, path: Path, url: str, *, timeout: float = 600.0, token_for: str = ""
+    ) -> None:
         """A store in ``path`` for the hub at ``url``; ``timeout`` is in seconds per command.
+
+        ``token_for`` is the hub that ``MOSHI_FL_TOKEN`` is for, when it is not this one: a server
+        other than that one's is not shown it.
 
         Raises:
             ConfigError: The address is not one we use.
         """
         super().__init__(path, timeout=timeout)
         self.url = normalise_url(url)
-        self._url, self._login = split_login(self.url)
+        self.token_for = normalise_url(token_for) if token_for else self.url
+        self._url, self._login = split_login(self.url, self.token_for)
 
     @property
     def shown_url(self) -> str:

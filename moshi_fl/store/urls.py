@@ -16,6 +16,7 @@ _HOST = re.compile(r"[A-Za-z0-9_.:-]+\Z")
 _HELPER = re.compile(r"[A-Za-z0-9+.-]*::")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f]")
 _USERINFO = re.compile(r"(?<=://)[^/@\s]+@")
+_PORTS = {"https": 443, "http": 80}
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _HINT = "Use a folder, https://host/hub.git, ssh://host/hub.git or git@host:hub.git."
 
@@ -62,23 +63,36 @@ def local_path(url: str) -> Path:
     return Path(os.path.abspath(os.path.expanduser(url)))  # noqa: PTH100, PTH111
 
 
-def split_login(url: str) -> tuple[str, str | None]:
+def split_login(url: str, token_for: str = "") -> tuple[str, str | None]:
     """The address without userinfo, and the Authorization header that the userinfo stood for.
 
     A process list shows arguments to everyone on the machine; hence credentials travel in the
     environment. Without userinfo the token of ``MOSHI_FL_TOKEN``, if set, takes its place.
+
+    Args:
+        url: The address.
+        token_for: Address of the hub that the token is for; empty when it is this one. No other
+            server is shown the token: whoever runs it could write to that hub.
     """
     if not url.startswith(("https://", "http://")):
         return url, None
     parts = urlsplit(url)
     bare = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
     user, password = unquote(parts.username or ""), unquote(parts.password or "")
-    if not user and not password:
+    if not user and not password and _server(token_for or url) == _server(url):
         user, password = "x-access-token", os.environ.get("MOSHI_FL_TOKEN", "")
     if not password:
         return (url if parts.username else bare), None
     login = base64.b64encode(f"{user}:{password}".encode()).decode()
     return bare, f"Authorization: Basic {login}"
+
+
+def _server(url: str) -> tuple[str, str, int] | None:
+    """Scheme, host and port, of an address that takes a token at all."""
+    parts = urlsplit(url)
+    if parts.scheme not in {"https", "http"}:
+        return None
+    return parts.scheme, parts.hostname or "", parts.port or _PORTS[parts.scheme]
 
 
 def _checked_remote(url: str) -> str:

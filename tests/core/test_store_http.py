@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from moshi_fl.errors import HubError, MoshiError
+from moshi_fl.replica import Replica
 from moshi_fl.store import HubRepo, PushRejected, RefUpdate, create_hub
 from tests.support.http_hub import Faults, serve
 from tests.support.hubs import commit, files_below, git, noise, prepared, publish
@@ -178,6 +179,28 @@ def test_a_token_or_the_users_credential_helper_opens_a_private_hub(
         )
         monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(config))
         assert prepared(tmp_path / "c", f"{base}/hub.git").remote_refs() == {}
+
+
+def test_the_token_is_shown_to_the_hubs_own_server_only(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOSHI_FL_TOKEN", PASSWORD)
+    create_hub(root / "other.git")
+    with serve(root, user="x-access-token", password=PASSWORD, private=True) as base:
+        hub = Replica(f"{base}/hub.git", tmp_path / "home")
+        assert hub.repo.remote_refs() == hub.beside(f"{base}/other.git").repo.remote_refs() == {}
+        with hub.beside(f"{base}/other.git").scratch() as scratch:
+            assert scratch.remote_refs() == {}
+        elsewhere = Faults()
+        with serve(root, user="x-access-token", password=PASSWORD, private=True,
+                   faults=elsewhere) as stranger:  # fmt: skip
+            other = hub.beside(f"{stranger}/other.git")
+            with pytest.raises(HubError, match="refused access"):
+                other.repo.remote_refs()
+            with other.scratch() as scratch, pytest.raises(HubError, match="refused access"):
+                scratch.remote_refs()
+        assert elsewhere.seen
+        assert not elsewhere.logins
 
 
 def test_no_password_is_in_any_command_line(

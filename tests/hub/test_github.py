@@ -224,7 +224,7 @@ def test_a_region_contributes_by_a_pull_request_from_its_fork(
     assert call("bob", "moshi-fl", "contribute", *here, "--data", data, *LITTLE)[0] == 0
     assert call("ann", "moshi-hub", "merge", *here, "--publish")[0] == 0
     fork(github, "ann", tmp_path)
-    status, sent, said = call("ann", "moshi-hub", "upward", *here, "--to", url, "--publish")
+    status, sent, said = call("ann", "moshi-hub", "upward", *here, "--upstream", url, "--publish")
     assert status == 0, said
     (pull,) = github.pulls
     assert (sent["pull_request"], sent["rounds"]) == (pull["html_url"], 1)
@@ -233,7 +233,7 @@ def test_a_region_contributes_by_a_pull_request_from_its_fork(
     status, merged, said = call("carol", "moshi-hub", "merge", "--publish")
     assert (status, merged["contributions"]) == (0, 1), said
     assert pull["state"] == "closed"
-    status, taken, said = call("ann", "moshi-hub", "upward", *here, "--to", url, "--publish")
+    status, taken, said = call("ann", "moshi-hub", "upward", *here, "--upstream", url, "--publish")
     assert (status, taken["taken"], taken["weights"]) == (0, 1, merged["weights"]), said
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,29 +14,40 @@ import pytest
 
 from moshi_fl.codec import get_codec
 from moshi_fl.codec.delta import Delta
-from moshi_fl.errors import CorruptRecord, HubError, UntrustedHub
+from moshi_fl.errors import CorruptRecord, HubError, MoshiError, UntrustedHub
 from moshi_fl.records import Round
 from moshi_fl.replica import Replica
 from moshi_fl.rules import shapes_of
 from moshi_fl.signing import fingerprint
 from moshi_fl.snapshot import encode_step
+from moshi_fl.store import NOREPLY, Author, RefUpdate
 from moshi_fl.strategies import find_strategy
 from moshi_fl.tokenizer import CharVocabulary
 from moshi_fl.upstream import Origin, origin_of
 from moshi_fl.weights import count_parameters, open_weights, sha256_bytes, weights_digest
-from moshi_hub import taking
-from moshi_hub.bridge import Bridge
+from moshi_hub import taking, upward
+from moshi_hub.bridge import Bridge, Passed
 from moshi_hub.cli import main as hub_command
 from moshi_hub.heldout import evaluator_for, store_pool
 from moshi_hub.keys import passphrase_from_environment
-from moshi_hub.local import ANCHOR, key_folder
-from moshi_hub.merge import Options, Outcome, findings_on, look, publish_round, push_round
+from moshi_hub.local import ANCHOR, key_folder, local_signer
+from moshi_hub.merge import (
+    Options,
+    Outcome,
+    findings_on,
+    look,
+    merge,
+    publish_round,
+    push_round,
+)
+from moshi_hub.pending import NothingToMerge
 from moshi_hub.propose import Proposal, draft, keyframe_files
 from moshi_hub.review import sign_round
 from moshi_hub.upward import Upward, encode_within, send
 from moshi_sdk.audit import Auditor, Finding
 from moshi_sdk.cli import main as sdk_command
 from tests.support.children import Ended, Nursery
+from tests.support.http_hub import Faults, serve
 from tests.support.simulator import HubSimulator, random_delta, write_corpus
 
 
@@ -605,6 +618,121 @@ def test_a_record_that_only_claims_to_take_a_round_is_refused(
         origin_of(msgspec.structs.replace(record, **change))
 
 
+# A round that is proposed.
+
+
+def proposed(region: HubSimulator) -> str:
+    return region.refs()["refs/heads/round/1"]
+
+
+def test_what_is_proposed_is_not_proposed_again_until_there_is_more_to_take(
+    region: HubSimulator, upstream: HubSimulator
+) -> None:
+    upstream.rounds(1)
+    first = down(region, upstream, publish=False)
+    sign_round(region.replica)
+    signed = region.refs()
+    with pytest.raises(NothingToMerge, match="round 1 is proposed already"):
+        down(region, upstream, publish=False)
+    region.contribute("ann", seed=5)
+    with pytest.raises(NothingToMerge, match="another hub's round"):
+        merge(region.replica, Options(if_ready=True), evaluator=lambda _: None)
+    names = [name for name in signed if "next" in name or "round/" in name]
+    assert len(names) == 2
+    assert {name: region.refs()[name] for name in names} == {name: signed[name] for name in names}
+    upstream.rounds(1)
+    second = down(region, upstream, publish=False)
+    assert second.built.record.weights != first.built.record.weights
+    assert proposed(region) != signed["refs/heads/round/1"]
+
+
+def test_a_round_that_is_merged_and_waits_is_not_replaced(
+    region: HubSimulator, upstream: HubSimulator, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    upstream.rounds(1)
+    region.contribute("ann", seed=5)
+    merge(region.replica, Options(publish=False), evaluator=lambda _: None)
+    commit = proposed(region)
+    repo = region.replica.repo
+    main = region.refs()["refs/heads/main"]
+    repo.push([RefUpdate("refs/heads/main", commit, main)])  # its pull request is merged
+    monkeypatch.setenv("MOSHI_FL_HOME", str(region.home))
+    assert hub_command(["upward", "--hub", region.url, "--upstream", upstream.url]) == 0
+    assert "Nothing to take: round 1 is merged and waits" in capsys.readouterr().err
+    assert proposed(region) == commit
+
+
+# Two machines.
+
+
+def another_machine(region: HubSimulator, home: Path) -> Path:
+    """A home with the keys of the region's, and nothing else."""
+    for name in ("keys", "evaluators"):
+        shutil.copytree(region.home / name, home / name)
+    return home
+
+
+def test_what_lies_ready_is_not_sent_after_another_machine_sent_more(
+    tmp_path: Path, region: HubSimulator, upstream: HubSimulator
+) -> None:
+    region.rounds(1)
+    here = bridge_of(region, upstream)
+    key = local_signer(region.home, here.below.state.config.hub.id, ANCHOR).public_key
+    left = upward._prepare(here, key, lambda _: None)  # and here it was killed
+    assert (left.passed.first, left.passed.last) == (0, 1)
+    region.contribute("zed", seed=77)
+    region.merge()
+    upstream.rounds(1)
+    home = another_machine(region, tmp_path / "other")
+    replicas = (Replica(hub.url, home) for hub in (region, upstream))
+    there = send(Bridge(*replicas), home, lambda _: None)
+    assert (there.passed.first, there.passed.last) == (0, 2)
+    assert up(region, upstream) is None
+    assert len(upstream.look().verdicts) == 1
+    upstream.merge()
+    assert up(region, upstream) is None
+    assert bridge_of(region, upstream).passed() == there.passed
+
+
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_a_delta_that_is_not_as_it_was_made_is_not_sent_and_can_be_made_anew(
+    region: HubSimulator, upstream: HubSimulator, damage: str
+) -> None:
+    region.rounds(1)
+    here = bridge_of(region, upstream)
+    key = local_signer(region.home, here.below.state.config.hub.id, ANCHOR).public_key
+    upward._prepare(here, key, lambda _: None)  # and here it was killed
+    work = here.folder / "work"
+    delta = work / "delta.safetensors"
+    delta.unlink() if damage == "missing" else delta.write_bytes(delta.read_bytes() + b" ")
+    with pytest.raises(MoshiError) as refused:
+        up(region, upstream)
+    command, _, _ = refused.value.hint.partition("   ")
+    assert shlex.split(command) == ["rm", "-r", str(work)]
+    shutil.rmtree(work)
+    assert up(region, upstream).passed.last == 1
+
+
+def test_what_was_sent_is_never_forgotten_for_something_earlier(
+    region: HubSimulator, upstream: HubSimulator
+) -> None:
+    region.rounds(2)
+    late, early = bridge_of(region, upstream), bridge_of(region, upstream)
+    assert early.passed() is None
+    upstream_id = upstream.sync().state.config.hub.id
+    sent = [
+        Passed(upstream=upstream_id, id=digit * 32, round=0, first=0, last=last)
+        for digit, last in (("a", 1), ("b", 2))
+    ]
+    author = Author("region", NOREPLY)
+    late.folder.mkdir(parents=True)
+    late.keep(sent[1], author)
+    with pytest.raises(HubError, match="sent the rounds up to 2 meanwhile"):
+        early.keep(sent[0], author)
+    assert bridge_of(region, upstream)._ask()[1] == sent[1]
+
+
 # The command, and its deaths.
 
 
@@ -616,7 +744,7 @@ class Scene:
 
     def upward(self, **how: object) -> Ended:
         words = ("moshi-hub", "upward", "--publish", "--hub", self.region.url)
-        words += ("--to", self.upstream.url, "--json")
+        words += ("--upstream", self.upstream.url, "--json")
         return self.commands.run(*words, home=self.region.home, **how)
 
 
@@ -646,7 +774,7 @@ def test_the_command_sends_and_takes_and_then_has_nothing_to_do(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setenv("MOSHI_FL_HOME", str(region.home))
-    words = ["upward", "--hub", region.url, "--to", upstream.url, "--publish", "--json"]
+    words = ["upward", "--hub", region.url, "--upstream", upstream.url, "--publish", "--json"]
     region.rounds(1)
     upstream.rounds(1)
     capsys.readouterr()
@@ -659,6 +787,23 @@ def test_the_command_sends_and_takes_and_then_has_nothing_to_do(
     assert sdk_command(command) == 0
     rows = json.loads(capsys.readouterr().out)["rounds"]
     assert [row["upstream"] and row["upstream"]["round"] for row in rows] == [None, 1]
+
+
+def test_the_token_for_a_hub_is_not_shown_to_the_server_of_the_other(
+    tmp_path: Path, region: HubSimulator, upstream: HubSimulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOSHI_FL_HOME", str(region.home))
+    monkeypatch.setenv("MOSHI_FL_TOKEN", "the-regions-own")
+    upstream.rounds(1)
+    seen = Faults()
+    with serve(upstream.folder, faults=seen) as base:
+        url = f"{base}/{Path(upstream.url).name}"
+        here = ("--hub", region.url)
+        assert hub_command(["upward", *here, "--upstream", url, "--publish"]) == 0
+        assert sdk_command(["audit", *here, "--upstream", url]) == 0
+        assert hub_command(["init", str(tmp_path / "x.git"), "--upstream", url]) == 0
+    assert len(seen.seen) > 3
+    assert not seen.logins
 
 
 # Two tiers, with training.
@@ -704,7 +849,7 @@ class Tiers:
 
     def upward(self, name: str) -> None:
         hub, _ = self.regions[name]
-        to = ("--to", self.upstream.url)
+        to = ("--upstream", self.upstream.url)
         self.command(hub.home, "upward", "--publish", "--hub", hub.url, *to)
 
     def round_above(self) -> None:

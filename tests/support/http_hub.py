@@ -30,6 +30,7 @@ class Faults:
         flood: Send these bytes again and again, without end.
         stall: Send nothing until it is set.
         seen: The requests that came, as ``METHOD address``.
+        logins: The Authorization headers that came with them.
     """
 
     on: str = ""
@@ -39,6 +40,7 @@ class Faults:
     flood: bytes | None = None
     stall: threading.Event | None = None
     seen: list[str] = field(default_factory=list)
+    logins: set[str] = field(default_factory=set)
 
 
 class _Server(ThreadingHTTPServer):
@@ -70,6 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         faults = self.server.faults
         faults.seen.append(f"{self.command} {self.path}")
+        faults.logins |= set(self.headers.get_all("Authorization", []))
         hit = faults.on in self.path
         if not self._may():
             return self._refuse(401)

@@ -13,7 +13,6 @@ from moshi_hub.options import (
     passphrase_option,
     replica_for,
     upstream_option,
-    upstream_replica,
 )
 
 
@@ -94,7 +93,7 @@ def _sign(
             passphrase=passphrase_from(passphrase_env),
             find_strategy=find_strategy,
             name=maintainer(),
-            upstream=upstream_replica(upstream),
+            upstream=replica.beside(upstream) if upstream else None,
         )
     except NoKeyHere:
         console.note("No targets key is here: the round needs the signatures that it has.")

@@ -15,7 +15,6 @@ from moshi_hub.options import (
     passphrase_option,
     replica_for,
     upstream_option,
-    upstream_replica,
 )
 
 
@@ -46,13 +45,14 @@ def sign(
     """
     from moshi_hub.review import sign_round
 
+    replica = replica_for(hub)
     done = sign_round(
-        replica_for(hub),
+        replica,
         number,
         passphrase=passphrase_from(passphrase_env),
         find_strategy=find_strategy,
         name=maintainer(),
-        upstream=upstream_replica(upstream),
+        upstream=replica.beside(upstream) if upstream else None,
     )
     record = done.record
     what = "Signed" if done.added else "Already signed:"

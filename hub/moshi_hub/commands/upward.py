@@ -10,14 +10,13 @@ import click
 from moshi_fl.cli import hub_option, output_options
 from moshi_fl.config import ensure_home
 from moshi_fl.console import Console
-from moshi_fl.replica import Replica
 from moshi_fl.text import Size
 from moshi_hub.options import maintainer, passphrase_from, passphrase_option, replica_for
 
 
 @click.command()
 @hub_option
-@click.option("--to", "upstream", metavar="URL", required=True, help="The hub that it began with.")
+@click.option("--upstream", metavar="URL", required=True, help="The hub that it began with.")
 @click.option("--publish", is_flag=True, help="Publish a taken round at once; else it is proposed.")
 @passphrase_option
 @output_options
@@ -33,27 +32,32 @@ def upward(
 
     \b
     Examples:
-      moshi-hub upward --hub ./region.git --to https://git.example.org/team/model.git --publish
+      moshi-hub upward --hub ./west.git --upstream https://git.example.org/team/model.git --publish
     """
     from moshi_hub.bridge import Bridge
     from moshi_hub.heldout import evaluator_for
     from moshi_hub.merge import Options
+    from moshi_hub.pending import NothingToMerge
     from moshi_hub.samples import sampler
     from moshi_hub.taking import take
     from moshi_hub.upward import send
 
     replica = replica_for(hub)
-    bridge = Bridge(replica, Replica(upstream, ensure_home()))
+    bridge = Bridge(replica, replica.beside(upstream))
     sent = send(bridge, ensure_home(), console.note)
     if sent:
         _tell_sent(console, sent)
-    taken = take(
-        bridge,
-        Options(publish=publish, name=maintainer()),
-        evaluator=evaluator_for(replica),
-        passphrase=passphrase_from(passphrase_env),
-        sampler=sampler(),
-    )
+    try:
+        taken = take(
+            bridge,
+            Options(publish=publish, name=maintainer()),
+            evaluator=evaluator_for(replica),
+            passphrase=passphrase_from(passphrase_env),
+            sampler=sampler(),
+        )
+    except NothingToMerge as error:
+        console.done(f"Nothing to take: {error}", upstream_round=bridge.above.round)
+        return
     if taken:
         _tell_taken(console, taken, publish, f" --hub {shlex.quote(hub)}" if hub else "")
     elif not sent:

@@ -10,11 +10,11 @@ import msgspec
 from moshi_fl.cli import hub_option, output_options
 from moshi_fl.console import Console
 from moshi_fl.errors import Exit
-from moshi_fl.replica import Replica
 from moshi_fl.strategies import find_strategy
 from moshi_sdk.options import settings_for, sync_manager
 
 if TYPE_CHECKING:
+    from moshi_fl.replica import Replica
     from moshi_fl.upstream import Origin
     from moshi_sdk.audit import Finding
 
@@ -48,7 +48,7 @@ def audit(
     manager = sync_manager(settings_for(hub=hub))
     newest = manager.replica.look().newest.round
     proposed = number == newest + 1
-    other = Replica(upstream, manager.replica.home) if upstream else None
+    other = manager.replica.beside(upstream) if upstream else None
     auditor = Auditor(manager.replica, find_strategy=find_strategy, upstream=other)
     if newest == 0 and not proposed:
         return _tell_beginning(console, auditor.audit_beginning(), other)

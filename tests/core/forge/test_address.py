@@ -48,6 +48,23 @@ def test_an_enterprise_server_is_known_by_setting_or_environment(
     assert parse_address(url) == found
 
 
+def test_a_servers_api_says_nothing_about_other_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GH_HOST", "GITHUB_SERVER_URL"):
+        monkeypatch.delenv(name, raising=False)
+    api = "https://git.example.org/api/v3"
+    public = "https://github.com/team/model"
+    assert parse_address(public, api) == parse_address(public)
+    assert parse_address("https://elsewhere.example/team/model", api) is None
+    found = parse_address("git@git.example.org:team/model.git", api)
+    assert found is not None
+    assert found.api == api
+    found = parse_address("https://team.ghe.example/a/b", "https://api.team.ghe.example")
+    assert found is not None
+    assert (found.host, found.api) == ("team.ghe.example", "https://api.team.ghe.example")
+    with pytest.raises(ConfigError, match="no base URL"):
+        parse_address(public, "git.example.org")
+
+
 @pytest.mark.parametrize("url", ["https://github.com/team", "https://github.com/a/b/c"])
 def test_an_address_that_names_no_repository_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="names no repository"):
