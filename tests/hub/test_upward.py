@@ -630,7 +630,7 @@ def test_what_is_proposed_is_not_proposed_again_until_there_is_more_to_take(
 ) -> None:
     upstream.rounds(1)
     first = down(region, upstream, publish=False)
-    sign_round(region.replica)
+    sign_round(region.replica, upstream=region.replica.beside(upstream.url))
     signed = region.refs()
     with pytest.raises(NothingToMerge, match="round 1 is proposed already"):
         down(region, upstream, publish=False)
