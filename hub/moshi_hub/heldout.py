@@ -261,7 +261,7 @@ def figures_of(replica: Replica, snapshot: Snapshot) -> dict[str, float]:
     from moshi_fl.models.family import Explains
 
     pool, device = read_pool_file(replica), torch.device("cpu")
-    task, module = _model_of(snapshot)
+    task, module = _task_and_model(snapshot)
     losses = task.evaluate(module, pool, device)
     found = {"loss": float(losses.mean())}
     if isinstance(task, Explains):
@@ -281,7 +281,7 @@ def chart_of(replica: Replica, snapshots: Sequence[Snapshot]) -> Chart:
 
     from moshi_fl.models.family import Explains
 
-    models = {f"round {entry.round}": _model_of(entry) for entry in snapshots}
+    models = {f"round {entry.round}": _task_and_model(entry) for entry in snapshots}
     task = next(iter(models.values()))[0]
     if not isinstance(task, Explains):
         raise ConfigError(
@@ -292,15 +292,13 @@ def chart_of(replica: Replica, snapshots: Sequence[Snapshot]) -> Chart:
     return task.chart(modules, read_pool_file(replica), torch.device("cpu"))
 
 
-def _model_of(snapshot: Snapshot) -> tuple[Task, nn.Module]:
+def _task_and_model(snapshot: Snapshot) -> tuple[Task, nn.Module]:
     from moshi_fl.models import get_family
-    from moshi_fl.models.common import load_weights
+    from moshi_fl.models.common import model_of
 
     config = snapshot.state.config
     task = get_family(config.family).load(config.model_table, snapshot.state.tokenizer)
-    module = task.build()
-    load_weights(module, snapshot.load())
-    return task, module
+    return task, model_of(task, snapshot.load())
 
 
 def evaluator_for(replica: Replica) -> Callable[[HubConfig], Evaluator | None]:
@@ -318,12 +316,11 @@ def _evaluator(config: HubConfig, pool: bytes) -> Evaluator:
         import torch
 
         from moshi_fl.models import get_family
-        from moshi_fl.models.common import load_weights
+        from moshi_fl.models.common import model_of
         from moshi_hub.measure import few_threads
 
         task = get_family(config.family).load(config.model_table, tokenizer)
-        module = task.build()
-        load_weights(module, weights)
+        module = model_of(task, weights)
         with few_threads(module):
             losses = task.evaluate(module, pool, torch.device("cpu"))
         if not len(losses):

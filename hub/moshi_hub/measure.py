@@ -150,10 +150,9 @@ class Meter:
         return self._tasks[number]
 
     def _module(self, base_round: int, weights: Weights) -> nn.Module:
-        from moshi_fl.models.common import load_weights
+        from moshi_fl.models.common import model_of
 
-        module = self._task(base_round).build()
-        load_weights(module, weights)
+        module = model_of(self._task(base_round), weights)
         return module.double() if self.precision == "float64" else module.float()
 
     def _evaluate(

@@ -108,14 +108,13 @@ def _answers(
 ) -> Iterator[str]:
     """The answer to each prompt, until it is late."""
     from moshi_fl.models import get_family
-    from moshi_fl.models.common import load_weights
+    from moshi_fl.models.common import model_of
     from moshi_fl.models.family import Sampling
     from moshi_hub.measure import few_threads
 
     weights, tokenizer = model
     task = get_family(config.family).load(config.model_table, tokenizer)
-    module = task.build()
-    load_weights(module, weights)
+    module = model_of(task, weights)
     sampling = Sampling(max_tokens=MAX_TOKENS, temperature=TEMPERATURE, seed=SEED)
     with few_threads(module):
         for prompt in prompts:

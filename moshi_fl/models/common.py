@@ -60,6 +60,17 @@ def load_weights(module: nn.Module, weights: Weights) -> None:
             parameter.copy_(torch.tensor(weights[name]))
 
 
+def model_of(task: Task, weights: Weights) -> nn.Module:
+    """A task's module with these weights.
+
+    Raises:
+        CorruptRecord: They do not fit.
+    """
+    module = task.build()
+    load_weights(module, weights)
+    return module
+
+
 def _abridged(problems: list[str]) -> str:
     more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
     return "; ".join(problems[:_SHOWN] + more)

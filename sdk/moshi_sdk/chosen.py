@@ -119,9 +119,7 @@ def _from_hub(
 
 
 def _module(task: Task, weights: Weights, settings: Settings) -> nn.Module:
-    from moshi_fl.models.common import load_weights
+    from moshi_fl.models.common import model_of
 
     use_threads(settings.threads)
-    module = task.build()
-    load_weights(module, weights)
-    return module.to(pick_device(settings.device))
+    return model_of(task, weights).to(pick_device(settings.device))

@@ -24,7 +24,7 @@ from flwr.clientapp import ClientApp
 from moshi_fl.errors import ConfigError
 from moshi_fl.flower import ARRAYS, METRICS, arrays_in, config_in, to_arrays
 from moshi_fl.models import get_family
-from moshi_fl.models.common import able_to_read, extract_weights, load_weights
+from moshi_fl.models.common import able_to_read, extract_weights, model_of
 from moshi_fl.models.family import Corpus, Task
 from moshi_fl.train import Progress, Recipe, train
 
@@ -75,8 +75,7 @@ def job_config(
 def train_client(message: Message, context: Context) -> Message:
     """Train the weights in the message on this node's data and reply with what became of them."""
     job = _job(message, context)
-    module = job.task.build()
-    load_weights(module, arrays_in(message))
+    module = model_of(job.task, arrays_in(message))
     result = train(
         module,
         job.task,
@@ -99,8 +98,7 @@ def train_client(message: Message, context: Context) -> Message:
 def evaluate_client(message: Message, context: Context) -> Message:
     """Measure the weights in the message on this node's held-out data."""
     job = _job(message, context)
-    module = job.task.build()
-    load_weights(module, arrays_in(message))
+    module = model_of(job.task, arrays_in(message))
     pool = job.task.pool(job.corpus, 32, seed=job.recipe.seed, held_out=True)
     losses = job.task.evaluate(module, pool, torch.device(job.recipe.device))
     metrics = MetricRecord({"num-examples": len(losses), "loss": float(losses.mean())})

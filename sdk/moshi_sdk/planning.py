@@ -180,10 +180,9 @@ def _steps(snapshot: Snapshot, task: Task, corpus: Corpus, recipe: Recipe, optio
     if options.epochs is not None:
         return steps_for_epochs(corpus, recipe.batch_size * recipe.accumulation, options.epochs)
     if options.minutes is not None:
-        from moshi_fl.models.common import load_weights
+        from moshi_fl.models.common import model_of
 
-        module = task.build()
-        load_weights(module, snapshot.load())
+        module = model_of(task, snapshot.load())
         return calibrate(module, task, corpus, recipe, minutes=options.minutes)
     return snapshot.state.config.training.steps
 

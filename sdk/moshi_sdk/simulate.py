@@ -22,7 +22,7 @@ from moshi_fl.aggregate import apply_step
 from moshi_fl.codec import get_codec
 from moshi_fl.errors import DataError
 from moshi_fl.models import get_family
-from moshi_fl.models.common import able_to_read, load_weights, require_part
+from moshi_fl.models.common import able_to_read, model_of, require_part
 from moshi_fl.models.family import Corpus, FindsFiles, Task
 from moshi_fl.plot import Chart, Line
 from moshi_fl.rules import shapes_of
@@ -249,8 +249,7 @@ class Federation:
 
     def evaluate(self, weights: Weights) -> float:
         """Mean held-out loss of some weights, in nats per token."""
-        module = self._task.build()
-        load_weights(module, weights)
+        module = model_of(self._task, weights)
         losses = self._task.evaluate(module, self._pool, torch.device(self.options.device))
         return float(losses.mean())
 
