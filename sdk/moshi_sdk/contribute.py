@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from msgspec import UnsetType
@@ -52,9 +52,6 @@ from moshi_sdk.planning import Options, make_plan, recipe_of
 from moshi_sdk.privacy import BUDGET, Account, run_name, stated
 from moshi_sdk.runs import Run, RunPlan, Runs
 from moshi_sdk.sync import SyncManager
-
-if TYPE_CHECKING:
-    from torch import nn
 
 __all__ = ["Listener", "Options", "Outcome", "contribute", "discard", "load_task", "resume"]
 
@@ -327,17 +324,13 @@ def _spend(work: _Work) -> Privacy | None:
 
 def _measure(work: _Work, corpus: Corpus, base: Weights, trained: Weights, device: str) -> Metrics:
     pool = work.task.pool(corpus, HELD_OUT_SEQUENCES, seed=0, held_out=True)
-    metrics = Metrics(
-        held_out_before=_loss(work.task, base, pool, device),
-        held_out_after=_loss(work.task, trained, pool, device),
-    )
-    work.listener.stage(
-        "measure",
-        f"loss on your held-out part {metrics.held_out_before:.4f} -> {metrics.held_out_after:.4f}",
-    )
-    if isinstance(work.task, Explains):
-        before, after = (_figures(work.task, w, pool, device) for w in (base, trained))
-        changes = (f"{name} {value:.4g} -> {after[name]:.4g}" for name, value in before.items())
+    before, after = (_measured(work.task, weights, pool, device) for weights in (base, trained))
+    metrics = Metrics(held_out_before=before.loss, held_out_after=after.loss)
+    said = f"loss on your held-out part {before.loss:.4f} -> {after.loss:.4f}"
+    work.listener.stage("measure", said)
+    told = [name for name in before.figures if name in after.figures]
+    if told:
+        changes = (f"{n} {before.figures[n]:.4g} -> {after.figures[n]:.4g}" for n in told)
         work.listener.stage("measure", "; ".join(changes))
     return metrics
 
@@ -374,25 +367,22 @@ def _train(work: _Work, corpus: Corpus, recipe: Recipe) -> None:
     work.run.checkpoint.unlink(missing_ok=True)
 
 
-def _loss(task: Task, weights: Weights, pool: bytes, device: str) -> float:
+class _Measured(NamedTuple):
+    """What is found of a model on a pool; ``figures`` where its family can say more."""
+
+    loss: float
+    figures: Mapping[str, float]
+
+
+def _measured(task: Task, weights: Weights, pool: bytes, device: str) -> _Measured:
     import torch
 
-    losses = task.evaluate(_module(task, weights, device), pool, torch.device(device))
-    return round(float(losses.mean()), 6)
+    from moshi_fl.models.common import model_of
 
-
-def _figures(task: Explains, weights: Weights, pool: bytes, device: str) -> Mapping[str, float]:
-    import torch
-
-    return task.figures(_module(task, weights, device), pool, torch.device(device))
-
-
-def _module(task: Any, weights: Weights, device: str) -> nn.Module:
-    from moshi_fl.models.common import load_weights
-
-    module: nn.Module = task.build()
-    load_weights(module, weights)
-    return module.to(device)
+    module, place = model_of(task, weights).to(device), torch.device(device)
+    loss = round(float(task.evaluate(module, pool, place).mean()), 6)
+    figures = task.figures(module, pool, place) if isinstance(task, Explains) else {}
+    return _Measured(loss, figures)
 
 
 def _encode(work: _Work, delta: Weights, number: int, base: str, **fields: Any) -> Contribution:
