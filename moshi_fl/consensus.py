@@ -17,11 +17,19 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from moshi_fl.evidence import LARGEST_LOSS, Assignment, Outcome, Precision, Ruling, Seat, Submission
+from moshi_fl.evidence import (
+    LARGEST_LOSS,
+    MICRO,
+    Assignment,
+    Outcome,
+    Precision,
+    Ruling,
+    Seat,
+    Submission,
+)
 from moshi_fl.records import dump
 from moshi_fl.signing import fingerprint
 
-MICRO = 1_000_000
 ESCALATED = 6
 """External evaluators of a disputed submission, those of the first stage included: n = 7."""
 ESCALATED_QUORUM = 4

@@ -31,6 +31,7 @@ from moshi_fl.records import (
 )
 
 MAX_ATTESTATION_BYTES = 8 << 20
+MICRO = 1_000_000  # micro-nats, which losses and gains are recorded in, in a nat
 LARGEST_LOSS = (1 << 31) - 1  # micro-nats; also what stands for a loss that is not finite
 MAX_SEATS = 1000
 

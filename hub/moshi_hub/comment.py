@@ -9,13 +9,13 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
+from moshi_fl.evidence import MICRO
 from moshi_fl.records import Contribution
 from moshi_fl.text import Size, markdown
 from moshi_hub.results import Measurement, Results
 from moshi_hub.verify import REASONS, Finding, Verdict
 
 MAX_ROWS = 32
-MICRO = 1e6
 AGREE = "evaluators agree"
 TWO_SIDED = 1.96  # standard errors: a 95 % interval of a mean of many
 HEADS = {

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moshi_fl.consensus import gain
-from moshi_fl.evidence import Judged, Verdicts
+from moshi_fl.evidence import MICRO, Judged, Verdicts
 from moshi_fl.session import Session, measurements
 from moshi_fl.signing import fingerprint
 from moshi_fl.text import markdown
 from moshi_hub.judging import Decided
 
-MICRO = 1e6  # micro-nats in a nat
 HOW = (
     "Evaluators do not agree on these. `moshi-hub merge --accept ID` takes one, `--exclude ID` "
     "leaves it out; otherwise it waits."

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from moshi_fl.evidence import Evaluators, Judged, Verdicts
+from moshi_fl.evidence import MICRO, Evaluators, Judged, Verdicts
 from moshi_fl.records import Contribution
 from moshi_fl.session import Session, Signed
 from moshi_hub.verify import Finding, Verdict
@@ -39,7 +39,7 @@ def _judge(verdict: Verdict, rejected: dict[str, Judged]) -> Verdict:
 
 def no_gain(judged: Judged) -> Finding:
     """The finding about a contribution that was measured and rejected."""
-    change, error = -judged.gain / 1e6, judged.standard_error / 1e6
+    change, error = -judged.gain / MICRO, judged.standard_error / MICRO
     return Finding(
         "no-gain",
         f"alone it changes the held-out loss by {change:+.6f} nats per token "

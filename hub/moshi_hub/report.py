@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moshi_fl.evidence import Credit
+from moshi_fl.evidence import MICRO, Credit
 from moshi_fl.forge.github import MAX_BODY
 from moshi_fl.history import round_folder
 from moshi_fl.ledger import ledger_of
@@ -17,7 +17,7 @@ from moshi_fl.records import Contribution, Growth, Round
 from moshi_fl.text import Size, markdown
 from moshi_fl.upstream import origin_of
 from moshi_hub import disputes, drift, samples
-from moshi_hub.disputes import MICRO, cut
+from moshi_hub.disputes import cut
 from moshi_hub.propose import Proposal
 from moshi_hub.verify import Verdict
 

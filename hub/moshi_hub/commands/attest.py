@@ -10,11 +10,10 @@ from moshi_fl.cli import hub_option, output_options
 from moshi_fl.config import ensure_home, load_settings
 from moshi_fl.console import Console
 from moshi_fl.errors import HubError
+from moshi_fl.evidence import MICRO
 from moshi_fl.records import dump
 from moshi_fl.replica import Replica
 from moshi_hub.options import SEAT, replica_for
-
-MICRO = 1e6  # a loss in micro-nats to one in nats
 
 
 @click.command()

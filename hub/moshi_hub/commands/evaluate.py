@@ -8,7 +8,7 @@ from moshi_fl.cli import hub_option, output_options
 from moshi_fl.config import ensure_home
 from moshi_fl.console import Console
 from moshi_fl.errors import Exit, HubError
-from moshi_fl.evidence import Verdicts
+from moshi_fl.evidence import MICRO, Verdicts
 from moshi_hub.options import replica_for
 
 STEPS = ("open", "close", "draw", "seal", "decide")
@@ -70,8 +70,8 @@ def _show(console: Console, verdicts: Verdicts) -> int:
         {
             "contribution": entry.submission[:12],
             "verdict": entry.outcome,
-            "gain": entry.gain / 1e6,
-            "standard_error": entry.standard_error / 1e6,
+            "gain": entry.gain / MICRO,
+            "standard_error": entry.standard_error / MICRO,
             "attesters": len(entry.attesters),
             "reason": entry.reason,
         }

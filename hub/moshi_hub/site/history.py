@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from moshi_fl.evidence import Credit, Evaluators, Verdicts
+from moshi_fl.evidence import MICRO, Credit, Evaluators, Verdicts
 from moshi_fl.history import HubState, read_contributions, round_path
 from moshi_fl.records import Contribution, Merged, Round
 from moshi_fl.replica import Replica
@@ -16,7 +16,6 @@ from moshi_fl.upstream import Origin, origin_of
 from moshi_hub.trust import Reputation, reputations, status
 
 ROUND_FILES = "rounds/*/round.json"
-MICRO = 1e6  # micro-nats in a nat
 
 
 @dataclass(frozen=True)

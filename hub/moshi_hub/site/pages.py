@@ -9,6 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from moshi_fl.evidence import MICRO
 from moshi_fl.plot import Chart, Line
 from moshi_fl.text import Size
 from moshi_fl.weights import write_atomic
@@ -89,7 +90,7 @@ def _charts(history: History) -> Iterator[Chart]:
         )
         sizes = itertools.accumulate(e.update_bytes + e.keyframe_bytes for e in history.entries)
         megabytes = [
-            (entry.record.round, total / 1e6)
+            (entry.record.round, total / MICRO)
             for entry, total in zip(history.entries, sizes, strict=True)
         ]
         yield _chart("Published weights", "megabytes, all rounds together", megabytes)

@@ -8,6 +8,7 @@ from moshi_fl.cli import hub_option, output_options
 from moshi_fl.config import Settings, ensure_home
 from moshi_fl.console import Console
 from moshi_fl.errors import CorruptRecord
+from moshi_fl.evidence import MICRO
 from moshi_fl.history import HubState, contribution_branch
 from moshi_fl.replica import Replica, Snapshot
 from moshi_fl.signing import own_signer
@@ -135,5 +136,5 @@ def _show_credit(
     ledgers = (read_ledger(replica.repo, main, record) for record in rounds)
     entries = [e for ledger in ledgers if ledger for e in ledger.entries if e.key == key]
     console.result(
-        merged=len(entries), credit=round(sum(entry.credit for entry in entries) / 1e6, 6)
+        merged=len(entries), credit=round(sum(entry.credit for entry in entries) / MICRO, 6)
     )
