@@ -123,6 +123,11 @@ def shapes_of(weights: Weights) -> dict[str, tuple[int, ...]]:
     return {name: array.shape for name, array in weights.items()}
 
 
+def grown_rows(rounds: Iterable[Round]) -> int:
+    """Rows by which these rounds made the vocabulary's tensors longer."""
+    return sum(len(record.growth.characters) for record in rounds if record.growth)
+
+
 def shapes_before_growth(
     shapes: Shapes, tensors: Iterable[str], rows: int
 ) -> dict[str, tuple[int, ...]]:

@@ -153,10 +153,7 @@ def _record_commit(replica: Replica, contribution: Contribution, signature: byte
 
 def is_merged(replica: Replica, state: HubState, contribution: Contribution) -> bool:
     """Whether a published round has taken it in."""
-    if contribution.round >= state.newest.round:
-        return False
-    later = replica.chain(state, contribution.round + 1)
-    return any(merged.id == contribution.id for entry in later for merged in entry.contributions)
+    return merged_test(replica, state)(contribution.id, contribution.round) is True
 
 
 def merged_test(replica: Replica, state: HubState) -> Callable[[str, int], bool | None]:

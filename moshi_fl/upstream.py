@@ -25,6 +25,11 @@ class Origin(Record, frozen=True, kw_only=True):
     round: RoundNumber
     weights: Sha256
 
+    @classmethod
+    def of(cls, record: Round) -> Origin:
+        """That round."""
+        return cls(hub=record.hub, round=record.round, weights=record.weights)
+
     @property
     def strategy(self) -> Strategy:
         """How a round that takes these weights says so."""

@@ -26,6 +26,7 @@ from moshi_fl.records import (
     load,
 )
 from moshi_fl.replica import Replica, Snapshot
+from moshi_fl.rules import grown_rows
 from moshi_fl.store import Author, RefUpdate
 from moshi_fl.tokenizer import CharVocabulary
 from moshi_fl.upstream import Origin, Stand, stand_of
@@ -178,14 +179,13 @@ class Bridge:
     def missing_rows(self) -> int:
         """Rows by which the other hub's vocabulary has grown since this one took a round."""
         later = self.upstream.chain(self.above.state, self.stand.origin.round)[1:]
-        return sum(len(entry.growth.characters) for entry in later if entry.growth)
+        return grown_rows(later)
 
     def to_take(self) -> Origin | None:
         """The other hub's newest round, when there is one to take and all is sent."""
         if not self.is_behind() or self.first_unsent() < self.below.round:
             return None
-        record = self.above.record
-        return Origin(hub=record.hub, round=record.round, weights=record.weights)
+        return Origin.of(self.above.record)
 
     def growth(self) -> Growth | None:
         """Characters that the other hub's vocabulary has gained meanwhile.

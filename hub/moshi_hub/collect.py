@@ -23,7 +23,7 @@ from moshi_fl.history import (
 from moshi_fl.hubfile import HubConfig
 from moshi_fl.records import Location, Round
 from moshi_fl.replica import Replica
-from moshi_fl.rules import Shapes, shapes_before_growth
+from moshi_fl.rules import Shapes, grown_rows, shapes_before_growth
 from moshi_fl.signing import MAX_SIGNATURE_BYTES
 from moshi_fl.store import HubRepo
 from moshi_fl.weights import write_atomic
@@ -67,7 +67,7 @@ def make_rules(
     for record in reversed(rounds):
         own = shapes_before_growth(shapes, newest.vocabulary_tensors, missing)
         bases[record.round] = Base(record.round, record.weights, own, missing)
-        missing += len(record.growth.characters) if record.growth else 0
+        missing += grown_rows([record])
     return Rules(config, refs, newest.round, bases, seen, taken)
 
 

@@ -87,7 +87,7 @@ def refuse_again(
         raise NothingToMerge(f"round {number} is proposed already, with the same.{said}")
 
 
-def is_merged(replica: Replica, number: int | None = None) -> bool:
+def is_on_main(replica: Replica, number: int | None = None) -> bool:
     """Whether main has a proposed round that is not published: somebody merged its pull request."""
     state, main = replica.look(), replica.fetch_main()
     wanted = state.newest.round + 1 if number is None else number

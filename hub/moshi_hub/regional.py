@@ -74,7 +74,7 @@ def begin_from(plan: Plan, url: str, home: Path) -> Plan:
         HubError, UntrustedHub: As for any client of that hub.
     """
     snapshot = Replica(plan.url, home).beside(url).pull()
-    state, record = snapshot.state, snapshot.record
+    state = snapshot.state
     config = state.config
     delta = {"codec": config.delta.codec, "max_norm": config.delta.max_norm}
     if config.delta.options:
@@ -88,5 +88,5 @@ def begin_from(plan: Plan, url: str, home: Path) -> Plan:
         tokenizer=state.tokenizer,
         server_learning_rate=config.aggregation.server_learning_rate,
     )
-    origin = Origin(hub=record.hub, round=record.round, weights=record.weights)
-    return replace(plan, family=config.family, beginning=Beginning(origin, snapshot.load(), preset))
+    beginning = Beginning(Origin.of(snapshot.record), snapshot.load(), preset)
+    return replace(plan, family=config.family, beginning=beginning)

@@ -35,6 +35,7 @@ from moshi_fl.policy import NO_DEMANDS, Policy
 from moshi_fl.pull_request import forge_of, propose, pushing_to
 from moshi_fl.records import Contribution, Metrics, Privacy, dump
 from moshi_fl.replica import Replica, Snapshot
+from moshi_fl.rules import grown_rows
 from moshi_fl.signing import Signer, own_signer
 from moshi_fl.snapshot import lengthened
 from moshi_fl.submit import (
@@ -453,7 +454,7 @@ def _rebase(work: _Work, contribution: Contribution, age: int) -> tuple[Contribu
     newest = work.state.newest
     delta = _difference(open_weights(work.run.trained), open_weights(work.run.base))
     later = work.replica.chain(work.state, work.run.plan.base_round + 1)
-    rows = sum(len(entry.growth.characters) for entry in later if entry.growth)
+    rows = grown_rows(later)
     rebased = _encode(
         work,
         lengthened(delta, newest.vocabulary_tensors, rows),

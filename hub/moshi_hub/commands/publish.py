@@ -66,9 +66,9 @@ def publish(
 def _is_merged(console: Console, replica: Replica, number: int | None) -> bool:
     """Whether a proposed round is on main; if none is, what a run before left undone is done."""
     from moshi_hub.merge import finish
-    from moshi_hub.pending import is_merged
+    from moshi_hub.pending import is_on_main
 
-    if is_merged(replica, number):
+    if is_on_main(replica, number):
         return True
     for problem in finish(replica):
         console.warn(problem)
