@@ -197,7 +197,6 @@ def open_sealed_pool(replica: Replica) -> bool:
         ) from error
     _refuse_retired(replica, state.refs, data)
     write_atomic(path, data)
-    path.chmod(0o600)
     return True
 
 

@@ -143,11 +143,11 @@ class Auditor:
     def _audit_round(
         self, record: Round, base: Round, at_hand: Weights | None
     ) -> tuple[Finding, Weights | None]:
-        count, origin = len(record.contributions), None
+        count = len(record.contributions)
         try:
-            for entry in (base, record):
-                if entry is record or not entry.round:
-                    origin = self._check_origin(entry)
+            if not base.round:  # no audit of its own compares round 0 when others are audited
+                self._check_origin(base)
+            origin = self._check_origin(record)
             contributions = read_contributions(self._replica.repo, self._main, record)
             check_signatures(self._replica.repo, self._main, record, contributions)
             check_weights(record, contributions)

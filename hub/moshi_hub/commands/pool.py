@@ -69,7 +69,6 @@ def export(console: Console, hub: str | None, file: Path) -> None:
 
     data = read_pool_file(replica_for(hub))
     write_atomic(file, data)
-    file.chmod(0o600)
     console.done(f"Wrote {file}", pool=sha256_bytes(data), size=Size(len(data)))
 
 

@@ -83,18 +83,11 @@ def _sign(
     upstream: str | None,
     passphrase_env: str,
 ) -> None:
-    from moshi_fl.strategies import find_strategy
-    from moshi_hub.review import NoKeyHere, Unseen, sign_round
+    from moshi_hub.commands.sign import sign_here
+    from moshi_hub.review import NoKeyHere, Unseen
 
     try:
-        done = sign_round(
-            replica,
-            number,
-            passphrase=passphrase_from(passphrase_env),
-            find_strategy=find_strategy,
-            name=maintainer(),
-            upstream=replica.beside(upstream) if upstream else None,
-        )
+        done = sign_here(replica, number, upstream, passphrase_env)
     except NoKeyHere:
         console.note("No targets key is here: the round needs the signatures that it has.")
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,6 +17,10 @@ from moshi_hub.options import (
     replica_for,
     upstream_option,
 )
+
+if TYPE_CHECKING:
+    from moshi_fl.replica import Replica
+    from moshi_hub.review import Signature
 
 
 @click.command()
@@ -43,17 +48,7 @@ def sign(
       moshi-hub sign 3
       moshi-hub sign --upstream https://git.example.org/team/model.git
     """
-    from moshi_hub.review import sign_round
-
-    replica = replica_for(hub)
-    done = sign_round(
-        replica,
-        number,
-        passphrase=passphrase_from(passphrase_env),
-        find_strategy=find_strategy,
-        name=maintainer(),
-        upstream=replica.beside(upstream) if upstream else None,
-    )
+    done = sign_here(replica_for(hub), number, upstream, passphrase_env)
     record = done.record
     what = "Signed" if done.added else "Already signed:"
     console.done(
@@ -71,3 +66,19 @@ def sign(
         console.hint(f"moshi-hub publish{where}   (makes it the current round)")
     else:
         console.note(f"{done.need - done.have} more maintainer(s) must sign it.")
+
+
+def sign_here(
+    replica: Replica, number: int | None, upstream: str | None, passphrase_env: str
+) -> Signature:
+    """Sign a round with this maintainer's keys; raises what ``sign_round`` does."""
+    from moshi_hub.review import sign_round
+
+    return sign_round(
+        replica,
+        number,
+        passphrase=passphrase_from(passphrase_env),
+        find_strategy=find_strategy,
+        name=maintainer(),
+        upstream=replica.beside(upstream) if upstream else None,
+    )
