@@ -245,14 +245,21 @@ def _ignored(path: Path, ignores: list[_Ignore], *, is_folder: bool) -> bool:
 
 def _within_budget(found: list[_Found], limit: int, seed: int) -> list[_Found]:
     """As many files as fit, drawn by a hash of their names; in order of name."""
-    if sum(file.size for file in found) > limit:
-        kept: list[_Found] = []
-        for file in sorted(found, key=lambda f: rank(seed, f.name.encode())):
-            if file.size <= limit:
-                limit -= file.size
-                kept.append(file)
-        found = kept
-    return sorted(found, key=lambda file: (file.name, str(file.path)))
+    sizes = [(file.name, file.size) for file in found]
+    kept = [found[place] for place in within(sizes, limit, seed)]
+    return sorted(kept, key=lambda file: (file.name, str(file.path)))
+
+
+def within(files: Sequence[tuple[str, int]], limit: int, seed: int) -> list[int]:
+    """Places of as many files, of these names and sizes, as fit, drawn by a hash of their names."""
+    if sum(size for _, size in files) <= limit:
+        return list(range(len(files)))
+    kept = []
+    for place in sorted(range(len(files)), key=lambda i: rank(seed, files[i][0].encode())):
+        if files[place][1] <= limit:
+            limit -= files[place][1]
+            kept.append(place)
+    return sorted(kept)
 
 
 def _read(file: _Found, walk: _Walk) -> Source | None:
@@ -280,14 +287,18 @@ def split(sources: Sources, *, seed: int) -> Split:
     """
     if len(sources.taken) == 1:
         return _cut(sources.taken[0].text)
-    ranked = sorted(sources.taken, key=lambda source: rank(seed, source.digest))
-    count = sum(rank(seed, source.digest) < HELD_OUT for source in ranked)
-    count = min(max(count, 1), len(ranked) - 1)
-    chosen = {source.digest for source in ranked[:count]}
+    chosen = choose_held_out([source.digest for source in sources.taken], seed)
     return Split(
         training=tuple(source.text for source in sources.taken if source.digest not in chosen),
         held_out=tuple(source.text for source in sources.taken if source.digest in chosen),
     )
+
+
+def choose_held_out(digests: Sequence[bytes], seed: int) -> set[bytes]:
+    """About a tenth of several, by their hashes: at least one, and not all."""
+    ranked = sorted(digests, key=lambda digest: rank(seed, digest))
+    count = sum(rank(seed, digest) < HELD_OUT for digest in ranked)
+    return set(ranked[: min(max(count, 1), len(ranked) - 1)])
 
 
 def _cut(text: str) -> Split:

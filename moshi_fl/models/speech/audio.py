@@ -236,7 +236,7 @@ def _at_rate(
     path: Path, sample_rate: int | None, channels: int | None, *, resampled: bool
 ) -> Iterator[Sound]:
     with _opened(path) as file:
-        _check_channels(path, file.channels, channels)
+        check_channels(path, file.channels, channels)
         target = sample_rate or file.samplerate
         if target != file.samplerate and not resampled:
             raise SoundError(
@@ -290,7 +290,12 @@ def _check_header(path: Path, sound: SoundFile) -> None:
         )
 
 
-def _check_channels(path: Path, found: int, wanted: int | None) -> None:
+def check_channels(path: Path, found: int, wanted: int | None) -> None:
+    """Insist on mono (1) or stereo (2); None takes either.
+
+    Raises:
+        SoundError: It is the other.
+    """
     if wanted == 2 and found == 1:
         raise SoundError(
             f"{path} is mono; a dialogue is stereo, Moshi left and the user right.",

@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from moshi_fl.data import HELD_OUT, rank
+from moshi_fl.data import HELD_OUT, choose_held_out
 from moshi_fl.errors import CorruptRecord, DataError
 from moshi_fl.models.family import DataSummary
 from moshi_fl.models.speech.data import ZERO_TOKEN, Codes, segments
@@ -95,9 +95,7 @@ def make_corpus(
 def _split(dialogues: Sequence[Encoded], seed: int) -> tuple[list[Encoded], list[Encoded]]:
     if len(dialogues) == 1:
         return _cut(dialogues[0])
-    ranked = sorted(dialogues, key=lambda entry: rank(seed, entry.digest))
-    count = sum(rank(seed, entry.digest) < HELD_OUT for entry in ranked)
-    chosen = {entry.digest for entry in ranked[: min(max(count, 1), len(ranked) - 1)]}
+    chosen = choose_held_out([entry.digest for entry in dialogues], seed)
     return (
         [entry for entry in dialogues if entry.digest not in chosen],
         [entry for entry in dialogues if entry.digest in chosen],

@@ -21,11 +21,16 @@ import msgspec
 from msgspec import Meta
 
 from moshi_fl import screening
-from moshi_fl.data import DUPLICATE, LINK, OVER_BUDGET, UNREADABLE, rank
+from moshi_fl.data import DUPLICATE, LINK, OVER_BUDGET, UNREADABLE, within
 from moshi_fl.errors import DataError
 from moshi_fl.models.speech.alignments import Word, read_alignments
-from moshi_fl.models.speech.audio import MONO as NOT_STEREO
-from moshi_fl.models.speech.audio import SUFFIXES, SoundError, audio_info, measure_levels
+from moshi_fl.models.speech.audio import (
+    SUFFIXES,
+    SoundError,
+    audio_info,
+    check_channels,
+    measure_levels,
+)
 from moshi_fl.weights import sha256_file
 
 SILENT_PEAK = 1e-3  # -60 dB; a channel that is never louder is silent
@@ -179,12 +184,7 @@ def open_dialogue(path: Path, *, weight: float = 1.0) -> Dialogue:
         DataError: The words cannot be used, or there are none.
     """
     info = audio_info(path)
-    if info.channels != 2:
-        raise SoundError(
-            f"{path} is mono; a dialogue is stereo, Moshi left and the user right.",
-            reason=NOT_STEREO,
-            hint="give stereo files with one speaker on each channel",
-        )
+    check_channels(path, info.channels, 2)
     levels = measure_levels(path)
     duration = levels.samples / info.sample_rate
     beside = path.with_suffix(".json")
@@ -282,15 +282,10 @@ def _listed(path: Path, weight: float) -> Iterator[_Candidate]:
 
 def _within(found: list[_Candidate], limit: int | None, seed: int) -> list[_Candidate]:
     """As many files as fit, drawn by a hash of their names, in the order in which they came."""
-    sizes = {c.path: c.path.stat().st_size for c in found}
-    if limit is None or sum(sizes.values()) <= limit:
+    if limit is None:
         return found
-    kept = set()
-    for candidate in sorted(found, key=lambda c: rank(seed, c.name.encode())):
-        if sizes[candidate.path] <= limit:
-            limit -= sizes[candidate.path]
-            kept.add(candidate.path)
-    return [candidate for candidate in found if candidate.path in kept]
+    sizes = [(candidate.name, candidate.path.stat().st_size) for candidate in found]
+    return [found[place] for place in within(sizes, limit, seed)]
 
 
 def _identity(digest: str, dialogue: Dialogue) -> bytes:
