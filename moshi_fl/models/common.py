@@ -35,6 +35,12 @@ def weight_tensors(module: nn.Module) -> dict[str, Tensor]:
     return named | buffers
 
 
+def shapes_of_model(build: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
+    """Shape of each weight of a module that is not made for it."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in weight_tensors(build()).items()}
+
+
 def load_weights(module: nn.Module, weights: Weights) -> None:
     """Copy weights into a module's parameters and buffers; all names and shapes must agree.
 

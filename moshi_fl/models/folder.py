@@ -93,12 +93,9 @@ def require_weights_of(task: Task, weights: Weights) -> None:
     Raises:
         CorruptRecord: A tensor is missing, unknown, not finite, or of another shape or type.
     """
-    import torch
+    from moshi_fl.models.common import shapes_of_model
 
-    from moshi_fl.models.common import weight_tensors
-
-    with torch.device("meta"):
-        own = {name: tuple(t.shape) for name, t in weight_tensors(task.build()).items()}
+    own = shapes_of_model(task.build)
     problems = [f"{name} is missing" for name in sorted(own.keys() - weights.keys())]
     problems += [f"{name} is not in the model" for name in sorted(weights.keys() - own.keys())]
     for name in sorted(own.keys() & weights.keys()):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from moshi_fl.errors import ConfigError, CorruptRecord
 from moshi_fl.models import get_preset
-from moshi_fl.models.common import weight_tensors
+from moshi_fl.models.common import shapes_of_model, weight_tensors
 from moshi_fl.models.folder import CONFIG_FILE, RECIPE_FILE, TOKENIZER_FILE, WEIGHTS_FILE
 from moshi_fl.models.speech.checkpoints import fitted, renamed
 from moshi_fl.models.speech.family_config import SpeechConfig, codec_table
@@ -98,7 +98,8 @@ def import_checkpoint(source: Path, out: Path, choices: Choices) -> Imported:
     config, tokenizer = _config(released, choices), released.tokenizer()
     TextStream(tokenizer).require_within(config.lm.text_card)
     files = _map(released, choices)
-    sources, shapes = _sources(files, config, choices), _shapes(config)
+    sources = _sources(files, config, choices)
+    shapes = shapes_of_model(lambda: SpeechModel(config))
     assert sources.keys() == shapes.keys(), "the import makes other tensors than the model has"
     out.mkdir(parents=True, exist_ok=True)
     _write_weights(out / WEIGHTS_FILE, sources, shapes, list(files.values()))
@@ -209,11 +210,6 @@ def _recipe(config: SpeechConfig, preset: str) -> dict[str, dict[str, Any]]:
         "delta": dict(chosen.delta),
         "evaluation": dict(chosen.evaluation),
     }
-
-
-def _shapes(config: SpeechConfig) -> dict[str, tuple[int, ...]]:
-    model = _on_meta(lambda: SpeechModel(config))
-    return {name: tuple(value.shape) for name, value in weight_tensors(model).items()}
 
 
 def _on_meta(make: Callable[[], nn.Module]) -> nn.Module:
