@@ -23,6 +23,7 @@ from tests.support.children import Child, Nursery
 from tests.support.github import FakeGitHub, serving
 from tests.support.http_hub import serve
 from tests.support.hubs import git
+from tests.support.measurements import measurement
 from tests.support.openapi import description
 from tests.support.simulator import write_corpus
 
@@ -135,25 +136,7 @@ def test_the_gate_takes_back_nothing_that_evaluators_said(
 
 def harmful(gate: GateResult, seat: str) -> Measurement:
     """What an evaluator hands on of a contribution that makes the model worse."""
-    assert gate.contribution
-    return Measurement(
-        hub=gate.hub,
-        head=gate.head,
-        contribution=gate.contribution.id,
-        evaluator=seat,
-        system="Linux",
-        software="moshi-fl test",
-        pool="b" * 64,
-        precision="float64",
-        share=0.25,
-        sequences=128,
-        losses="c" * 64,
-        before=2_616_412,
-        after=2_626_412,
-        gain=-10_000,
-        standard_error=900,
-        outcome="reject",
-    )
+    return measurement(gate, seat, after=2_626_412, gain=-10_000, outcome="reject")
 
 
 def test_a_round_is_proposed_as_a_pull_request(

@@ -49,6 +49,7 @@ from moshi_hub.results import (
 from moshi_hub.verify import REASONS
 from tests.fuzz.examples import example
 from tests.support.hubs import git
+from tests.support.measurements import measurement
 from tests.support.simulator import HubSimulator, write_corpus
 
 HOSTILE = "<script>x</script>|`a`\n# @carol #1 www.example.org ![x](y) **b**" * 20
@@ -69,29 +70,6 @@ def head_of(hub: HubSimulator, entry: Contribution) -> str:
 def gate(hub: HubSimulator, entry: Contribution) -> GateResult:
     with pinned(hub.replica, head_of(hub, entry)) as one:
         return load(one.as_result(), GateResult, name="verdict.json")
-
-
-def measurement(gate: GateResult, seat: str, **fields: Any) -> Measurement:
-    assert gate.contribution
-    found = Measurement(
-        hub=gate.hub,
-        head=gate.head,
-        contribution=gate.contribution.id,
-        evaluator=seat,
-        system=f"Linux {seat}",
-        software="moshi-fl test",
-        pool="b" * 64,
-        precision="float64",
-        share=0.25,
-        sequences=128,
-        losses="c" * 64,
-        before=2_616_412,
-        after=2_610_100,
-        gain=6_312,
-        standard_error=900,
-        outcome="credit",
-    )
-    return msgspec.structs.replace(found, **fields)
 
 
 # One head.
