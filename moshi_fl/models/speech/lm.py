@@ -9,7 +9,7 @@ Parameter names are those of Kyutai's checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -139,17 +139,16 @@ class LMModel(StreamingModule):
         self.check_codes(codes)
         late = self.delayed(codes)
         columns = torch.cat([self._initial(codes), late[:, :, :-1]], dim=2)
-        hidden, text_logits = self.forward_text(columns, sum_condition)
-        logits = self.forward_depth(hidden, late[:, : self.config.dep_q])
+        hidden = self.read(columns, sum_condition)
         text, *audio = self.config.delays[: self.config.dep_q + 1]
-        logits, mask = _undelayed(logits, audio)
-        text_logits, text_mask = _undelayed(text_logits, [text])
+        text_logits = _undelayed([self.text_linear(hidden[:, text:])], hidden)
+        logits = self.forward_depth(hidden, late[:, : self.config.dep_q], audio)
         known = codes != ZERO_TOKEN
         return LMOutput(
             logits,
-            mask & known[:, 1 : 1 + len(audio)],
+            known[:, 1 : 1 + len(audio)] & _there(audio, codes),
             text_logits,
-            text_mask & known[:, :1],
+            known[:, :1] & _there([text], codes),
         )
 
     def forward_text(
@@ -177,19 +176,24 @@ class LMModel(StreamingModule):
             x = x + table.vectors(token, there)
         return x
 
-    def forward_depth(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+    def forward_depth(
+        self, hidden: Tensor, tokens: Tensor, delays: Sequence[int] | None = None
+    ) -> Tensor:
         """Logits (B, dep_q, T, card) of each frame's audio, all codebooks at once.
 
         Args:
             hidden: Of the temporal transformer, (B, T, C).
             tokens: What each codebook is told: text, then audio but the last, (B, dep_q, T).
+            delays: Frames by which each codebook is moved up, its last ones 0; None: not at all.
         """
         B, T, _ = hidden.shape
-        steps = [self.depth_input(c, hidden, tokens[:, c]) for c in range(self.config.dep_q)]
+        count = self.config.dep_q
+        steps = [self.depth_input(c, hidden, tokens[:, c]) for c in range(count)]
         x = torch.stack(steps, dim=2).flatten(0, 1)  # (B T, dep_q, D)
-        y = self.depformer(x)
-        heads = [self.depth_head(c, row) for c, row in enumerate(y.unbind(1))]
-        return torch.stack(heads, dim=1).view(B, T, len(heads), -1).transpose(1, 2)
+        y = self.depformer(x).view(B, T, count, -1).unbind(2)
+        rows = zip(y, delays or [0] * count, strict=True)
+        heads = [self.depth_head(c, row[:, delay:]) for c, (row, delay) in enumerate(rows)]
+        return _undelayed(heads, hidden)
 
     def depth_input(self, step: int, hidden: Tensor, token: Tensor) -> Tensor:
         """What the depth transformer is given, (..., D): ``hidden`` (..., C), ``token`` (...)."""
@@ -246,17 +250,25 @@ def check_codes(codes: Tensor, most: list[int]) -> None:
         )
 
 
-def _undelayed(logits: Tensor, delays: list[int]) -> tuple[Tensor, Tensor]:
-    """Logits (B, K, T, V), each stream as many frames earlier; zeros and False where none are."""
-    B, K, T, V = logits.shape
-    times = torch.arange(T, device=logits.device)
-    mask = torch.stack([times < T - delay for delay in delays]).expand(B, -1, -1)
-    if not any(delays):
-        return logits, mask
-    rows: list[Tensor] = []
-    for stream, delay in enumerate(delays):
-        rows += [logits[:, stream, delay:], logits.new_zeros(B, min(delay, T), V)]
-    return torch.cat(rows, dim=1).view(B, K, T, V), mask
+def _undelayed(streams: list[Tensor], like: Tensor) -> Tensor:
+    """Logits (B, K, T, V) from those of each stream, (B, T or fewer, V), with zeros at the end.
+
+    ``like``: anything (B, T, ...).
+    """
+    B, T = like.shape[:2]
+    parts: list[Tensor] = []
+    for logits in streams:
+        parts.append(logits)
+        if missing := T - logits.shape[1]:
+            parts.append(logits.new_zeros(B, missing, logits.shape[2]))
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return whole.view(B, len(streams), T, -1)
+
+
+def _there(delays: Sequence[int], codes: Tensor) -> Tensor:
+    """Which frames of ``codes`` (B, streams, T) late streams have predicted, (K, T) bool."""
+    times = torch.arange(codes.shape[2], device=codes.device)
+    return torch.stack([times < len(times) - delay for delay in delays])
 
 
 def _truncated_normal(weight: Tensor) -> None:
