@@ -17,6 +17,7 @@ from moshi_fl.models.speech.model import ADAPTERS
 from moshi_fl.replica import Replica
 from moshi_fl.weights import tensors_in
 from tests.support.espeak import write_dialogues
+from tests.support.hubs import git
 from tests.support.releases import write_release
 
 COMMANDS = {"moshi-fl": moshi_sdk.cli.main, "moshi-hub": moshi_hub.cli.main}
@@ -145,13 +146,21 @@ def test_adapters_alone_and_ttt_layers_alone(
         carried = sent_tensors(hub, tmp_path / "reader", sent)
         assert len(carried) > 10
         assert all(map(theirs, carried))
+        assert (sent["trained"], sent["tensors"]) == (part, len(carried))
+        assert f"topk; {part}: {len(carried)} of 135 tensors" in sent["said"]
         merged = call("maintainer", "moshi-hub", "merge", "--hub", hub, "--publish")
         assert merged["contributions"] == 1
+        (row,) = merged["table"]
+        assert row["trained"] == f"{part}: {len(carried)} of 135 tensors"
+        report = git(hub, "show", f"main:rounds/{merged['round']:04}/report.md")
+        assert f"| {row['trained']} |" in report
         assert merged["update"] == sent["delta"] < created["keyframe"] / 20
         assert merged["keyframe"] is None
         assert merged["held_out_after"] < merged["held_out_before"]
     audited = call("ann", "moshi-fl", "audit", "--hub", hub, "--all")
     assert [row["result"] for row in audited["rounds"]] == ["identical"] * 2
+    seen = call("ann", "moshi-fl", "status", "--hub", hub)
+    assert [row["trained"] for row in seen["contributions"]] == ["ttt", "lora"]
 
 
 def test_a_part_that_the_model_lacks_is_refused_before_anything_is_read(

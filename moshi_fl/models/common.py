@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -121,6 +122,44 @@ def train_only(task: object, module: nn.Module, part: str) -> None:
     require_part(task, part)
     if isinstance(task, TrainsInParts):
         task.only(module, part)
+
+
+@dataclass(frozen=True)
+class TrainedPart:
+    """What of a model a delta changes.
+
+    Attributes:
+        name: The smallest part that has all the tensors that it carries.
+        tensors: How many they are.
+        of: How many tensors of the model can learn.
+    """
+
+    name: str
+    tensors: int
+    of: int
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.tensors:,} of {self.of:,} tensors"
+
+
+def trained_part(task: Task) -> Callable[[Collection[str]], TrainedPart]:
+    """What tells, by the names of the tensors that a delta carries, what of the model it changes.
+
+    The model is not made for it.
+    """
+    with torch.device("meta"):
+        module = task.build()
+    learning: dict[str, set[str]] = {}
+    for part in task.parts if isinstance(task, TrainsInParts) else ("all",):
+        train_only(task, module, part)
+        learning[part] = {n for n, tensor in weight_tensors(module).items() if tensor.requires_grad}
+    smallest_first = sorted(learning, key=lambda part: len(learning[part]))
+
+    def find(carried: Collection[str]) -> TrainedPart:
+        fitting = (part for part in smallest_first if learning[part].issuperset(carried))
+        return TrainedPart(next(fitting, "all"), len(carried), len(learning["all"]))
+
+    return find
 
 
 def able_to_read(task: Task, weights: Callable[[], Weights]) -> Task:

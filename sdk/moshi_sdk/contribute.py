@@ -7,7 +7,7 @@ train (in a Flower ``ClientApp``), measure, encode, sign, send.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -22,7 +22,7 @@ from moshi_fl.errors import ConfigError, Rejected, TrainingError
 from moshi_fl.feedback import Feedback
 from moshi_fl.history import HubState
 from moshi_fl.hubfile import HubConfig
-from moshi_fl.models.common import able_to_read, require_part
+from moshi_fl.models.common import able_to_read, require_part, trained_part
 from moshi_fl.models.family import (
     Corpus,
     DataSummary,
@@ -92,6 +92,8 @@ class Outcome:
         note: What the hub's having moved on meant for it, if it had.
         url: Its pull request, or the page on which one can be opened; empty without a forge.
         problem: Why there is no pull request, where there should be one.
+        trained: Which part of the model was trained.
+        tensors: How many tensors the delta carries; None when it is no longer on this machine.
     """
 
     contribution: Contribution
@@ -100,6 +102,8 @@ class Outcome:
     note: str = ""
     url: str = ""
     problem: str = ""
+    trained: str = "all"
+    tensors: int | None = None
 
 
 @dataclass(frozen=True)
@@ -274,8 +278,9 @@ def _finish(work: _Work, dry_run: bool) -> Outcome:
         if contribution is None:
             contribution = _train_and_encode(work)
         if dry_run:
-            return Outcome(contribution, None, summary)
+            return _outcome(work, contribution, summary)
         contribution, note = _fit_to_present(work, contribution)
+        made = replace(_outcome(work, contribution, summary), note=note)
         signature = signature_of(work.run.signature, contribution, work.signer)
         forge = forge_of(work.replica)
         to = pushing_to(forge, work.replica)
@@ -283,7 +288,18 @@ def _finish(work: _Work, dry_run: bool) -> Outcome:
         _remember(work, contribution)
         work.run.mark_sent()
     url, problem = propose(forge, contribution)
-    return Outcome(contribution, sent, summary, note, url, problem)
+    return replace(made, sent=sent, url=url, problem=problem)
+
+
+def _outcome(work: _Work, contribution: Contribution, summary: DataSummary | None) -> Outcome:
+    delta = work.run.delta
+    return Outcome(
+        contribution,
+        None,
+        summary,
+        trained=work.run.plan.part,
+        tensors=len(open_weights(delta)) if delta.exists() else None,
+    )
 
 
 def _train_and_encode(work: _Work) -> Contribution:
@@ -413,7 +429,8 @@ def _encode(work: _Work, delta: Weights, number: int, base: str, **fields: Any) 
         **fields,
     )
     write_atomic(work.run.record, dump(contribution))
-    work.listener.stage("encode", f"{len(data):,} bytes as {rules.codec}")
+    trained = trained_part(work.task)(entries)
+    work.listener.stage("encode", f"{len(data):,} bytes as {rules.codec}; {trained}")
     return contribution
 
 

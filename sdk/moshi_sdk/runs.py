@@ -68,6 +68,11 @@ class RunPlan(Record, frozen=True, kw_only=True):
         """Whether it trains with differential privacy."""
         return not isinstance(self.privacy, UnsetType)
 
+    @property
+    def part(self) -> str:
+        """What of the model it trains."""
+        return "all" if isinstance(self.trains, UnsetType) else self.trains
+
 
 @dataclass(frozen=True)
 class Run:

@@ -228,11 +228,14 @@ def _report(console: Console, outcome: Any, hub: str) -> None:
         "round": record.round,
         "contributor": record.contributor,
         "key": fingerprint(record.key),
+        "trained": outcome.trained,
         "examples": record.num_examples,
         "loss_before": record.metrics.held_out_before,
         "loss_after": record.metrics.held_out_after,
         "delta": Size(record.delta.bytes),
     }
+    if outcome.tensors is not None:
+        facts["tensors"] = outcome.tensors
     if record.privacy:
         facts["epsilon"] = record.privacy.epsilon
     if outcome.note:

@@ -21,6 +21,7 @@ from moshi_fl.models.common import (
     load_weights,
     require_part,
     train_only,
+    trained_part,
     weight_tensors,
 )
 from moshi_fl.models.family import DataSummary, Sampling, Speaks, TakesTokenizer
@@ -212,6 +213,19 @@ def test_parts_are_those_that_the_model_has(task: SpeechTask) -> None:
     with pytest.raises(ConfigError, match=r"no part 'lora'.*parts: all") as caught:
         require_part(task_of(lora_rank=0, ttt_layers=0), "lora")
     assert caught.value.hint == "--trains all"
+
+
+def test_a_delta_shows_which_part_was_trained() -> None:
+    """Also where it leaves some tensors of the part out, because nothing of them changed."""
+    table = {**get_preset("speech", "tiny").model, "ttt_layers": 1}
+    tokenizer = get_preset("speech", "tiny").tokenizer
+    find = trained_part(get_family("speech").load(table, tokenizer))
+    adapters = [f"lm.linears.{number}{kind}" for number in range(4) for kind in ADAPTERS]
+    layer = "lm.transformer.layers.1.self_attn.ttt.W1"
+    assert str(find(adapters)) == "lora: 8 of 135 tensors"
+    assert (find([layer]).name, find([layer, *adapters]).name) == ("ttt", "all")
+    whole = trained_part(get_family("char").load({}, get_preset("char", "tiny").tokenizer))
+    assert whole(["fc_out.bias"]).name == "all"
 
 
 def test_other_families_train_whole() -> None:
