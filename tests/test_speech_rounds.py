@@ -76,6 +76,7 @@ def test_a_whole_round_of_the_tiny_preset(
         "--eval-data", voices / "held-out",
     )  # fmt: skip
     assert made["model"] == "speech/tiny"
+    assert "recorded dialogues" in git(hub, "show", "main:README.md")
     for name in PEOPLE:
         own = voices / name  # of which one dialogue counts twice
         sent = call(

@@ -48,6 +48,22 @@ VERBATIM = (
     *(f".github/workflows/{name}.yml" for name in WORKFLOWS),
 )
 """Those that are taken as they are."""
+_WORDS = {
+    "tokenizer": "how text becomes tokens",
+    "contribute": "    moshi-fl contribute --hub URL --data ~/code    # train it on your code and "
+    "send a delta",
+    "use": "    moshi-fl generate --hub URL 'The '             # let it continue a text",
+    "install": "pip install moshi-fl",
+}
+"""What ``README.md`` says of a model that writes."""
+_SPEECH_WORDS = {
+    "tokenizer": "how the words that it says become tokens (a SentencePiece model)",
+    "contribute": "    moshi-fl contribute --hub URL --data ~/calls   # train it on your recorded "
+    "dialogues and send a delta",
+    "use": "    moshi-fl speak --hub URL --in a.wav --out b.wav   # let it answer a voice",
+    "install": "pip install 'moshi-fl[speech]'",
+}
+"""The same of one that speaks."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +104,7 @@ def create(plan: Plan, home: Path, preset: Preset | None = None) -> Snapshot:
     """
     from moshi_fl.models import get_family, get_preset
     from moshi_fl.models.common import require_part
+    from moshi_fl.models.family import Speaks
     from moshi_fl.models.folder import read_folder, require_weights_of
 
     given, upstream = read_folder(plan.source) if plan.source else None, plan.beginning
@@ -136,7 +153,8 @@ def create(plan: Plan, home: Path, preset: Preset | None = None) -> Snapshot:
 
     with replica.workspace() as folder:
         paths = keyframe_files(weights, folder / "keyframe")
-        _push_first(replica.repo, plan, hubfile, record, preset.tokenizer, paths, sign)
+        pages = pages_of(plan, replica.repo.shown_url, speaks=isinstance(task, Speaks))
+        _push_first(replica.repo, plan, hubfile, record, preset.tokenizer, paths, pages, sign)
     return replica.pull()
 
 
@@ -169,6 +187,7 @@ def _push_first(
     record: Round,
     tokenizer: bytes,
     keyframe: Sequence[Path],
+    pages: Mapping[str, bytes],
     sign: Sign,
 ) -> None:
     by, refs, when = author(plan.maintainer), Refs(plan.prefix), seconds(record.created)
@@ -178,7 +197,7 @@ def _push_first(
     signed = latest_files(manifest, hubfile.encode(), tokenizer)
     latest = commit_latest(repo, manifest, {**signed, **sign(signed, 0)}, by)
     texts = {
-        **pages_of(plan, repo.shown_url),
+        **pages,
         HUB_FILE: hubfile.encode(),
         TOKENIZER_FILE: tokenizer,
         round_path(0): dump(record),
@@ -205,15 +224,17 @@ def _first_commit(
     return repo.commit(tree, message=message, author=by, when=when)
 
 
-def pages_of(plan: Plan, url: str) -> dict[str, bytes]:
+def pages_of(plan: Plan, url: str, *, speaks: bool = False) -> dict[str, bytes]:
     """Files for people on main, and on a GitHub those for its jobs.
 
     Args:
         plan: What is wanted.
         url: The hub's address as people may see it.
+        speaks: Whether its model listens and speaks, instead of writing.
     """
     where = plan.repository
     values = {"name": plan.name, "family": plan.family, "url": url, "badge": ""}
+    values |= _SPEECH_WORDS if speaks else _WORDS
     if where is None:
         return {"README.md": render("README.md", **values).encode()}
     runs = f"{where.web}/{where.slug}/actions/workflows/merge.yml"
