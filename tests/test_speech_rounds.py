@@ -13,6 +13,7 @@ import pytest
 import moshi_hub.cli
 import moshi_sdk.cli
 from moshi_fl.history import DELTA_FILE
+from moshi_fl.models.speech.dialogues import OTHER_FORMAT
 from moshi_fl.models.speech.model import ADAPTERS
 from moshi_fl.replica import Replica
 from moshi_fl.weights import tensors_in
@@ -31,6 +32,7 @@ def voices(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("voices")
     for number, name in enumerate((*PEOPLE, "held-out")):
         write_dialogues(folder / name, client=number, count=3, length=4)
+        (folder / name / "song.mp3").write_bytes(b"ID3")
     return folder
 
 
@@ -85,6 +87,10 @@ def test_a_whole_round_of_the_tiny_preset(
             "--steps", 30, "--contributor", name,
         )  # fmt: skip
         assert sent["loss_after"] < sent["loss_before"] - 1
+        (left,) = sent["data"]["left_out"]
+        assert left == {"reason": OTHER_FORMAT, "files": 1, "names": ["song.mp3"]}
+        assert f"left out: 1 {OTHER_FORMAT} (song.mp3)" in sent["said"]
+        assert sent["data"]["files"] == 3
         assert "text perplexity" in sent["said"]
         assert "codebook 1" in sent["said"]
     merged = call("maintainer", "moshi-hub", "merge", "--hub", hub, "--publish")

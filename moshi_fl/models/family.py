@@ -51,6 +51,8 @@ class DataSummary:
     tokens: int
     skipped: Mapping[str, int] = field(default_factory=dict)
     """Reason to number of files, such as ``{"binary": 3, "looks like a secret": 1}``."""
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Reason to the names of the first few of them."""
     proposed_characters: str = ""
     """Characters in the data that the vocabulary lacks, most frequent first."""
 

@@ -18,6 +18,7 @@ import moshi_fl
 from moshi_fl.codec import get_codec
 from moshi_fl.codec.delta import delta_bytes, encode_delta
 from moshi_fl.config import home as default_home
+from moshi_fl.data import told_left_out
 from moshi_fl.errors import ConfigError, Rejected, TrainingError
 from moshi_fl.feedback import Feedback
 from moshi_fl.history import HubState
@@ -267,7 +268,7 @@ def describe(summary: DataSummary) -> str:
     """One line about what was taken and what was left."""
     files = "1 file" if summary.files == 1 else f"{summary.files} files"
     text = f"{files}, {summary.bytes:,} bytes, {summary.tokens:,} tokens"
-    left = ", ".join(f"{count} {reason}" for reason, count in sorted(summary.skipped.items()))
+    left = told_left_out(summary.skipped, summary.left_out)
     return f"{text}; left out: {left}" if left else text
 
 

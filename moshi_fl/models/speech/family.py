@@ -133,6 +133,7 @@ class SpeechTask:
             bytes=found.bytes,
             tokens=sum(self._predicted(entry.codes) for entry in encoded),
             skipped=found.skipped,
+            left_out=found.left_out,
         )
         return make_corpus(encoded, self.config.segment_frames, summary, seed=seed)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -25,6 +25,9 @@ from moshi_sdk.options import (
     settings_for,
     use_threads,
 )
+
+if TYPE_CHECKING:
+    from moshi_fl.models.family import DataSummary
 
 LABELS = {
     "sync": "Model",
@@ -238,6 +241,8 @@ def _report(console: Console, outcome: Any, hub: str) -> None:
         facts["tensors"] = outcome.tensors
     if record.privacy:
         facts["epsilon"] = record.privacy.epsilon
+    if console.json_mode and outcome.data:  # as text it was said when it was read
+        console.result(data=_data(outcome.data))
     if outcome.note:
         console.note(f"Note    {outcome.note}")
     if outcome.sent is None:
@@ -254,3 +259,12 @@ def _report(console: Console, outcome: Any, hub: str) -> None:
         console.warn(f"the branch is pushed, but there is no pull request: {outcome.problem}")
     console.note("That record, signed, and that delta are all that left; Git keeps them.")
     console.hint(f"moshi-fl status{hub}   (shows when a maintainer has merged it into a round)")
+
+
+def _data(summary: DataSummary) -> dict[str, object]:
+    left = [
+        {"reason": reason, "files": count, "names": list(summary.left_out.get(reason, ()))}
+        for reason, count in summary.skipped.items()
+    ]
+    read = {"files": summary.files, "bytes": summary.bytes, "tokens": summary.tokens}
+    return {**read, "left_out": left}
