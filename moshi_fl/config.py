@@ -9,7 +9,6 @@ the hub's own rules, the default. ``Settings.origin`` says which it was.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import secrets
@@ -20,6 +19,7 @@ from typing import Any
 
 from moshi_fl import tomlfile
 from moshi_fl.errors import ConfigError
+from moshi_fl.text import nearest
 
 MAX_CONTRIBUTOR_LENGTH = 200  # what a record accepts
 
@@ -201,8 +201,8 @@ def parser_of(name: str, origin: str = "") -> Callable[[Any], Any]:
     """
     if name in _PARSERS:
         return _PARSERS[name]
-    near = difflib.get_close_matches(name.replace("-", "_"), _PARSERS, n=1)
-    hint = f"Did you mean {near[0]}?" if near else f"Settings: {', '.join(_PARSERS)}."
+    near = nearest(name.replace("-", "_"), _PARSERS)
+    hint = f"Did you mean {near}?" if near else f"Settings: {', '.join(_PARSERS)}."
     raise ConfigError(f"{origin + ': ' if origin else ''}unknown setting {name!r}.", hint=hint)
 
 

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from moshi_fl.errors import ConfigError, CorruptRecord
 from moshi_fl.models.family import ReadsWithModel, Task, TrainsInParts
+from moshi_fl.text import suggestion
 from moshi_fl.weights import Weights
 
 Settings = TypeVar("Settings")
+KEYS_LISTED = "hub/README.md, under [model],"  # what tells of all settings of a family
 _SHOWN = 10
 
 
@@ -172,6 +174,18 @@ def device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
+def require_known(table: Iterable[str], known: Iterable[str], *, name: str) -> None:
+    """Whether a table has only keys that it may have.
+
+    Raises:
+        ConfigError: It has others; names the first, and what may be meant.
+    """
+    known = set(known)
+    for key in sorted(set(table) - known):
+        ending = suggestion(key, known, listed=KEYS_LISTED)
+        raise ConfigError(f"{name}: unknown key {key!r}; {ending}")
+
+
 def settings_from(kind: type[Settings], table: Mapping[str, Any], *, name: str) -> Settings:
     """A configuration dataclass from a TOML table.
 
@@ -179,10 +193,7 @@ def settings_from(kind: type[Settings], table: Mapping[str, Any], *, name: str) 
         ConfigError: A key is unknown or missing; the dataclass itself checks the values.
     """
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    unknown = sorted(set(table) - set(fields))
-    if unknown:
-        known = ", ".join(sorted(fields))
-        raise ConfigError(f"{name}: unknown key {unknown[0]!r}; known: {known}.")
+    require_known(table, fields, name=name)
     missing = [key for key, field in fields.items() if key not in table and _required(field)]
     if missing:
         raise ConfigError(f"{name}: {missing[0]!r} is missing.")

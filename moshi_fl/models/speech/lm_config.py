@@ -6,13 +6,12 @@ The keys ``ttt_*`` are ours: they turn the top layers of the temporal transforme
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from moshi_fl.errors import ConfigError
-from moshi_fl.models.common import require_counts, require_fractions
+from moshi_fl.models.common import require_counts, require_fractions, require_known
 from moshi_fl.models.speech.layers import NormName, PositionName
 from moshi_fl.models.speech.transformer import TransformerConfig
 from moshi_fl.models.speech.ttt_config import TttConfig
@@ -227,10 +226,7 @@ class LMConfig:
         if "depformer_layer_scale" not in settings:
             settings["depformer_layer_scale"] = settings.get("layer_scale")
         known = {field.name for field in fields(cls)}
-        for key in sorted(set(settings) - known):
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "remove it, or check its spelling."
-            raise ConfigError(f"configuration: unknown key {key!r}.", hint=hint)
+        require_known(settings, known, name="configuration")
         for key in ("num_layers", "depformer_num_heads"):
             if key not in settings:
                 raise ConfigError(f"configuration: {key!r} is missing.")

@@ -121,7 +121,8 @@ def test_so_large_a_model_is_not_made_from_random_numbers() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"dimm": 3}, "unknown key 'dimm'"),
+        ({"dimm": 3}, "unknown key 'dimm'; did you mean 'dim'? hub/README.md, under [model]"),
+        ({"xyzzy": 3}, "unknown key 'xyzzy'; hub/README.md, under [model], lists all 50."),
         ({"lora_rank": -1}, "lora_rank = -1 must be 0 or more"),
         ({"lora_rank": True}, "lora_rank = True must be 0 or more"),
         ({"lora_embeddings": 1}, "lora_embeddings must be true or false"),

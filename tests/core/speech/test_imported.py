@@ -198,7 +198,7 @@ def _change(release: Path, **changes: object) -> None:
         (_two_codecs, "should be one file tokenizer-*.safetensors; there is tokenizer-"),
         (lambda r: (r / TEXT).write_bytes(b"no"), "not a SentencePiece model"),
         (lambda r: (r / "config.json").write_text("{"), "config.json is not JSON"),
-        (lambda r: _change(r, dimm=3), "unknown key 'dimm'"),
+        (lambda r: _change(r, dimm=3), "unknown key 'dimm'; did you mean 'dim'"),
         (lambda r: _change(r, num_layers=4), "6 missing: transformer.layers.3."),
         (lambda r: _change(r, dim=128), "misshapen"),
         (lambda r: _change(r, card=65), "card = 65 must be the codec's 64 bins"),
