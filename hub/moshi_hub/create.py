@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 import msgspec
 
 import moshi_fl
-from moshi_fl.errors import ConfigError, HubError
+from moshi_fl.errors import ConfigError, HubError, MoshiError
 from moshi_fl.forge import Repository
 from moshi_fl.history import HUB_FILE, MAIN, PREFIXES, TOKENIZER_FILE, Refs, round_path
 from moshi_fl.hubfile import VocabularyRules, parse_hubfile
@@ -123,38 +125,40 @@ def create(plan: Plan, home: Path, preset: Preset | None = None) -> Snapshot:
     begun = given or upstream
     if begun:
         require_weights_of(task, begun.weights)
-    if is_local(plan.url):
-        create_hub(Path(plan.url.removeprefix("file://")).expanduser())
+    folder = Path(plan.url.removeprefix("file://")).expanduser() if is_local(plan.url) else None
     replica = Replica(plan.url, home)
-    _refuse_used(replica.repo)
-    replica.forget()
-    replica.repo.prepare()
-    weights = begun.weights if begun else task.initial_weights(plan.seed)
-    if plan.eval_data:
-        replica.folder.mkdir(parents=True, exist_ok=True)
-        store_pool(replica, config, preset.tokenizer, plan.eval_data, weights)
-    record = Round(
-        hub=config.hub.id,
-        round=0,
-        previous=None,
-        weights=weights_digest(weights),
-        parameters=count_parameters(weights),
-        tokenizer=sha256_bytes(preset.tokenizer),
-        vocabulary_tensors=task.vocabulary_tensors,
-        strategy=upstream.origin.strategy if upstream else None,
-        created=utc_now(),
-        software=software(),
-    )
-    keys = KeyStore(home, config.hub.id, passphrase=lambda _: plan.passphrase)
-    signers = {role: keys.create(role, plan.passphrase) for role in ROLES}
+    with _left_as_found(replica.repo, folder):
+        if folder:
+            create_hub(folder)
+        _refuse_used(replica.repo)
+        replica.forget()
+        replica.repo.prepare()
+        weights = begun.weights if begun else task.initial_weights(plan.seed)
+        if plan.eval_data:
+            replica.folder.mkdir(parents=True, exist_ok=True)
+            store_pool(replica, config, preset.tokenizer, plan.eval_data, weights)
+        record = Round(
+            hub=config.hub.id,
+            round=0,
+            previous=None,
+            weights=weights_digest(weights),
+            parameters=count_parameters(weights),
+            tokenizer=sha256_bytes(preset.tokenizer),
+            vocabulary_tensors=task.vocabulary_tensors,
+            strategy=upstream.origin.strategy if upstream else None,
+            created=utc_now(),
+            software=software(),
+        )
+        keys = KeyStore(home, config.hub.id, passphrase=lambda _: plan.passphrase)
+        signers = {role: keys.create(role, plan.passphrase) for role in ROLES}
 
-    def sign(files: Mapping[str, bytes], _: int) -> Mapping[str, bytes]:
-        return first_metadata(files, signers, keys, config.trust)
+        def sign(files: Mapping[str, bytes], _: int) -> Mapping[str, bytes]:
+            return first_metadata(files, signers, keys, config.trust)
 
-    with replica.workspace() as folder:
-        paths = keyframe_files(weights, folder / "keyframe")
-        pages = pages_of(plan, replica.repo.shown_url, speaks=isinstance(task, Speaks))
-        _push_first(replica.repo, plan, hubfile, record, preset.tokenizer, paths, pages, sign)
+        with replica.workspace() as workspace:
+            paths = keyframe_files(weights, workspace / "keyframe")
+            pages = pages_of(plan, replica.repo.shown_url, speaks=isinstance(task, Speaks))
+            _push_first(replica.repo, plan, hubfile, record, preset.tokenizer, paths, pages, sign)
     return replica.pull()
 
 
@@ -169,6 +173,28 @@ def _with_tokenizer(name: str, preset: Preset, tokenizer: bytes) -> Preset:
             hint="Leave out --tokenizer, or choose --family moc or speech.",
         )
     return family.with_tokenizer(preset, tokenizer)
+
+
+@contextmanager
+def _left_as_found(repo: HubRepo, folder: Path | None) -> Iterator[None]:
+    """Take away what was made in a hub's folder if the block fails and nothing was published."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()] if folder else []
+    was_empty = folder is not None and folder.is_dir() and not any(folder.iterdir())
+    try:
+        yield
+    except BaseException:
+        if folder and (made or was_empty) and not _published(repo):
+            for path in made[-1:] if made else folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        raise
+
+
+def _published(repo: HubRepo) -> bool:
+    """Whether somebody, be it another process, has put something there; where unsure, yes."""
+    try:
+        return bool(repo.remote_refs())
+    except MoshiError:
+        return True
 
 
 def _refuse_used(repo: HubRepo) -> None:
