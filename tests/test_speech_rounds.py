@@ -194,6 +194,27 @@ def test_imported_files_are_a_hubs_beginning(hub: Path, tmp_path: Path, call: Ca
 
 
 @pytest.mark.slow
+def test_simulated_clients_train_a_part_of_a_model_with_other_settings(
+    voices: Path, call: Call
+) -> None:
+    about = (
+        "moshi-fl", "simulate", "--family", "speech", "--data", voices, "--clients", 2,
+        "--rounds", 1, "--steps", 3, "--split", "directory",
+    )  # fmt: skip
+    bytes_up = {
+        part: call("ann", *about, "--set", "ttt_layers=1", "--trains", part)["rounds"][1][
+            "bytes_up"
+        ]
+        for part in ("all", "ttt")
+    }
+    assert bytes_up["ttt"] < bytes_up["all"] / 3
+    refused = call("ann", *about, "--trains", "ttt", status=moshi_fl_failed())
+    assert "no part 'ttt' to train; parts: all, lora" in json.dumps(refused)
+    refused = call("ann", *about, "--set", "ttt_layer=1", status=moshi_fl_failed())
+    assert "did you mean 'ttt_layers'?" in json.dumps(refused)
+
+
+@pytest.mark.slow
 def test_simulated_clients_share_dialogues_out(voices: Path, call: Call) -> None:
     found = call(
         "ann", "moshi-fl", "simulate", "--family", "speech", "--data", voices, "--clients", 2,
