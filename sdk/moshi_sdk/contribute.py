@@ -28,8 +28,8 @@ from moshi_fl.models.family import (
     Corpus,
     DataSummary,
     Explains,
-    ReadsWithModel,
     Task,
+    TellsOfReading,
     Windowed,
 )
 from moshi_fl.policy import NO_DEMANDS, Policy
@@ -71,6 +71,10 @@ class Listener(Protocol):
         """A training step is done."""
         ...
 
+    def reading(self, done: float, total: float) -> None:
+        """So many seconds of sound are encoded, of so many; nothing where all are known."""
+        ...
+
 
 class Silent:
     """A listener that hears nothing."""
@@ -80,6 +84,9 @@ class Silent:
 
     def step(self, progress: Progress) -> None:
         """Ignore a step."""
+
+    def reading(self, done: float, total: float) -> None:
+        """Ignore a piece of sound."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +167,7 @@ def contribute(
     signer = own_signer(home, options.key, interactive=options.interactive)
     snapshot = manager.pull()
     listener.stage("sync", _whence(snapshot))
-    task = able_to_read(load_task(snapshot.state), snapshot.load)
+    task = _told_of(able_to_read(load_task(snapshot.state), snapshot.load), listener)
     if options.privacy and not isinstance(task, Windowed):
         raise ConfigError(
             f"models of the family {snapshot.state.config.family} cannot be trained with "
@@ -169,8 +176,6 @@ def contribute(
         )
     require_part(task, options.trains or snapshot.state.config.training.trains)
     paths = tuple(_absolute(Path(path)) for path in data)
-    if isinstance(task, ReadsWithModel):
-        listener.stage("data", "reading; what is new is encoded first, which may take a while")
     corpus = task.read(paths, seed=0, max_bytes=options.max_bytes)
     listener.stage("data", describe(corpus.summary))
     plan = make_plan(snapshot, task, corpus, paths, options, signer.public_key)
@@ -225,6 +230,7 @@ def resume(  # noqa: PLR0913 - one parameter an option
     listener.stage("sync", f"{_whence(snapshot)}; resuming from round {run.plan.base_round}")
     tokenizer = run.tokenizer.read_bytes() if run.tokenizer.exists() else None
     task = able_to_read(load_task(snapshot.state, tokenizer), lambda: open_weights(run.base))
+    task = _told_of(task, listener)
     account = Account(home, snapshot.state.config.hub.id)
     shared = (manager.replica, snapshot, task, run, listener, signer)
     work = _Work(*shared, account, privacy_budget)
@@ -239,6 +245,11 @@ def discard(hub: str, *, home: Path | None = None) -> RunPlan:
     """
     manager = SyncManager(hub, home=home or default_home())
     return Runs(manager.replica.folder / "runs").discard().plan
+
+
+def _told_of(task: Task, listener: Listener) -> Task:
+    """The task, whose listener hears how far its reading is."""
+    return task.telling(listener.reading) if isinstance(task, TellsOfReading) else task
 
 
 def _absolute(path: Path) -> Path:

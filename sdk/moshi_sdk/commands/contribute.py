@@ -215,6 +215,15 @@ class _Listener(AbstractContextManager["_Listener"]):
             speed=f"{progress.tokens_per_second:,.0f} tokens/s",
         )
 
+    def reading(self, done: float, total: float) -> None:
+        """Move the bar of what is encoded."""
+        if self._bar is None:
+            self.stage("data", "encoding sound that is new here, which may take a while")
+            bar = self._console.progress("Encoding", total, unit="s of sound", in_logs=False)
+            self._bar = bar
+            self._bar.__enter__()
+        self._bar.update(done)
+
     def _close(self) -> None:
         if self._bar is not None:
             self._bar.__exit__(None, None, None)

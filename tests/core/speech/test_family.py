@@ -343,6 +343,23 @@ def test_spoken_dialogues_are_read_with_the_hubs_codec(
 # Pools.
 
 
+def test_reading_tells_how_far_it_is_and_nothing_when_all_is_known(tmp_path: Path) -> None:
+    write_dialogues(tmp_path / "data", client=1, count=2, length=2)
+    told: list[tuple[float, float]] = []
+    preset = get_preset("speech", "tiny")
+    task = get_family("speech").load(preset.model, preset.tokenizer)
+    assert isinstance(task, SpeechTask)
+    reading = task.reading_with(task.initial_weights(0)).telling(lambda *far: told.append(far))
+    reading.read([tmp_path / "data"], seed=0)
+    (total,) = {total for _, total in told}
+    done = [seconds for seconds, _ in told]
+    assert done == sorted(done)
+    assert 0 < done[0] < done[-1] == total
+    told.clear()
+    reading.read([tmp_path / "data"], seed=0)
+    assert told == []
+
+
 def test_a_pool_is_the_same_again_and_measured_window_by_window(
     task: SpeechTask, module: SpeechModel
 ) -> None:
