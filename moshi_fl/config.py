@@ -231,6 +231,17 @@ def _pseudonym(folder: Path) -> str:
         ) from error
 
 
+def absolute(data: Path) -> Path:
+    """A path to data that means the same in another folder.
+
+    Also where it is several in one, with weights: ``calls.jsonl:2,studio:0.5``.
+    """
+    if data.expanduser().exists():
+        return data.expanduser().absolute()
+    parts = (Path(part.strip()).expanduser().absolute() for part in str(data).split(","))
+    return Path(",".join(map(str, parts)))
+
+
 def set_value(name: str, words: Sequence[str]) -> Any:
     """Write one setting to ``config.toml``, given as on a command line; returns the parsed value.
 
@@ -240,7 +251,7 @@ def set_value(name: str, words: Sequence[str]) -> Any:
         ConfigError: Unknown name, unusable value, or a file that is broken already.
     """
     if name == "data":
-        words = [str(Path(word).expanduser().absolute()) for word in words]
+        words = [str(absolute(Path(word))) for word in words]
     elif len(words) > 1:
         raise ConfigError(f"{name} takes one value, not {len(words)}.")
     elif name == "signing_key" or (name == "hub" and Path(words[0]).expanduser().is_dir()):

@@ -17,6 +17,7 @@ from msgspec import UnsetType
 import moshi_fl
 from moshi_fl.codec import get_codec
 from moshi_fl.codec.delta import delta_bytes, encode_delta
+from moshi_fl.config import absolute
 from moshi_fl.config import home as default_home
 from moshi_fl.data import told_left_out
 from moshi_fl.errors import ConfigError, Rejected, TrainingError
@@ -175,7 +176,7 @@ def contribute(
             hint="leave out --dp",
         )
     require_part(task, options.trains or snapshot.state.config.training.trains)
-    paths = tuple(_absolute(Path(path)) for path in data)
+    paths = tuple(absolute(Path(path)) for path in data)
     corpus = task.read(paths, seed=0, max_bytes=options.max_bytes)
     listener.stage("data", describe(corpus.summary))
     plan = make_plan(snapshot, task, corpus, paths, options, signer.public_key)
@@ -250,15 +251,6 @@ def discard(hub: str, *, home: Path | None = None) -> RunPlan:
 def _told_of(task: Task, listener: Listener) -> Task:
     """The task, whose listener hears how far its reading is."""
     return task.telling(listener.reading) if isinstance(task, TellsOfReading) else task
-
-
-def _absolute(path: Path) -> Path:
-    """A path that means the same in another folder; also where it lists several with weights."""
-    path = path.expanduser()
-    if path.exists():
-        return path.resolve()
-    parts = (Path(part.strip()).expanduser().absolute() for part in str(path).split(","))
-    return Path(",".join(map(str, parts)))
 
 
 def _whence(snapshot: Snapshot) -> str:
