@@ -44,6 +44,18 @@ class Percent(float):
         return f"{_three_digits(float(self) * 100)} %"
 
 
+class Figure(float):
+    """A measured number, read with three digits: ``0.23``, ``17.4``, ``12,450``."""
+
+    def __str__(self) -> str:
+        value = float(self)
+        if not math.isfinite(value):
+            return str(value)
+        if abs(value) >= 1000:
+            return f"{value:,.0f}"
+        return f"{value:.3g}" if 0 < abs(value) < 0.1 else _three_digits(value)
+
+
 class Duration(float):
     """A number of seconds: ``0.6 s``, ``1 m 20 s``, ``3 h 05 m``, ``4 d 7 h``."""
 

@@ -70,7 +70,7 @@ def sent_tensors(hub: Path, home: Path, made: dict[str, Any]) -> set[str]:
 
 @pytest.mark.slow
 def test_a_whole_round_of_the_tiny_preset(
-    hub: Path, voices: Path, tmp_path: Path, call: Call
+    hub: Path, voices: Path, tmp_path: Path, call: Call, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Three people with voices of their own train the whole model; what is merged is better."""
     made = call(
@@ -93,6 +93,9 @@ def test_a_whole_round_of_the_tiny_preset(
         assert sent["data"]["files"] == 3
         assert "text perplexity" in sent["said"]
         assert "codebook 1" in sent["said"]
+        told = sent["figures"]
+        assert {"text_perplexity", "word_perplexity", "codebook_1", "codebook_4"} <= set(told)
+        assert told["codebook_1"]["after"] < told["codebook_1"]["before"]
     merged = call("maintainer", "moshi-hub", "merge", "--hub", hub, "--publish")
     assert merged["contributions"] == 3
     assert merged["held_out_after"] < merged["held_out_before"] - 0.5
@@ -121,6 +124,9 @@ def test_a_whole_round_of_the_tiny_preset(
     assert said["round"] == 1
     refused = call("bob", "moshi-fl", "generate", "Hello", "--hub", hub, status=moshi_fl_failed())
     assert "does not continue a text" in json.dumps(refused)
+    capsys.readouterr()
+    assert COMMANDS["moshi-fl"](["generate", "Hello", "--hub", str(hub)]) == moshi_fl_failed()
+    assert capsys.readouterr().out == ""
 
 
 def moshi_fl_failed() -> int:

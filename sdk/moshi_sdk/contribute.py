@@ -48,12 +48,13 @@ from moshi_fl.submit import (
     signature_of,
     submit,
 )
+from moshi_fl.text import Figure
 from moshi_fl.train import Progress, Recipe
 from moshi_fl.weights import Array, Weights, open_weights, save_weights, write_atomic
 from moshi_sdk.identity import before_sending, check_key
 from moshi_sdk.planning import Options, make_plan, recipe_of
 from moshi_sdk.privacy import BUDGET, Account, run_name, stated
-from moshi_sdk.runs import Run, RunPlan, Runs
+from moshi_sdk.runs import Change, Run, RunPlan, Runs
 from moshi_sdk.sync import SyncManager
 
 __all__ = ["Listener", "Options", "Outcome", "contribute", "discard", "load_task", "resume"]
@@ -103,6 +104,7 @@ class Outcome:
         problem: Why there is no pull request, where there should be one.
         trained: Which part of the model was trained.
         tensors: How many tensors the delta carries; None when it is no longer on this machine.
+        figures: What its family can tell beside the loss, before and after, by name.
     """
 
     contribution: Contribution
@@ -113,6 +115,7 @@ class Outcome:
     problem: str = ""
     trained: str = "all"
     tensors: int | None = None
+    figures: Mapping[str, Change] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -303,6 +306,7 @@ def _outcome(work: _Work, contribution: Contribution, summary: DataSummary | Non
         summary,
         trained=work.run.plan.part,
         tensors=len(open_weights(delta)) if delta.exists() else None,
+        figures=work.run.figures(),
     )
 
 
@@ -351,8 +355,10 @@ def _measure(work: _Work, corpus: Corpus, base: Weights, trained: Weights, devic
     work.listener.stage("measure", said)
     told = [name for name in before.figures if name in after.figures]
     if told:
-        changes = (f"{n} {before.figures[n]:.4g} -> {after.figures[n]:.4g}" for n in told)
+        found = {name: Change(before.figures[name], after.figures[name]) for name in told}
+        changes = (f"{n} {Figure(c.before)} -> {Figure(c.after)}" for n, c in found.items())
         work.listener.stage("measure", "; ".join(changes))
+        work.run.keep_figures(found)
     return metrics
 
 

@@ -252,6 +252,9 @@ def _report(console: Console, outcome: Any, hub: str) -> None:
         facts["epsilon"] = record.privacy.epsilon
     if console.json_mode and outcome.data:  # as text it was said when it was read
         console.result(data=_data(outcome.data))
+    if console.json_mode and outcome.figures:  # and this, when it was measured
+        changes = {n: {"before": c.before, "after": c.after} for n, c in outcome.figures.items()}
+        console.result(figures={name.replace(" ", "_"): c for name, c in changes.items()})
     if outcome.note:
         console.note(f"Note    {outcome.note}")
     if outcome.sent is None:
