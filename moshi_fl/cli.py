@@ -19,6 +19,7 @@ import click
 from moshi_fl import __version__
 from moshi_fl.console import Console
 from moshi_fl.errors import Exit, MoshiError
+from moshi_fl.text import nearest
 
 F = TypeVar("F", bound=Callable[..., Any])
 Table = Mapping[str, tuple[str, str]]
@@ -64,10 +65,8 @@ class LazyGroup(click.Group):
         name = args[0]
         if name in self._table or name.startswith("-"):
             return super().resolve_command(ctx, args)
-        import difflib
-
-        near = difflib.get_close_matches(name, self._table, n=1)
-        ending = f" Did you mean {near[0]!r}?" if near else ""
+        near = nearest(name, self._table)
+        ending = f" Did you mean {near!r}?" if near else ""
         raise click.UsageError(f"No such command {name!r}.{ending}", ctx)
 
 

@@ -9,7 +9,6 @@ the hub's own rules, the default. ``Settings.origin`` says which it was.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import secrets
@@ -20,6 +19,7 @@ from typing import Any
 
 from moshi_fl import tomlfile
 from moshi_fl.errors import ConfigError
+from moshi_fl.text import nearest
 
 MAX_CONTRIBUTOR_LENGTH = 200  # what a record accepts
 
@@ -201,8 +201,8 @@ def parser_of(name: str, origin: str = "") -> Callable[[Any], Any]:
     """
     if name in _PARSERS:
         return _PARSERS[name]
-    near = difflib.get_close_matches(name.replace("-", "_"), _PARSERS, n=1)
-    hint = f"Did you mean {near[0]}?" if near else f"Settings: {', '.join(_PARSERS)}."
+    near = nearest(name.replace("-", "_"), _PARSERS)
+    hint = f"Did you mean {near}?" if near else f"Settings: {', '.join(_PARSERS)}."
     raise ConfigError(f"{origin + ': ' if origin else ''}unknown setting {name!r}.", hint=hint)
 
 
@@ -231,6 +231,17 @@ def _pseudonym(folder: Path) -> str:
         ) from error
 
 
+def absolute(data: Path) -> Path:
+    """A path to data that means the same in another folder.
+
+    Also where it is several in one, with weights: ``calls.jsonl:2,studio:0.5``.
+    """
+    if data.expanduser().exists():
+        return data.expanduser().absolute()
+    parts = (Path(part.strip()).expanduser().absolute() for part in str(data).split(","))
+    return Path(",".join(map(str, parts)))
+
+
 def set_value(name: str, words: Sequence[str]) -> Any:
     """Write one setting to ``config.toml``, given as on a command line; returns the parsed value.
 
@@ -240,7 +251,7 @@ def set_value(name: str, words: Sequence[str]) -> Any:
         ConfigError: Unknown name, unusable value, or a file that is broken already.
     """
     if name == "data":
-        words = [str(Path(word).expanduser().absolute()) for word in words]
+        words = [str(absolute(Path(word))) for word in words]
     elif len(words) > 1:
         raise ConfigError(f"{name} takes one value, not {len(words)}.")
     elif name == "signing_key" or (name == "hub" and Path(words[0]).expanduser().is_dir()):

@@ -129,10 +129,16 @@ class Console:
         if hint:
             self._say(self._paint(self._err, _CYAN, "Hint:") + " " + clean(hint, keep="\n"))
 
-    def progress(self, what: str, total: float | None = None, *, unit: str = "") -> Progress:
-        """A progress bar for ``total`` units of work (None: unknown), for a ``with`` block."""
-        stream = None if self.quiet else self._err
-        self._bar = Progress(clean(what), total, unit, stream, live=_is_terminal(self._err))
+    def progress(
+        self, what: str, total: float | None = None, *, unit: str = "", in_logs: bool = True
+    ) -> Progress:
+        """A progress bar for ``total`` units of work (None: unknown), for a ``with`` block.
+
+        Where there is no terminal it is a few lines, or nothing without ``in_logs``.
+        """
+        live = _is_terminal(self._err)
+        stream = None if self.quiet or not (live or in_logs) else self._err
+        self._bar = Progress(clean(what), total, unit, stream, live=live)
         return self._bar
 
     def finish(self) -> None:

@@ -22,6 +22,7 @@ from moshi_fl.errors import DataError
 
 MAX_FILE_BYTES = 1 << 20
 MAX_TOTAL_BYTES = 256 << 20
+NAMED = 3  # files named of those that are left out for one reason
 HELD_OUT = 0.1  # share of the files, or of a lone file's text
 SMALLEST_TEXT = 200  # characters; less cannot be split into two parts worth having
 
@@ -47,12 +48,51 @@ class Source:
         return hashlib.sha256(self.text.encode()).digest()
 
 
+class LeftOut:
+    """Files and folders that are passed over: how many, and the first few of them, by reason."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._names: dict[str, list[str]] = {}
+
+    def add(self, reason: str, name: str) -> None:
+        """Pass one over; ``name`` is its path within what the user named."""
+        self._counts[reason] += 1
+        names = self._names.setdefault(reason, [])
+        if len(names) < NAMED:
+            names.append(name)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of each reason, in order of reason."""
+        return dict(sorted(self._counts.items()))
+
+    @property
+    def names(self) -> dict[str, tuple[str, ...]]:
+        """The first few of each reason."""
+        return {reason: tuple(self._names[reason]) for reason in self.counts}
+
+
+def told_left_out(counts: Mapping[str, int], names: Mapping[str, Sequence[str]]) -> str:
+    """Such as ``4 clipped sound (a.wav, b.wav, c.wav, …); 1 symbolic link (x.wav)``."""
+    told = []
+    for reason, count in sorted(counts.items()):
+        few = [*names.get(reason, ())]
+        few += ["…"] if few and count > len(few) else []
+        told.append(f"{count} {reason} ({', '.join(few)})" if few else f"{count} {reason}")
+    return "; ".join(told)
+
+
 @dataclass(frozen=True)
 class Sources:
-    """What was taken, in order of name, and how many files or folders were left, by reason."""
+    """What was taken, in order of name, and what was left, by reason: how many, and the first few.
+
+    Files and folders count alike.
+    """
 
     taken: tuple[Source, ...]
     skipped: Mapping[str, int]
+    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -89,14 +129,14 @@ class _Walk:
     """One pass over a folder: files that may be read, and what was passed over."""
 
     max_file_bytes: int
-    skipped: Counter[str] = field(default_factory=Counter)
+    left: LeftOut = field(default_factory=LeftOut)
 
     def folder(self, folder: Path, prefix: str, ignores: list[_Ignore]) -> Iterator[_Found]:
         ignores = [*ignores, *_ignores_of(folder)]
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError:
-            self.skipped[UNREADABLE] += 1
+            self.left.add(UNREADABLE, prefix.rstrip("/") or folder.name)
             return
         for entry in entries:
             name = prefix + entry.name
@@ -107,16 +147,16 @@ class _Walk:
                 if reason is None:
                     yield from self.folder(Path(entry.path), name + "/", ignores)
                 elif reason:
-                    self.skipped[reason] += 1
+                    self.left.add(reason, name)
             elif _ignored(Path(entry.path), ignores, is_folder=False):
-                self.skipped[IGNORED] += 1
+                self.left.add(IGNORED, name)
             else:
                 yield from self.file(Path(entry.path), name)
 
     def file(self, path: Path, name: str) -> Iterator[_Found]:
         reason, size = self._judge(path)
         if reason:
-            self.skipped[reason] += 1
+            self.left.add(reason, name)
         else:
             yield _Found(path, name, size)
 
@@ -172,19 +212,22 @@ def read_sources(
             found.setdefault(file.path, file)
     limit = MAX_TOTAL_BYTES if max_bytes is None else max_bytes
     kept = _within_budget(list(found.values()), limit, seed)
-    walk.skipped[OVER_BUDGET] += len(found) - len(kept)
+    within_budget = {file.path for file in kept}
+    for file in found.values():
+        if file.path not in within_budget:
+            walk.left.add(OVER_BUDGET, file.name)
     texts: dict[bytes, Source] = {}
     for file in kept:
         source = _read(file, walk)
         if source and source.digest in texts:
-            walk.skipped[DUPLICATE] += 1
+            walk.left.add(DUPLICATE, source.name)
         elif source:
             texts[source.digest] = source
     taken = tuple(texts.values())
-    skipped = {reason: n for reason, n in sorted(walk.skipped.items()) if n}
+    left = walk.left
     if not taken:
-        raise DataError(f"No usable text under {_listed(paths)}.", hint=_why_nothing(skipped))
-    return Sources(taken, skipped)
+        raise DataError(f"No usable text under {_listed(paths)}.", hint=_why_nothing(left))
+    return Sources(taken, left.counts, left.names)
 
 
 def _find(path: Path, walk: _Walk) -> Iterator[_Found]:
@@ -267,11 +310,11 @@ def _read(file: _Found, walk: _Walk) -> Source | None:
         with file.path.open("rb") as stream:
             data = stream.read(walk.max_file_bytes + 1)
     except OSError:
-        walk.skipped[UNREADABLE] += 1
+        walk.left.add(UNREADABLE, file.name)
         return None
     reason = OVERSIZED if len(data) > walk.max_file_bytes else screening.content_reason(data)
     if reason:
-        walk.skipped[reason] += 1
+        walk.left.add(reason, file.name)
         return None
     return Source(file.name, data.decode("utf-8-sig").replace("\r\n", "\n"))
 
@@ -321,8 +364,8 @@ def _listed(paths: Sequence[Path]) -> str:
     return ", ".join(map(str, paths)) or "(no path given)"
 
 
-def _why_nothing(skipped: Mapping[str, int]) -> str:
-    if not skipped:
+def _why_nothing(left: LeftOut) -> str:
+    if not left.counts:
         return "The folder is empty; --data takes files and folders with source code."
-    reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
-    return f"Skipped: {reasons}. Give --data files or folders with source code."
+    reasons = told_left_out(left.counts, left.names)
+    return f"Left out: {reasons}. Give --data files or folders with source code."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
 from typing import Annotated, Any, Literal
@@ -12,6 +11,7 @@ from msgspec import Meta
 
 from moshi_fl.errors import ConfigError
 from moshi_fl.records import HubId, Name, Scalar, Text
+from moshi_fl.text import suggestion
 
 Positive = Annotated[int, Meta(ge=1)]
 PositiveFloat = Annotated[float, Meta(gt=0, le=1e30)]
@@ -172,10 +172,11 @@ def _located(message: str, text: str, name: str) -> ConfigError:
     unknown = re.search(r"unknown field `(.*)`", what)
     if unknown:
         path.append(unknown[1])
-        what = f"unknown key {unknown[1]!r}{_suggestion(path)}"
+        what = f"unknown key {unknown[1]!r}; {_suggestion(path)}"
     line = line_of(text, path)
     place = f"{name}, line {line}" if line else name
-    return ConfigError(f"{place}: {'.'.join(path)}: {what}.")
+    end = "" if unknown else "."
+    return ConfigError(f"{place}: {'.'.join(path)}: {what}{end}")
 
 
 def _suggestion(path: list[str]) -> str:
@@ -183,8 +184,7 @@ def _suggestion(path: list[str]) -> str:
     known = {field.name: field.type for field in msgspec.structs.fields(kind)}
     if len(path) > 1 and isinstance(known.get(path[0]), type):
         known = {field.name: field.type for field in msgspec.structs.fields(known[path[0]])}
-    near = difflib.get_close_matches(path[-1], known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
+    return suggestion(path[-1], known)
 
 
 def line_of(text: str, path: list[str]) -> int | None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+
+MOST_LISTED = 20  # words in an error
 
 _PLAIN = str.maketrans(
     {
@@ -40,6 +42,18 @@ class Percent(float):
 
     def __str__(self) -> str:
         return f"{_three_digits(float(self) * 100)} %"
+
+
+class Figure(float):
+    """A measured number, read with three digits: ``0.23``, ``17.4``, ``12,450``."""
+
+    def __str__(self) -> str:
+        value = float(self)
+        if not math.isfinite(value):
+            return str(value)
+        if abs(value) >= 1000:
+            return f"{value:,.0f}"
+        return f"{value:.3g}" if 0 < abs(value) < 0.1 else _three_digits(value)
 
 
 class Duration(float):
@@ -122,6 +136,29 @@ def human(value: object) -> str:
     if isinstance(value, list | tuple | set | frozenset):
         return ", ".join(map(human, value)) or "-"
     return clean(str(value))
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The one of ``known`` that is spelled most alike; empty when none is."""
+    import difflib  # takes longer to import than most commands take
+
+    return next(iter(difflib.get_close_matches(word, list(known), n=1)), "")
+
+
+def suggestion(word: str, known: Iterable[str], *, listed: str = "") -> str:
+    """What ends a sentence about an unknown word: the nearest, or else all that there are.
+
+    Args:
+        word: What is not known.
+        known: What is.
+        listed: Where to read of all of them, when they are too many to be listed here.
+    """
+    known = sorted(known)
+    many = listed and len(known) > MOST_LISTED
+    where = f"{listed} lists all {len(known)}." if many else ""
+    if near := nearest(word, known):
+        return f"did you mean {near!r}? {where}".rstrip()
+    return where or f"known: {', '.join(known)}."
 
 
 def words(key: str) -> str:

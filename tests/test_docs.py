@@ -31,6 +31,7 @@ from moshi_fl.models.speech.lm_config import LMConfig
 from moshi_fl.store import HUB_SETTINGS
 from moshi_fl.weights import save_weights, weights_digest
 from moshi_hub.cli import root as hub_root
+from moshi_hub.create import Plan, pages_of
 from moshi_hub.verify import REASONS
 from moshi_sdk.cli import root as sdk_root
 
@@ -114,6 +115,24 @@ def test_a_command_line_in_the_docs_is_understood(
         parse(words)
     except (click.MissingParameter, click.BadOptionUsage):
         assert not whole  # a mention in passing may leave out what a command needs
+
+
+@pytest.mark.parametrize("speaks", [False, True])
+def test_the_page_of_a_new_hub_speaks_of_its_own_family(
+    speaks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(click.Path, "convert", lambda *args: Path(args[1]))
+    plan = Plan(url="hub.git", family="speech" if speaks else "moc", preset="tiny", name="ours")
+    page = tmp_path / "README.md"
+    page.write_bytes(pages_of(plan, plan.url, speaks=speaks)["README.md"])
+    commands = [words for words, whole in command_lines(page) if whole]
+    for words in commands:
+        parse(words)
+    names = [words[1] for words in commands]
+    own = "speak" if speaks else "generate"
+    assert names == ["sync", "contribute", own, "audit", "merge"]
+    assert ("code" in page.read_text().split()) != speaks
+    assert ("dialogues" in page.read_text()) == speaks
 
 
 def test_a_wrong_command_line_would_be_noticed() -> None:

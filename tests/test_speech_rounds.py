@@ -13,10 +13,12 @@ import pytest
 import moshi_hub.cli
 import moshi_sdk.cli
 from moshi_fl.history import DELTA_FILE
+from moshi_fl.models.speech.dialogues import OTHER_FORMAT
 from moshi_fl.models.speech.model import ADAPTERS
 from moshi_fl.replica import Replica
 from moshi_fl.weights import tensors_in
 from tests.support.espeak import write_dialogues
+from tests.support.hubs import git
 from tests.support.releases import write_release
 
 COMMANDS = {"moshi-fl": moshi_sdk.cli.main, "moshi-hub": moshi_hub.cli.main}
@@ -30,6 +32,7 @@ def voices(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("voices")
     for number, name in enumerate((*PEOPLE, "held-out")):
         write_dialogues(folder / name, client=number, count=3, length=4)
+        (folder / name / "song.mp3").write_bytes(b"ID3")
     return folder
 
 
@@ -67,7 +70,7 @@ def sent_tensors(hub: Path, home: Path, made: dict[str, Any]) -> set[str]:
 
 @pytest.mark.slow
 def test_a_whole_round_of_the_tiny_preset(
-    hub: Path, voices: Path, tmp_path: Path, call: Call
+    hub: Path, voices: Path, tmp_path: Path, call: Call, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Three people with voices of their own train the whole model; what is merged is better."""
     made = call(
@@ -75,6 +78,7 @@ def test_a_whole_round_of_the_tiny_preset(
         "--eval-data", voices / "held-out",
     )  # fmt: skip
     assert made["model"] == "speech/tiny"
+    assert "recorded dialogues" in git(hub, "show", "main:README.md")
     for name in PEOPLE:
         own = voices / name  # of which one dialogue counts twice
         sent = call(
@@ -83,8 +87,15 @@ def test_a_whole_round_of_the_tiny_preset(
             "--steps", 30, "--contributor", name,
         )  # fmt: skip
         assert sent["loss_after"] < sent["loss_before"] - 1
+        (left,) = sent["data"]["left_out"]
+        assert left == {"reason": OTHER_FORMAT, "files": 1, "names": ["song.mp3"]}
+        assert f"left out: 1 {OTHER_FORMAT} (song.mp3)" in sent["said"]
+        assert sent["data"]["files"] == 3
         assert "text perplexity" in sent["said"]
         assert "codebook 1" in sent["said"]
+        told = sent["figures"]
+        assert {"text_perplexity", "word_perplexity", "codebook_1", "codebook_4"} <= set(told)
+        assert told["codebook_1"]["after"] < told["codebook_1"]["before"]
     merged = call("maintainer", "moshi-hub", "merge", "--hub", hub, "--publish")
     assert merged["contributions"] == 3
     assert merged["held_out_after"] < merged["held_out_before"] - 0.5
@@ -113,6 +124,9 @@ def test_a_whole_round_of_the_tiny_preset(
     assert said["round"] == 1
     refused = call("bob", "moshi-fl", "generate", "Hello", "--hub", hub, status=moshi_fl_failed())
     assert "does not continue a text" in json.dumps(refused)
+    capsys.readouterr()
+    assert COMMANDS["moshi-fl"](["generate", "Hello", "--hub", str(hub)]) == moshi_fl_failed()
+    assert capsys.readouterr().out == ""
 
 
 def moshi_fl_failed() -> int:
@@ -145,13 +159,21 @@ def test_adapters_alone_and_ttt_layers_alone(
         carried = sent_tensors(hub, tmp_path / "reader", sent)
         assert len(carried) > 10
         assert all(map(theirs, carried))
+        assert (sent["trained"], sent["tensors"]) == (part, len(carried))
+        assert f"topk; {part}: {len(carried)} of 135 tensors" in sent["said"]
         merged = call("maintainer", "moshi-hub", "merge", "--hub", hub, "--publish")
         assert merged["contributions"] == 1
+        (row,) = merged["table"]
+        assert row["trained"] == f"{part}: {len(carried)} of 135 tensors"
+        report = git(hub, "show", f"main:rounds/{merged['round']:04}/report.md")
+        assert f"| {row['trained']} |" in report
         assert merged["update"] == sent["delta"] < created["keyframe"] / 20
         assert merged["keyframe"] is None
         assert merged["held_out_after"] < merged["held_out_before"]
     audited = call("ann", "moshi-fl", "audit", "--hub", hub, "--all")
     assert [row["result"] for row in audited["rounds"]] == ["identical"] * 2
+    seen = call("ann", "moshi-fl", "status", "--hub", hub)
+    assert [row["trained"] for row in seen["contributions"]] == ["ttt", "lora"]
 
 
 def test_a_part_that_the_model_lacks_is_refused_before_anything_is_read(
@@ -175,6 +197,27 @@ def test_imported_files_are_a_hubs_beginning(hub: Path, tmp_path: Path, call: Ca
     snapshot = Replica(str(hub), tmp_path / "reader").pull()
     assert snapshot.state.config.training.trains == "lora"
     assert snapshot.state.config.family == "speech"
+
+
+@pytest.mark.slow
+def test_simulated_clients_train_a_part_of_a_model_with_other_settings(
+    voices: Path, call: Call
+) -> None:
+    about = (
+        "moshi-fl", "simulate", "--family", "speech", "--data", voices, "--clients", 2,
+        "--rounds", 1, "--steps", 3, "--split", "directory",
+    )  # fmt: skip
+    bytes_up = {
+        part: call("ann", *about, "--set", "ttt_layers=1", "--trains", part)["rounds"][1][
+            "bytes_up"
+        ]
+        for part in ("all", "ttt")
+    }
+    assert bytes_up["ttt"] < bytes_up["all"] / 3
+    refused = call("ann", *about, "--trains", "ttt", status=moshi_fl_failed())
+    assert "no part 'ttt' to train; parts: all, lora" in json.dumps(refused)
+    refused = call("ann", *about, "--set", "ttt_layer=1", status=moshi_fl_failed())
+    assert "did you mean 'ttt_layers'?" in json.dumps(refused)
 
 
 @pytest.mark.slow

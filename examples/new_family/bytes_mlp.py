@@ -113,6 +113,7 @@ class BytesTask:
             bytes=sources.bytes,
             tokens=len(training),
             skipped=sources.skipped,
+            left_out=sources.left_out,
         )
         return BytesCorpus(summary, split.fingerprint, training, held_out, self.config.span)
 

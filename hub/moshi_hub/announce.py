@@ -43,8 +43,7 @@ def announce(replica: Replica, found: OpenRound, record: Round | None = None) ->
     news = [v for v in found.verdicts if not (v.contribution and v.contribution.id in taken)]
     if record:
         news = [verdict for verdict in news if not verdict.accepted]
-    shown, commits = found.offers.pull_requests, found.offers.branches
-    return problems + tell_verdicts(found.offers.forge, news, shown, commits)
+    return problems + tell_verdicts(found, news)
 
 
 def announce_past(
@@ -65,34 +64,26 @@ def announce_past(
     return problems, taken
 
 
-def tell_verdicts(
-    forge: Forge,
-    verdicts: Iterable[Verdict],
-    pull_requests: Mapping[str, Proposal],
-    commits: Mapping[str, str],
-) -> list[str]:
+def tell_verdicts(found: OpenRound, verdicts: Iterable[Verdict]) -> list[str]:
     """Comment on, label and mark each judged pull request.
 
     Args:
-        forge: Where they are.
-        verdicts: What the gate says.
-        pull_requests: Those there are, by branch.
-        commits: Branch to the commit that was judged.
+        found: The open round.
+        verdicts: Those of its verdicts that are news.
 
     Returns:
         What the forge refused, in words.
     """
     problems: list[str] = []
     for verdict in verdicts:
-        proposal = pull_requests.get(verdict.branch)
+        proposal = found.offers.pull_requests.get(verdict.branch)
         if proposal and verdict.is_settled:
-            _tell(forge, verdict, proposal, commits[verdict.branch], problems)
+            _tell(found, verdict, proposal, problems)
     return problems
 
 
-def _tell(
-    forge: Forge, verdict: Verdict, proposal: Proposal, commit: str, problems: list[str]
-) -> None:
+def _tell(found: OpenRound, verdict: Verdict, proposal: Proposal, problems: list[str]) -> None:
+    forge, commit = found.offers.forge, found.offers.branches[verdict.branch]
     if verdict.accepted and _is_measured(forge, commit, problems):
         return
     number, word = proposal.number, ACCEPTED if verdict.accepted else REJECTED
@@ -100,7 +91,9 @@ def _tell(
     status = Status(CHECK, "success" if verdict.accepted else "failure", first)
     _try(problems, lambda: forge.set_status(commit, status))
     signer = _signer(forge, verdict, proposal.author, problems)
-    _try(problems, lambda: forge.say(number, verdict_text(verdict, signer), marker=VERDICT))
+    trained = found.trained.get(verdict.contribution.id, "") if verdict.contribution else ""
+    text = verdict_text(verdict, signer, trained)
+    _try(problems, lambda: forge.say(number, text, marker=VERDICT))
     missing, wrong = {word} - {*proposal.labels}, ({*STATES} - {word}) & {*proposal.labels}
     _try(problems, lambda: forge.label(number, [*missing], remove=sorted(wrong)))
 

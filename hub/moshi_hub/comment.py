@@ -28,15 +28,16 @@ HEADS = {
 }
 
 
-def verdict_text(verdict: Verdict, signer: str = "") -> str:
+def verdict_text(verdict: Verdict, signer: str = "", trained: str = "") -> str:
     """What is said when only the gate has judged.
 
     Args:
         verdict: What the gate says.
         signer: A sentence about the key.
+        trained: What of the model the delta changes.
     """
     head = HEADS["accepted"] if verdict.accepted else f"{HEADS['rejected']} by the gate."
-    parts = [head, _findings(verdict.findings), _table(verdict, None, 0, 0), signer]
+    parts = [head, _findings(verdict.findings), _table(verdict, trained, None, 0, 0), signer]
     if verdict.accepted:
         parts.append("The next round takes it, if evaluators find that it does no harm.")
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -57,7 +58,9 @@ def results_text(results: Results, verdict: Verdict, signer: str = "", hub: str 
     parts = [
         _head(results),
         _findings(verdict.findings),
-        _table(verdict, first if results.outcome != "disputed" else None, k, n),
+        _table(
+            verdict, results.gate.trained, first if results.outcome != "disputed" else None, k, n
+        ),
         signer,
         _ending(results),
         _details(results, verdict.contribution, hub),
@@ -102,7 +105,7 @@ def _findings(findings: Sequence[Finding]) -> str:
     )
 
 
-def _table(verdict: Verdict, measured: Measurement | None, k: int, n: int) -> str:
+def _table(verdict: Verdict, trained: str, measured: Measurement | None, k: int, n: int) -> str:
     record = verdict.contribution
     if record is None:
         return ""
@@ -112,6 +115,8 @@ def _table(verdict: Verdict, measured: Measurement | None, k: int, n: int) -> st
         "size": str(Size(record.delta.bytes)),
         "base": f"round {record.round}",
     }
+    if trained:
+        cells["trained"] = markdown(trained)
     if measured:
         cells = _measured(measured) | {"attestations": f"{k} of {n}"} | cells
     elif n:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 import msgspec
 
 import moshi_fl
-from moshi_fl.errors import ConfigError, HubError
+from moshi_fl.errors import ConfigError, HubError, MoshiError
 from moshi_fl.forge import Repository
 from moshi_fl.history import HUB_FILE, MAIN, PREFIXES, TOKENIZER_FILE, Refs, round_path
 from moshi_fl.hubfile import VocabularyRules, parse_hubfile
@@ -48,6 +50,22 @@ VERBATIM = (
     *(f".github/workflows/{name}.yml" for name in WORKFLOWS),
 )
 """Those that are taken as they are."""
+_WORDS = {
+    "tokenizer": "how text becomes tokens",
+    "contribute": "    moshi-fl contribute --hub URL --data ~/code    # train it on your code and "
+    "send a delta",
+    "use": "    moshi-fl generate --hub URL 'The '             # let it continue a text",
+    "install": "pip install moshi-fl",
+}
+"""What ``README.md`` says of a model that writes."""
+_SPEECH_WORDS = {
+    "tokenizer": "how the words that it says become tokens (a SentencePiece model)",
+    "contribute": "    moshi-fl contribute --hub URL --data ~/calls   # train it on your recorded "
+    "dialogues and send a delta",
+    "use": "    moshi-fl speak --hub URL --in a.wav --out b.wav   # let it answer a voice",
+    "install": "pip install 'moshi-fl[speech]'",
+}
+"""The same of one that speaks."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +106,7 @@ def create(plan: Plan, home: Path, preset: Preset | None = None) -> Snapshot:
     """
     from moshi_fl.models import get_family, get_preset
     from moshi_fl.models.common import require_part
+    from moshi_fl.models.family import Speaks
     from moshi_fl.models.folder import read_folder, require_weights_of
 
     given, upstream = read_folder(plan.source) if plan.source else None, plan.beginning
@@ -106,37 +125,40 @@ def create(plan: Plan, home: Path, preset: Preset | None = None) -> Snapshot:
     begun = given or upstream
     if begun:
         require_weights_of(task, begun.weights)
-    if is_local(plan.url):
-        create_hub(Path(plan.url.removeprefix("file://")).expanduser())
+    folder = Path(plan.url.removeprefix("file://")).expanduser() if is_local(plan.url) else None
     replica = Replica(plan.url, home)
-    _refuse_used(replica.repo)
-    replica.forget()
-    replica.repo.prepare()
-    weights = begun.weights if begun else task.initial_weights(plan.seed)
-    if plan.eval_data:
-        replica.folder.mkdir(parents=True, exist_ok=True)
-        store_pool(replica, config, preset.tokenizer, plan.eval_data, weights)
-    record = Round(
-        hub=config.hub.id,
-        round=0,
-        previous=None,
-        weights=weights_digest(weights),
-        parameters=count_parameters(weights),
-        tokenizer=sha256_bytes(preset.tokenizer),
-        vocabulary_tensors=task.vocabulary_tensors,
-        strategy=upstream.origin.strategy if upstream else None,
-        created=utc_now(),
-        software=software(),
-    )
-    keys = KeyStore(home, config.hub.id, passphrase=lambda _: plan.passphrase)
-    signers = {role: keys.create(role, plan.passphrase) for role in ROLES}
+    with _left_as_found(replica.repo, folder):
+        if folder:
+            create_hub(folder)
+        _refuse_used(replica.repo)
+        replica.forget()
+        replica.repo.prepare()
+        weights = begun.weights if begun else task.initial_weights(plan.seed)
+        if plan.eval_data:
+            replica.folder.mkdir(parents=True, exist_ok=True)
+            store_pool(replica, config, preset.tokenizer, plan.eval_data, weights)
+        record = Round(
+            hub=config.hub.id,
+            round=0,
+            previous=None,
+            weights=weights_digest(weights),
+            parameters=count_parameters(weights),
+            tokenizer=sha256_bytes(preset.tokenizer),
+            vocabulary_tensors=task.vocabulary_tensors,
+            strategy=upstream.origin.strategy if upstream else None,
+            created=utc_now(),
+            software=software(),
+        )
+        keys = KeyStore(home, config.hub.id, passphrase=lambda _: plan.passphrase)
+        signers = {role: keys.create(role, plan.passphrase) for role in ROLES}
 
-    def sign(files: Mapping[str, bytes], _: int) -> Mapping[str, bytes]:
-        return first_metadata(files, signers, keys, config.trust)
+        def sign(files: Mapping[str, bytes], _: int) -> Mapping[str, bytes]:
+            return first_metadata(files, signers, keys, config.trust)
 
-    with replica.workspace() as folder:
-        paths = keyframe_files(weights, folder / "keyframe")
-        _push_first(replica.repo, plan, hubfile, record, preset.tokenizer, paths, sign)
+        with replica.workspace() as workspace:
+            paths = keyframe_files(weights, workspace / "keyframe")
+            pages = pages_of(plan, replica.repo.shown_url, speaks=isinstance(task, Speaks))
+            _push_first(replica.repo, plan, hubfile, record, preset.tokenizer, paths, pages, sign)
     return replica.pull()
 
 
@@ -151,6 +173,28 @@ def _with_tokenizer(name: str, preset: Preset, tokenizer: bytes) -> Preset:
             hint="Leave out --tokenizer, or choose --family moc or speech.",
         )
     return family.with_tokenizer(preset, tokenizer)
+
+
+@contextmanager
+def _left_as_found(repo: HubRepo, folder: Path | None) -> Iterator[None]:
+    """Take away what was made in a hub's folder if the block fails and nothing was published."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()] if folder else []
+    was_empty = folder is not None and folder.is_dir() and not any(folder.iterdir())
+    try:
+        yield
+    except BaseException:
+        if folder and (made or was_empty) and not _published(repo):
+            for path in made[-1:] if made else folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        raise
+
+
+def _published(repo: HubRepo) -> bool:
+    """Whether somebody, be it another process, has put something there; where unsure, yes."""
+    try:
+        return bool(repo.remote_refs())
+    except MoshiError:
+        return True
 
 
 def _refuse_used(repo: HubRepo) -> None:
@@ -169,6 +213,7 @@ def _push_first(
     record: Round,
     tokenizer: bytes,
     keyframe: Sequence[Path],
+    pages: Mapping[str, bytes],
     sign: Sign,
 ) -> None:
     by, refs, when = author(plan.maintainer), Refs(plan.prefix), seconds(record.created)
@@ -178,7 +223,7 @@ def _push_first(
     signed = latest_files(manifest, hubfile.encode(), tokenizer)
     latest = commit_latest(repo, manifest, {**signed, **sign(signed, 0)}, by)
     texts = {
-        **pages_of(plan, repo.shown_url),
+        **pages,
         HUB_FILE: hubfile.encode(),
         TOKENIZER_FILE: tokenizer,
         round_path(0): dump(record),
@@ -205,15 +250,17 @@ def _first_commit(
     return repo.commit(tree, message=message, author=by, when=when)
 
 
-def pages_of(plan: Plan, url: str) -> dict[str, bytes]:
+def pages_of(plan: Plan, url: str, *, speaks: bool = False) -> dict[str, bytes]:
     """Files for people on main, and on a GitHub those for its jobs.
 
     Args:
         plan: What is wanted.
         url: The hub's address as people may see it.
+        speaks: Whether its model listens and speaks, instead of writing.
     """
     where = plan.repository
     values = {"name": plan.name, "family": plan.family, "url": url, "badge": ""}
+    values |= _SPEECH_WORDS if speaks else _WORDS
     if where is None:
         return {"README.md": render("README.md", **values).encode()}
     runs = f"{where.web}/{where.slug}/actions/workflows/merge.yml"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from moshi_fl.aggregate import get_strategy
@@ -41,6 +42,7 @@ from moshi_hub.publish import (
 from moshi_hub.report import Findings, pull_request_body, round_report
 from moshi_hub.samples import Sampler, Samples
 from moshi_hub.selection import Candidate, Selection, select
+from moshi_hub.trained import trained_parts
 from moshi_hub.verify import Rules, Verdict
 
 
@@ -87,6 +89,12 @@ class OpenRound:
         """Signature of each accepted contribution's record, by id."""
         accepted = (v for v in self.verdicts if v.accepted)
         return {v.contribution.id: v.signature for v in accepted if v.contribution}
+
+    @cached_property
+    def trained(self) -> dict[str, str]:
+        """What of the model each contribution changes whose delta could be read, by id."""
+        carried = {v.contribution.id: v.carried for v in self.verdicts if v.contribution}
+        return trained_parts(self.rules.config, self.snapshot.state.tokenizer, carried)
 
 
 Gate = Callable[[OpenRound, Path], Decided | None]
@@ -373,6 +381,7 @@ def findings_on(
         verdicts=found.verdicts,
         waiting=waiting,
         excluded=[entry for entry in found.accepted if entry.id not in settled],
+        trained=found.trained,
         drift=drifts(base, proposal.weights),
         samples=samples,
         address="" if is_local(replica.url) else replica.repo.shown_url,

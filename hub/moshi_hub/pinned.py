@@ -51,8 +51,10 @@ class Pinned:
     def as_result(self) -> bytes:
         """The verdict as a file for other jobs."""
         number = self.proposal.number if self.proposal else 0
-        rules = self.found.rules
-        return gate_result(rules.config.hub.id, rules.round, self.verdict, self.head, number)
+        rules, entry = self.found.rules, self.verdict.contribution
+        trained = self.found.trained.get(entry.id, "") if entry else ""
+        hub, round_ = rules.config.hub.id, rules.round
+        return gate_result(hub, round_, self.verdict, self.head, number, trained)
 
 
 @contextmanager

@@ -6,8 +6,8 @@ Everything a contributor chose is escaped: it may hold anything.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from moshi_fl.evidence import MICRO, Credit
 from moshi_fl.forge.github import MAX_BODY
@@ -23,8 +23,8 @@ from moshi_hub.verify import Verdict
 
 MAX_ROWS = 200
 ACCEPTED = (
-    "| contribution | contributor | base | examples | weight | verdict | credit | claims | size |",
-    "|---|---|--:|--:|--:|---|--:|--:|--:|",
+    "| contribution | contributor | base | trained | examples | weight | verdict | credit "
+    "| claims | size |\n|---|---|--:|---|--:|--:|---|--:|--:|--:|"
 )
 FEWER_ROWS = (MAX_ROWS, 100, 50, 20, 10, 5, 2)
 
@@ -38,6 +38,7 @@ class Findings:
         verdicts: What the gate said of every open contribution.
         waiting: Accepted contributions that the round leaves for the next.
         excluded: Accepted contributions that the maintainer leaves out.
+        trained: What of the model each contribution changes, by id.
         drift: How far each layer moves.
         samples: What the model says before and after.
         address: Where everybody finds the hub; empty when that is a path on this machine.
@@ -47,6 +48,7 @@ class Findings:
     verdicts: Sequence[Verdict]
     waiting: Sequence[Contribution] = ()
     excluded: Sequence[Contribution] = ()
+    trained: Mapping[str, str] = field(default_factory=dict)
     drift: Sequence[drift.Drift] = ()
     samples: samples.Samples = samples.NOTHING
     address: str = ""
@@ -64,7 +66,7 @@ def round_report(found: Findings, rows: int = MAX_ROWS) -> str:
     parts = [
         f"# Round {proposal.record.round}\n",
         _summary(proposal.record),
-        _accepted(proposal, rows),
+        _accepted(proposal, found.trained, rows),
         disputes.disputes(proposal.decided, taken, rows),
         _listed("Left out by the maintainer", found.excluded, rows),
         _rejected([verdict for verdict in found.verdicts if not verdict.accepted], rows),
@@ -103,7 +105,7 @@ def _summary(record: Round) -> str:
     )
 
 
-def _accepted(proposal: Proposal, rows: int) -> str:
+def _accepted(proposal: Proposal, trained: Mapping[str, str], rows: int) -> str:
     record, decided = proposal.record, proposal.decided
     if not record.contributions:
         return ""
@@ -111,12 +113,13 @@ def _accepted(proposal: Proposal, rows: int) -> str:
     verdicts = decided.verdicts if decided else None
     # What the ledger of the round will say; the digest of the one before does not show here.
     ledger = ledger_of(record, None, proposal.contributions, verdicts).entries
-    lines = ["## Accepted\n", *ACCEPTED]
+    lines = ["## Accepted\n", ACCEPTED]
     for merged, credit in list(zip(record.contributions, ledger, strict=True))[:rows]:
         entry = proposal.contributions[merged.id]
         metrics = entry.metrics
         lines.append(
             f"| {merged.id[:12]} | {markdown(entry.contributor)} | {merged.base_round} "
+            f"| {trained.get(merged.id, '-')} "
             f"| {entry.num_examples:,} | {merged.weight / total:.1%} "
             f"| {credit.outcome} | {_credit(credit)} "
             f"| {_loss(metrics.held_out_before)} to {_loss(metrics.held_out_after)} "
@@ -124,8 +127,9 @@ def _accepted(proposal: Proposal, rows: int) -> str:
         )
     lines.append(cut(len(record.contributions), rows))
     lines.append(
-        "Credit: measured gain on held-out data, in nats per token. Claims: the contributor's own "
-        "loss, before and after."
+        "Trained: the part of the model that the delta changes, by the tensors in it. Credit: "
+        "measured gain on held-out data, in nats per token. Claims: the contributor's own loss, "
+        "before and after."
     )
     return "\n".join(lines) + "\n"
 

@@ -65,6 +65,7 @@ class GateResult(Record, frozen=True, kw_only=True):
     contribution: Contribution | None = None
     norm: float | None = None
     signed: bool = False
+    trained: Text = ""
 
 
 class Measurement(Record, frozen=True, kw_only=True):
@@ -129,8 +130,10 @@ class Results:
         return "rejected" if outcome == "reject" else outcome
 
 
-def gate_result(hub: str, number: int, verdict: Verdict, head: str, pull_request: int) -> bytes:
-    """A verdict as a file for other jobs."""
+def gate_result(
+    hub: str, number: int, verdict: Verdict, head: str, pull_request: int, trained: str = ""
+) -> bytes:
+    """A verdict as a file for other jobs; ``trained`` is what of the model the delta changes."""
     record = GateResult(
         hub=hub,
         round=number,
@@ -144,6 +147,7 @@ def gate_result(hub: str, number: int, verdict: Verdict, head: str, pull_request
         contribution=verdict.contribution,
         norm=verdict.norm,
         signed=bool(verdict.signature),
+        trained=trained,
     )
     return dump(record)
 

@@ -125,6 +125,8 @@ class Verdict:
     norm: float | None = None
     signature: bytes = b""
     """The record's, as it was sent; empty when the record or it was refused."""
+    carried: tuple[str, ...] = ()
+    """Names of the tensors that the delta carries, all of them the model's; empty when refused."""
 
     @property
     def accepted(self) -> bool:
@@ -164,10 +166,9 @@ def verify(submission: Submission, rules: Rules, first: Verdict | None = None) -
     if submission.unreadable:
         return replace(first, findings=(Finding("unreadable", submission.unreadable),))
     findings = _check_delta_commit(submission, first.contribution)
-    norm = None
-    if not findings and submission.delta:
-        findings, norm = _check_delta(submission.delta, first.contribution, rules)
-    return replace(first, findings=tuple(findings), norm=norm)
+    if findings or submission.delta is None:
+        return replace(first, findings=tuple(findings))
+    return _check_delta(submission.delta, first, first.contribution, rules)
 
 
 def check_branch(branch: str, rules: Rules) -> list[Finding]:
@@ -316,17 +317,16 @@ def _matches(path: Path, location: Location) -> bool:
     return path.stat().st_size == file.bytes and sha256_file(path) == file.sha256
 
 
-def _check_delta(
-    path: Path, contribution: Contribution, rules: Rules
-) -> tuple[list[Finding], float | None]:
+def _check_delta(path: Path, first: Verdict, contribution: Contribution, rules: Rules) -> Verdict:
     codec = get_codec(rules.config.delta.codec, rules.config.delta.options)
     try:
         delta = Delta.open(path, rules.bases[contribution.round].shapes, codec)
     except DeltaProblem as problem:
-        return [Finding(problem.code, str(problem))], None
+        return replace(first, findings=(Finding(problem.code, str(problem)),))
     norm, limit = delta.norm(), rules.config.delta.max_norm
+    findings: tuple[Finding, ...] = ()
     if norm == 0.0:
-        return [Finding("zero-delta", "every value of the delta is zero.")], norm
-    if norm > limit:
-        return [Finding("over-norm", f"its norm is {norm:.4g}; the limit is {limit:.4g}.")], norm
-    return [], norm
+        findings = (Finding("zero-delta", "every value of the delta is zero."),)
+    elif norm > limit:
+        findings = (Finding("over-norm", f"its norm is {norm:.4g}; the limit is {limit:.4g}."),)
+    return replace(first, findings=findings, norm=norm, carried=delta.names)

@@ -72,6 +72,7 @@ class CharTask:
             bytes=sources.bytes,
             tokens=len(tokens),
             skipped=sources.skipped,
+            left_out=sources.left_out,
             proposed_characters=self.vocabulary.missing(counts)[:MAX_PROPOSED],
         )
         return CharCorpus(split, summary, tokens, self.config.context)

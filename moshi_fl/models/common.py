@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 
 from moshi_fl.errors import ConfigError, CorruptRecord
 from moshi_fl.models.family import ReadsWithModel, Task, TrainsInParts
+from moshi_fl.text import suggestion
 from moshi_fl.weights import Weights
 
 Settings = TypeVar("Settings")
+KEYS_LISTED = "hub/README.md, under [model],"  # what tells of all settings of a family
 _SHOWN = 10
 
 
@@ -123,6 +126,44 @@ def train_only(task: object, module: nn.Module, part: str) -> None:
         task.only(module, part)
 
 
+@dataclass(frozen=True)
+class TrainedPart:
+    """What of a model a delta changes.
+
+    Attributes:
+        name: The smallest part that has all the tensors that it carries.
+        tensors: How many they are.
+        of: How many tensors of the model can learn.
+    """
+
+    name: str
+    tensors: int
+    of: int
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.tensors:,} of {self.of:,} tensors"
+
+
+def trained_part(task: Task) -> Callable[[Collection[str]], TrainedPart]:
+    """What tells, by the names of the tensors that a delta carries, what of the model it changes.
+
+    The model is not made for it.
+    """
+    with torch.device("meta"):
+        module = task.build()
+    learning: dict[str, set[str]] = {}
+    for part in task.parts if isinstance(task, TrainsInParts) else ("all",):
+        train_only(task, module, part)
+        learning[part] = {n for n, tensor in weight_tensors(module).items() if tensor.requires_grad}
+    smallest_first = sorted(learning, key=lambda part: len(learning[part]))
+
+    def find(carried: Collection[str]) -> TrainedPart:
+        fitting = (part for part in smallest_first if learning[part].issuperset(carried))
+        return TrainedPart(next(fitting, "all"), len(carried), len(learning["all"]))
+
+    return find
+
+
 def able_to_read(task: Task, weights: Callable[[], Weights]) -> Task:
     """The task, with what it needs of the model's weights to read data."""
     return task.reading_with(weights()) if isinstance(task, ReadsWithModel) else task
@@ -133,6 +174,18 @@ def device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
+def require_known(table: Iterable[str], known: Iterable[str], *, name: str) -> None:
+    """Whether a table has only keys that it may have.
+
+    Raises:
+        ConfigError: It has others; names the first, and what may be meant.
+    """
+    known = set(known)
+    for key in sorted(set(table) - known):
+        ending = suggestion(key, known, listed=KEYS_LISTED)
+        raise ConfigError(f"{name}: unknown key {key!r}; {ending}")
+
+
 def settings_from(kind: type[Settings], table: Mapping[str, Any], *, name: str) -> Settings:
     """A configuration dataclass from a TOML table.
 
@@ -140,10 +193,7 @@ def settings_from(kind: type[Settings], table: Mapping[str, Any], *, name: str) 
         ConfigError: A key is unknown or missing; the dataclass itself checks the values.
     """
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    unknown = sorted(set(table) - set(fields))
-    if unknown:
-        known = ", ".join(sorted(fields))
-        raise ConfigError(f"{name}: unknown key {unknown[0]!r}; known: {known}.")
+    require_known(table, fields, name=name)
     missing = [key for key, field in fields.items() if key not in table and _required(field)]
     if missing:
         raise ConfigError(f"{name}: {missing[0]!r} is missing.")

@@ -7,7 +7,7 @@ See ``examples/`` for a complete family in one short file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from moshi_fl.models.speech.mimi import Mimi
 
 Table = Mapping[str, Any]
+Hear = Callable[[float, float], None]
+"""Is told how much of something is done, and how much there is, in seconds of sound."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class DataSummary:
     tokens: int
     skipped: Mapping[str, int] = field(default_factory=dict)
     """Reason to number of files, such as ``{"binary": 3, "looks like a secret": 1}``."""
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Reason to the names of the first few of them."""
     proposed_characters: str = ""
     """Characters in the data that the vocabulary lacks, most frequent first."""
 
@@ -222,6 +226,15 @@ class ReadsWithModel(Protocol):
 
     def reading_with(self, weights: Weights) -> Task:
         """The same task, able to read."""
+        ...
+
+
+@runtime_checkable
+class TellsOfReading(Protocol):
+    """A task that takes long to read data, and can tell how far it is."""
+
+    def telling(self, hear: Hear) -> Task:
+        """The same task, which calls ``hear`` while it reads; not where there is nothing to do."""
         ...
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from moshi_fl.errors import ConfigError
-from moshi_fl.models.common import require_counts, require_fractions
+from moshi_fl.models.common import KEYS_LISTED, require_counts, require_fractions
+from moshi_fl.text import suggestion
 
 Collaboration = Literal["none", "simple", "moc"]
 CheckpointPolicy = Literal["none", "ffn", "block"]
@@ -122,7 +122,8 @@ class MocConfig:
         kinds = {field.name: str(field.type) for field in fields(cls)}
         for key, value in values.items():
             if key not in kinds:
-                raise ConfigError(f"model: unknown key {key!r}{_nearest(key, kinds)}.")
+                ending = suggestion(key, [*kinds, *_REFERENCE_ONLY], listed=KEYS_LISTED)
+                raise ConfigError(f"model: unknown key {key!r}; {ending}")
             values[key] = _as_kind(key, value, kinds[key])
         if values.get("n_kv_heads", 0) is None:
             values["n_kv_heads"] = values.get("n_heads", cls.n_heads)
@@ -168,11 +169,6 @@ def _number(value: object) -> float:
     """The number, or one that no rule accepts."""
     finite = type(value) in {int, float} and abs(value) < float("inf")  # type: ignore[arg-type]
     return value if finite else -1.0  # type: ignore[return-value]
-
-
-def _nearest(key: str, known: Mapping[str, str]) -> str:
-    near = difflib.get_close_matches(key, [*known, *_REFERENCE_ONLY], n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
 
 
 def _as_kind(key: str, value: object, kind: str) -> object:

@@ -82,6 +82,7 @@ class MocTask:
             bytes=sources.bytes,
             tokens=len(tokens),
             skipped=sources.skipped,
+            left_out=sources.left_out,
         )
         return TokenCorpus(tokens, self.config.max_seq_len, summary, split)
 

@@ -7,7 +7,6 @@ that YAML 1.1 leaves as text (``1e6``) are numbers.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import yaml
 
 from moshi_fl.errors import ConfigError
+from moshi_fl.text import suggestion
 from moshi_fl.train.recipe import Recipe
 
 MAX_BYTES = 1 << 18
@@ -161,9 +161,7 @@ def _change(table: dict[str, Any], change: str) -> None:
 def _checked(key: str, value: Any, where: str) -> Any:
     kinds = {field.name: str(field.type) for field in dataclasses.fields(Settings)}
     if key not in kinds:
-        near = difflib.get_close_matches(key, kinds, n=1)
-        known = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(kinds)}."
-        raise ConfigError(f"{where}: unknown key {key!r}; {known}")
+        raise ConfigError(f"{where}: unknown key {key!r}; {suggestion(key, kinds)}")
     try:
         return _CONVERTERS[kinds[key]](value)
     except (ValueError, OverflowError) as error:

@@ -7,7 +7,7 @@ train (in a Flower ``ClientApp``), measure, encode, sign, send.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -17,18 +17,20 @@ from msgspec import UnsetType
 import moshi_fl
 from moshi_fl.codec import get_codec
 from moshi_fl.codec.delta import delta_bytes, encode_delta
+from moshi_fl.config import absolute
 from moshi_fl.config import home as default_home
+from moshi_fl.data import told_left_out
 from moshi_fl.errors import ConfigError, Rejected, TrainingError
 from moshi_fl.feedback import Feedback
 from moshi_fl.history import HubState
 from moshi_fl.hubfile import HubConfig
-from moshi_fl.models.common import able_to_read, require_part
+from moshi_fl.models.common import able_to_read, require_part, trained_part
 from moshi_fl.models.family import (
     Corpus,
     DataSummary,
     Explains,
-    ReadsWithModel,
     Task,
+    TellsOfReading,
     Windowed,
 )
 from moshi_fl.policy import NO_DEMANDS, Policy
@@ -46,12 +48,13 @@ from moshi_fl.submit import (
     signature_of,
     submit,
 )
+from moshi_fl.text import Figure
 from moshi_fl.train import Progress, Recipe
 from moshi_fl.weights import Array, Weights, open_weights, save_weights, write_atomic
 from moshi_sdk.identity import before_sending, check_key
 from moshi_sdk.planning import Options, make_plan, recipe_of
 from moshi_sdk.privacy import BUDGET, Account, run_name, stated
-from moshi_sdk.runs import Run, RunPlan, Runs
+from moshi_sdk.runs import Change, Run, RunPlan, Runs
 from moshi_sdk.sync import SyncManager
 
 __all__ = ["Listener", "Options", "Outcome", "contribute", "discard", "load_task", "resume"]
@@ -70,6 +73,10 @@ class Listener(Protocol):
         """A training step is done."""
         ...
 
+    def reading(self, done: float, total: float) -> None:
+        """So many seconds of sound are encoded, of so many; nothing where all are known."""
+        ...
+
 
 class Silent:
     """A listener that hears nothing."""
@@ -79,6 +86,9 @@ class Silent:
 
     def step(self, progress: Progress) -> None:
         """Ignore a step."""
+
+    def reading(self, done: float, total: float) -> None:
+        """Ignore a piece of sound."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,9 @@ class Outcome:
         note: What the hub's having moved on meant for it, if it had.
         url: Its pull request, or the page on which one can be opened; empty without a forge.
         problem: Why there is no pull request, where there should be one.
+        trained: Which part of the model was trained.
+        tensors: How many tensors the delta carries; None when it is no longer on this machine.
+        figures: What its family can tell beside the loss, before and after, by name.
     """
 
     contribution: Contribution
@@ -100,6 +113,9 @@ class Outcome:
     note: str = ""
     url: str = ""
     problem: str = ""
+    trained: str = "all"
+    tensors: int | None = None
+    figures: Mapping[str, Change] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -155,7 +171,7 @@ def contribute(
     signer = own_signer(home, options.key, interactive=options.interactive)
     snapshot = manager.pull()
     listener.stage("sync", _whence(snapshot))
-    task = able_to_read(load_task(snapshot.state), snapshot.load)
+    task = _told_of(able_to_read(load_task(snapshot.state), snapshot.load), listener)
     if options.privacy and not isinstance(task, Windowed):
         raise ConfigError(
             f"models of the family {snapshot.state.config.family} cannot be trained with "
@@ -163,9 +179,7 @@ def contribute(
             hint="leave out --dp",
         )
     require_part(task, options.trains or snapshot.state.config.training.trains)
-    paths = tuple(_absolute(Path(path)) for path in data)
-    if isinstance(task, ReadsWithModel):
-        listener.stage("data", "reading; what is new is encoded first, which may take a while")
+    paths = tuple(absolute(Path(path)) for path in data)
     corpus = task.read(paths, seed=0, max_bytes=options.max_bytes)
     listener.stage("data", describe(corpus.summary))
     plan = make_plan(snapshot, task, corpus, paths, options, signer.public_key)
@@ -220,6 +234,7 @@ def resume(  # noqa: PLR0913 - one parameter an option
     listener.stage("sync", f"{_whence(snapshot)}; resuming from round {run.plan.base_round}")
     tokenizer = run.tokenizer.read_bytes() if run.tokenizer.exists() else None
     task = able_to_read(load_task(snapshot.state, tokenizer), lambda: open_weights(run.base))
+    task = _told_of(task, listener)
     account = Account(home, snapshot.state.config.hub.id)
     shared = (manager.replica, snapshot, task, run, listener, signer)
     work = _Work(*shared, account, privacy_budget)
@@ -236,13 +251,9 @@ def discard(hub: str, *, home: Path | None = None) -> RunPlan:
     return Runs(manager.replica.folder / "runs").discard().plan
 
 
-def _absolute(path: Path) -> Path:
-    """A path that means the same in another folder; also where it lists several with weights."""
-    path = path.expanduser()
-    if path.exists():
-        return path.resolve()
-    parts = (Path(part.strip()).expanduser().absolute() for part in str(path).split(","))
-    return Path(",".join(map(str, parts)))
+def _told_of(task: Task, listener: Listener) -> Task:
+    """The task, whose listener hears how far its reading is."""
+    return task.telling(listener.reading) if isinstance(task, TellsOfReading) else task
 
 
 def _whence(snapshot: Snapshot) -> str:
@@ -263,7 +274,7 @@ def describe(summary: DataSummary) -> str:
     """One line about what was taken and what was left."""
     files = "1 file" if summary.files == 1 else f"{summary.files} files"
     text = f"{files}, {summary.bytes:,} bytes, {summary.tokens:,} tokens"
-    left = ", ".join(f"{count} {reason}" for reason, count in sorted(summary.skipped.items()))
+    left = told_left_out(summary.skipped, summary.left_out)
     return f"{text}; left out: {left}" if left else text
 
 
@@ -274,8 +285,9 @@ def _finish(work: _Work, dry_run: bool) -> Outcome:
         if contribution is None:
             contribution = _train_and_encode(work)
         if dry_run:
-            return Outcome(contribution, None, summary)
+            return _outcome(work, contribution, summary)
         contribution, note = _fit_to_present(work, contribution)
+        made = replace(_outcome(work, contribution, summary), note=note)
         signature = signature_of(work.run.signature, contribution, work.signer)
         forge = forge_of(work.replica)
         to = pushing_to(forge, work.replica)
@@ -283,7 +295,19 @@ def _finish(work: _Work, dry_run: bool) -> Outcome:
         _remember(work, contribution)
         work.run.mark_sent()
     url, problem = propose(forge, contribution)
-    return Outcome(contribution, sent, summary, note, url, problem)
+    return replace(made, sent=sent, url=url, problem=problem)
+
+
+def _outcome(work: _Work, contribution: Contribution, summary: DataSummary | None) -> Outcome:
+    delta = work.run.delta
+    return Outcome(
+        contribution,
+        None,
+        summary,
+        trained=work.run.plan.part,
+        tensors=len(open_weights(delta)) if delta.exists() else None,
+        figures=work.run.figures(),
+    )
 
 
 def _train_and_encode(work: _Work) -> Contribution:
@@ -331,8 +355,10 @@ def _measure(work: _Work, corpus: Corpus, base: Weights, trained: Weights, devic
     work.listener.stage("measure", said)
     told = [name for name in before.figures if name in after.figures]
     if told:
-        changes = (f"{n} {before.figures[n]:.4g} -> {after.figures[n]:.4g}" for n in told)
+        found = {name: Change(before.figures[name], after.figures[name]) for name in told}
+        changes = (f"{n} {Figure(c.before)} -> {Figure(c.after)}" for n, c in found.items())
         work.listener.stage("measure", "; ".join(changes))
+        work.run.keep_figures(found)
     return metrics
 
 
@@ -413,7 +439,8 @@ def _encode(work: _Work, delta: Weights, number: int, base: str, **fields: Any) 
         **fields,
     )
     write_atomic(work.run.record, dump(contribution))
-    work.listener.stage("encode", f"{len(data):,} bytes as {rules.codec}")
+    trained = trained_part(work.task)(entries)
+    work.listener.stage("encode", f"{len(data):,} bytes as {rules.codec}; {trained}")
     return contribution
 
 

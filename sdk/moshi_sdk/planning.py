@@ -202,7 +202,7 @@ def recipe_of(plan: RunPlan) -> Recipe:
         gradient_clip=plan.gradient_clip,
         warmup_fraction=plan.warmup_fraction,
         precision=training.precision,
-        trains=_or(plan.trains, "all"),
+        trains=plan.part,
         seed=training.seed,
         device=plan.device,
         **_private_fields(_or(plan.privacy, None)),

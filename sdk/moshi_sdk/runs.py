@@ -38,6 +38,21 @@ from moshi_fl.weights import sha256_bytes, write_atomic
 from moshi_sdk.privacy import PrivacyPlan
 
 
+class Change(Record, frozen=True, kw_only=False):
+    """A figure of the base and of what was trained from it, on the held-out part."""
+
+    before: float
+    after: float
+
+
+class Figures(Record, frozen=True, kw_only=True):
+    """What a model's family can tell beside the loss, by name; for its contributor alone."""
+
+    format: Literal[1] = 1
+    kind: Literal["figures"] = "figures"
+    figures: dict[str, Change]
+
+
 class RunPlan(Record, frozen=True, kw_only=True):
     """What a run set out to do; equal plans are the same run."""
 
@@ -67,6 +82,11 @@ class RunPlan(Record, frozen=True, kw_only=True):
     def is_private(self) -> bool:
         """Whether it trains with differential privacy."""
         return not isinstance(self.privacy, UnsetType)
+
+    @property
+    def part(self) -> str:
+        """What of the model it trains."""
+        return "all" if isinstance(self.trains, UnsetType) else self.trains
 
 
 @dataclass(frozen=True)
@@ -120,6 +140,17 @@ class Run:
     def signature(self) -> Path:
         """The record's signature: not every key would make the same one again."""
         return self.folder / "record.sig"
+
+    def keep_figures(self, figures: dict[str, Change]) -> None:
+        """Keep what was measured, to tell it again when the run is resumed."""
+        write_atomic(self.folder / "figures.json", dump(Figures(figures=figures)))
+
+    def figures(self) -> dict[str, Change]:
+        """What was measured; empty where nothing was."""
+        path = self.folder / "figures.json"
+        if not path.exists():
+            return {}
+        return load(path.read_bytes(), Figures, name=path.name).figures
 
     def contribution(self) -> Contribution | None:
         """The record, if the run got that far."""

@@ -29,6 +29,7 @@ class Options:
         steps: Training steps of each client in each round.
         batch_size: Windows per step.
         learning_rate: Peak of the one-cycle schedule.
+        trains: The part of the model that learns, where its family has parts.
         device: A torch device.
         split: ``iid`` or ``directory``, see ``moshi_sdk.partition``.
         strategy: ``fedavg``, ``median``, ``trimmed-mean``, or Flower's, such as ``flower:FedAdam``.
@@ -47,6 +48,7 @@ class Options:
     steps: int | None = None
     batch_size: int | None = None
     learning_rate: float | None = None
+    trains: str | None = None
     device: str = "cpu"
     split: str = "iid"
     strategy: str | None = None
@@ -142,7 +144,7 @@ def recipe(config: HubConfig, options: Options) -> Recipe:
         gradient_clip=rules.gradient_clip,
         warmup_fraction=rules.warmup_fraction,
         precision=rules.precision,
-        trains=rules.trains,
+        trains=options.trains or rules.trains,
         seed=options.seed,
         device=options.device,
     )

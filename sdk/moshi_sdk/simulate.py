@@ -236,6 +236,11 @@ class Federation:
         return self._recipe.steps
 
     @property
+    def trains(self) -> str:
+        """What of the model learns."""
+        return self._recipe.trains
+
+    @property
     def label(self) -> str:
         """What is simulated, in a line."""
         options = self.options

@@ -229,6 +229,15 @@ def test_a_terminal_shows_one_line_that_makes_room_for_words(terminal):
         assert len(line) < 60
 
 
+def test_a_bar_that_is_not_for_logs_shows_on_a_terminal_alone(terminal):
+    screen = Screen()
+    for console in (terminal.console, screen.console):
+        with console.progress("Encoding", 2, in_logs=False) as bar:
+            bar.update(1)
+    assert "Encoding" in terminal.shown()
+    assert screen.err == ""
+
+
 def test_a_table_fits_the_terminal(terminal):
     terminal.console.table([{"round": 1, "contributor": "x" * 200, "delta": Size(168_000)}])
     shown = re.sub(r"\x1b\[[\d;]*m", "", terminal.shown())

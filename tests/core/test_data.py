@@ -47,6 +47,7 @@ def test_nested_gitignore_rules_decide_as_git_does(tmp_path: Path) -> None:
     )
     assert names(tmp_path) == sorted(listed.stdout.split())
     assert read_sources([tmp_path]).skipped == {data.IGNORED: 5}
+    assert len(read_sources([tmp_path]).left_out[data.IGNORED]) == data.NAMED
 
 
 def test_the_repository_above_a_named_folder_has_its_say(tmp_path: Path) -> None:
@@ -134,7 +135,7 @@ def test_nothing_usable_says_what_was_skipped_and_why(tmp_path: Path) -> None:
     write(tmp_path, {"a.bin": b"\0", "b.bin": b"\0\0", "c.pem": "x"})
     with pytest.raises(DataError) as caught:
         read_sources([tmp_path])
-    assert "2 binary, 1 looks like a secret by its name" in caught.value.hint
+    assert "2 binary (a.bin, b.bin); 1 looks like a secret by its name (c.pem)" in caught.value.hint
     with pytest.raises(DataError, match="nowhere does not exist"):
         read_sources([tmp_path / "nowhere"])
 

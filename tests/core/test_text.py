@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from moshi_fl.text import (
     Count,
     Duration,
+    Figure,
     Moment,
     Percent,
     Size,
@@ -65,6 +66,15 @@ def test_counts_stay_exact_while_they_are_short(number, text):
 )
 def test_durations_have_at_most_two_units(seconds, text):
     assert str(Duration(seconds)) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (0.0123456, "0.0123"), (0.5, "0.50"), (5.9041, "5.90"), (17.44, "17.4"),
+     (918.4, "918"), (12450.2, "12,450"), (80.0, "80"), (float("inf"), "inf")],
+)  # fmt: skip
+def test_measured_numbers_have_three_digits(value: float, text: str) -> None:
+    assert str(Figure(value)) == text
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from moshi_fl.replica import Replica
 from moshi_fl.weights import save_weights, weights_digest, write_atomic
 from moshi_hub.cli import main
 from moshi_hub.create import Plan, create
+from tests.support.hubs import files_below
 
 SMALL = {"d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "max_seq_len": 16}
 
@@ -129,6 +130,32 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, harm: Any, said: s
         make(tmp_path, source=source)
     assert isinstance(caught.value, ConfigError | CorruptRecord)
     assert not (tmp_path / "hub.git").exists()
+
+
+def others_below(folder: Path) -> set[str]:
+    """Names below a folder, but for what the user's own folder holds."""
+    return {name for name in files_below(folder) if not name.startswith("moshi-home")}
+
+
+@pytest.mark.parametrize("found", ["nothing", "an empty folder", "a hub"])
+def test_a_hub_that_cannot_be_made_leaves_what_was_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], found: str
+) -> None:
+    """Whether it is the held-out data that is of no use, or the model that is too large."""
+    hub, empty = tmp_path / "hubs" / "our.git", tmp_path / "empty"
+    empty.mkdir()
+    if found == "an empty folder":
+        hub.mkdir(parents=True)
+    elif found == "a hub":
+        assert main(["init", str(hub)]) == 0
+    before = others_below(tmp_path)
+    for wrong in (["--eval-data", str(empty)], ["--family", "speech", "--preset", "moshi-7b"]):
+        assert main(["init", str(hub), *wrong]) == 1
+        said = capsys.readouterr().err
+        assert "already holds" in said or "No usable text" in said or "8.0 billion" in said
+        assert others_below(tmp_path) == before
+    if found != "a hub":
+        assert main(["init", str(hub)]) == 0
 
 
 def test_a_part_that_the_model_has_not_is_no_recipe(tmp_path: Path) -> None:

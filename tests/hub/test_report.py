@@ -19,6 +19,7 @@ from moshi_hub.drift import drifts, layer_of, whole
 from moshi_hub.merge import Outcome
 from moshi_hub.report import Findings, pull_request_body, round_report
 from moshi_hub.samples import PROMPTS, Sample, Samples, fenced, sampler, shown
+from moshi_hub.trained import trained_parts
 from moshi_hub.verify import Finding, Verdict
 from moshi_sdk.cli import main as sdk_command
 from tests.support.simulator import HubSimulator, random_delta
@@ -117,6 +118,21 @@ def test_nothing_that_a_model_says_leaves_its_block() -> None:
 
 
 # The report as a whole.
+
+
+def test_a_report_says_what_was_trained_whatever_is_installed_here(hub: HubSimulator) -> None:
+    """It follows from the tensors in the delta; their part's name takes the model's family."""
+    weights = hub.sync().load()
+    some = {name: part for name, part in random_delta(weights, 3).items() if "blocks.0" in name}
+    entry = hub.contribute("ann", delta=some)
+    outcome = hub.merge(publish=False)
+    said = f"all: {len(some)} of {len(weights)} tensors"
+    assert outcome.open_round.trained == {entry.id: said}
+    assert f"| {said} |" in report_on(hub, 1, "round/1")
+    elsewhere = msgspec.structs.replace(hub.sync().state.config, model={"family": "unheard-of"})
+    assert trained_parts(elsewhere, b"", {"x": tuple(some), "y": ()}) == {
+        "x": f"{len(some)} tensors"
+    }
 
 
 def test_a_report_shows_what_goes_in_and_what_does_not(hub: HubSimulator) -> None:

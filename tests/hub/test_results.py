@@ -20,6 +20,7 @@ from moshi_fl.history import contribution_branch
 from moshi_fl.records import Contribution, dump, load
 from moshi_fl.replica import Replica
 from moshi_fl.store import HubRepo, RefUpdate
+from moshi_fl.text import markdown
 from moshi_fl.upstream import Origin
 from moshi_hub.announce import tell_results
 from moshi_hub.comment import one_line, results_text
@@ -349,6 +350,9 @@ def test_the_verdict_comes_first_and_the_numbers_next(gate: GateResult) -> None:
     assert lines[4].startswith(
         "| 2.616412 | 2.610100 | -0.006312 (-0.008076 to -0.004548) | 3 of 3 |"
     )
+    assert gate.trained == "all: 15 of 15 tensors"
+    assert "| trained |" in lines[2]
+    assert markdown(gate.trained) in lines[4]
     assert "Signed by X." in lines
     assert text.index("Signed by X.") < text.index("<details>")
     assert text.rstrip().endswith("</details>")
@@ -368,6 +372,7 @@ def test_the_longest_comment_is_short_enough_and_says_nothing_by_itself(gate: Ga
     )
     broken = tuple(Broken(code=code, message=HOSTILE[:500]) for code in list(REASONS)[:10])
     gate = msgspec.structs.replace(gate, contribution=entry, findings=broken, branch=HOSTILE[:200])
+    gate = msgspec.structs.replace(gate, trained=HOSTILE[:200])
     measured = [
         measurement(gate, f"s{n}", system=HOSTILE[:200], software=HOSTILE[:200]) for n in range(31)
     ]

@@ -45,6 +45,18 @@ def test_a_setting_comes_and_goes(call):
     assert json.loads(call("config", "unset", "data", "--json")[1]) == {"removed": False}
 
 
+def test_data_with_weights_means_the_same_in_another_folder(call, tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    (here / "a,b").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    assert call("config", "set", "data", "calls.jsonl:2, studio:0.5,/other:3", "a,b", "~/x")[0] == 0
+    assert rows(call)["data"]["value"] == [
+        f"{here}/calls.jsonl:2,{here}/studio:0.5,/other:3",
+        f"{here}/a,b",
+        str(Path("~/x").expanduser()),
+    ]
+
+
 def test_a_password_in_the_hub_address_is_not_shown(call):
     call("config", "set", "hub", "https://ada:secret@example.org/hub.git")
     for args in (("config",), ("config", "--json")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import tracemalloc
 import wave
 from collections.abc import Iterator
@@ -200,6 +201,8 @@ def test_a_hubs_model_answers_on_a_machine_that_never_saw_it(
     assert facts["frames"] == heard + 13  # those of a second begin
     assert 0 < facts["median_ms"] <= facts["p95_ms"] <= facts["worst_ms"]
     assert facts["real_time_factor"] > 0
+    assert facts["keeps_up"] == (facts["real_time_factor"] <= 1)
+    assert facts["frame_ms"] == 80
     reply = read_audio(out, channels=1)
     assert reply.shape == (1, (heard + 13) * FRAME)
     assert reply.std() > 0
@@ -209,6 +212,7 @@ def test_a_hubs_model_answers_on_a_machine_that_never_saw_it(
     assert again.read_bytes() == out.read_bytes()
     assert captured.out.startswith(clean(facts["text"], keep="\n\t"))
     assert "real time factor" in captured.out
+    assert not re.search(r"\d\.\d{3}", captured.out)  # no digits that say nothing
     other = tmp_path / "eight.flac"
     assert fl_main([*words, "--out", str(other), "--int8", "--stereo", "--top-k", "0"]) == 0
     assert read_audio(other, channels=2).shape == (2, heard * FRAME)

@@ -144,6 +144,7 @@ def _contributions(console: Console, outcome: object) -> None:
     assert isinstance(outcome, Outcome)
     record = outcome.proposal.record
     total = sum(merged.weight for merged in record.contributions)
+    trained = outcome.open_round.trained
     rows = []
     for merged in record.contributions:
         entry = outcome.proposal.contributions[merged.id]
@@ -152,6 +153,7 @@ def _contributions(console: Console, outcome: object) -> None:
                 "contribution": merged.id[:12],
                 "contributor": entry.contributor,
                 "base": merged.base_round,
+                "trained": trained.get(merged.id),
                 "examples": entry.num_examples,
                 "share": Percent(merged.weight / total),
                 "own_loss": entry.metrics.held_out_after,
@@ -165,5 +167,5 @@ def _contributions(console: Console, outcome: object) -> None:
             finding = verdict.findings[0]
             rows.append({"contribution": name, "verdict": finding.code})
             console.note(f"{name}: {finding.code}: {finding.message}")
-    shown = ["contribution", "contributor", "base", "examples", "share", "own_loss", "size"]
-    console.table(rows, [*shown, "verdict"], name="table")
+    shown = ["contribution", "contributor", "base", "trained", "examples", "share", "own_loss"]
+    console.table(rows, [*shown, "size", "verdict"], name="table")

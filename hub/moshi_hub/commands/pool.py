@@ -8,7 +8,7 @@ import click
 
 from moshi_fl.cli import hub_option, output_options
 from moshi_fl.console import Console
-from moshi_fl.text import Size
+from moshi_fl.text import Figure, Size
 from moshi_hub.options import maintainer, replica_for
 
 
@@ -102,7 +102,9 @@ def measure(console: Console, hub: str | None, number: int | None, plot: Path | 
         raise click.UsageError(f"--plot {plot}: the chart is an SVG; let the name end in .svg.")
     replica = replica_for(hub)
     snapshot = replica.pull(number)
-    console.result(round=snapshot.round, **figures_of(replica, snapshot))
+    found = figures_of(replica, snapshot)
+    told = {name: Figure(value) for name, value in found.items() if name != "loss"}
+    console.result(round=snapshot.round, loss=found["loss"], **told)
     if plot:
         before = [replica.pull(snapshot.round - 1)] if snapshot.round else []
         write_atomic(plot, chart_of(replica, [*before, snapshot]).svg().encode(), shared=True)

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -109,12 +109,19 @@ def _digest(mimi: Mimi) -> str:
 
 
 def encode_dialogue(
-    dialogue: Dialogue, mimi: Mimi, text: TextStream, cache: CodeCache | None = None
+    dialogue: Dialogue,
+    mimi: Mimi,
+    text: TextStream,
+    cache: CodeCache | None = None,
+    *,
+    hear: Callable[[float], None] | None = None,
 ) -> Codes:
     """Tokens (1 + 2 q, T) of a dialogue, for the q codebooks of ``mimi`` that are in use.
 
     Row 0 is the text, rows 1 to q are Moshi, the left channel, and the others the user. A last
     frame that is not full is filled up with silence.
+
+    ``hear`` is told how many seconds of it are encoded, unless the cache has it.
 
     Raises:
         SoundError: The file has changed, and its sound cannot be used.
@@ -124,35 +131,43 @@ def encode_dialogue(
             f"text at {text.frame_rate:g} frames a second, codes at {mimi.frame_rate:g}.",
             hint="give both the frame rate of Mimi",
         )
-    codes = _codes_of(dialogue, mimi, cache)
+    codes = _codes_of(dialogue, mimi, cache, hear)
     row = text.row(dialogue.words, codes.shape[1] / mimi.frame_rate)
     return np.concatenate([row[None], codes])
 
 
-def _codes_of(dialogue: Dialogue, mimi: Mimi, cache: CodeCache | None) -> Codes:
+def _codes_of(
+    dialogue: Dialogue,
+    mimi: Mimi,
+    cache: CodeCache | None,
+    hear: Callable[[float], None] | None,
+) -> Codes:
     if cache is None:
-        return encode_file(dialogue.path, mimi)
+        return encode_file(dialogue.path, mimi, hear)
     key = cache.key(dialogue, mimi)
     codes = cache.get(key, mimi.num_codebooks)
     if codes is None:
-        codes = encode_file(dialogue.path, mimi)
+        codes = encode_file(dialogue.path, mimi, hear)
         cache.put(key, codes)
     return codes
 
 
-def encode_file(path: Path, mimi: Mimi) -> Codes:
+def encode_file(path: Path, mimi: Mimi, hear: Callable[[float], None] | None = None) -> Codes:
     """Codes (2 q, T) of a stereo file, the left channel first.
+
+    ``hear`` is told how many seconds are encoded, after each piece.
 
     Raises:
         SoundError: The sound cannot be used.
         RuntimeError: ``mimi`` is streaming something else.
     """
-    device = device_of(mimi)
+    device, pieces, frames = device_of(mimi), [], 0
     with mimi.streaming(2):
-        pieces = [
-            mimi.encode(torch.from_numpy(piece).to(device)[:, None]).cpu()
-            for piece in _whole_frames(path, mimi)
-        ]
+        for piece in _whole_frames(path, mimi):
+            pieces.append(mimi.encode(torch.from_numpy(piece).to(device)[:, None]).cpu())
+            frames += pieces[-1].shape[2]
+            if hear:
+                hear(frames / mimi.frame_rate)
     codes = torch.cat(pieces, dim=2)  # (2, q, T)
     return codes.flatten(0, 1).to(torch.int16).numpy()
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,15 @@ import msgspec
 from msgspec import Meta
 
 from moshi_fl import screening
-from moshi_fl.data import DUPLICATE, LINK, OVER_BUDGET, UNREADABLE, within
+from moshi_fl.data import (
+    DUPLICATE,
+    LINK,
+    OVER_BUDGET,
+    UNREADABLE,
+    LeftOut,
+    told_left_out,
+    within,
+)
 from moshi_fl.errors import DataError
 from moshi_fl.models.speech.alignments import Word, read_alignments
 from moshi_fl.models.speech.audio import (
@@ -38,6 +45,9 @@ MOST_CLIPPED = 0.01  # share of a channel's samples at full scale
 LIST_TOLERANCE = 0.1  # s, between the length in a list and that of the file
 MAX_LIST_BYTES = 64 << 20
 
+OTHER_SUFFIXES = (".mp3", ".m4a", ".aac", ".ogg", ".opus", ".wma", ".aif", ".aiff")
+
+OTHER_FORMAT = "sound that is neither WAV nor FLAC"
 SILENT = "silence"
 SILENT_MOSHI = "words, and a silent left channel"
 CLIPPED = "clipped sound"
@@ -71,12 +81,14 @@ class Found:
         dialogues: In order.
         bytes: Size of their sound files together.
         skipped: Reason to number of files.
+        left_out: Reason to the first few of them.
         fingerprint: SHA-256 over sound, words and weights in order, in hex.
     """
 
     dialogues: tuple[Dialogue, ...]
     bytes: int
     skipped: Mapping[str, int]
+    left_out: Mapping[str, tuple[str, ...]]
     fingerprint: str
 
 
@@ -98,7 +110,7 @@ class _Line(msgspec.Struct):
 
 @dataclass
 class _Search:
-    skipped: Counter[str] = field(default_factory=Counter)
+    left: LeftOut = field(default_factory=LeftOut)
 
     def under(self, path: Path, weight: float) -> Iterator[_Candidate]:
         if path.is_dir():
@@ -117,20 +129,22 @@ class _Search:
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError:
-            self.skipped[UNREADABLE] += 1
+            self.left.add(UNREADABLE, prefix.rstrip("/") or folder.name)
             return
         for entry in entries:
             name = prefix + entry.name
             if entry.is_symlink():
-                self.skipped[LINK] += 1
+                self.left.add(LINK, name)
             elif entry.is_dir():
                 reason = screening.folder_reason(entry.name)
                 if reason in {None, screening.VENDORED}:  # names of code; sound may lie there
                     yield from self._folder(Path(entry.path), name + "/", weight)
                 elif reason:
-                    self.skipped[reason] += 1
+                    self.left.add(reason, name)
             elif entry.is_file() and entry.name.lower().endswith(SUFFIXES):
                 yield _Candidate(Path(entry.path), name, weight)
+            elif entry.name.lower().endswith(OTHER_SUFFIXES):
+                self.left.add(OTHER_FORMAT, name)
 
 
 def find_dialogues(paths: Sequence[Path], *, seed: int, max_bytes: int | None = None) -> Found:
@@ -154,23 +168,25 @@ def find_dialogues(paths: Sequence[Path], *, seed: int, max_bytes: int | None = 
     for path, weight in _weighted(paths):
         for candidate in search.under(path, weight):
             candidates.setdefault(candidate.path.resolve(), candidate)
-    kept = _within(list(candidates.values()), max_bytes, seed)
-    search.skipped[OVER_BUDGET] += len(candidates) - len(kept)
+    kept = set(_within(list(candidates.values()), max_bytes, seed))
     state = hashlib.sha256()
     dialogues: dict[str, Dialogue] = {}
-    for candidate in kept:
-        dialogue = _used(candidate, search.skipped)
+    for candidate in candidates.values():
+        if candidate not in kept:
+            search.left.add(OVER_BUDGET, candidate.name)
+            continue
+        dialogue = _used(candidate, search.left)
         digest = sha256_file(candidate.path) if dialogue else ""
         if digest in dialogues:
-            search.skipped[DUPLICATE] += 1
+            search.left.add(DUPLICATE, candidate.name)
         elif dialogue:
             dialogues[digest] = dialogue
             state.update(_identity(digest, dialogue))
-    skipped = {reason: n for reason, n in sorted(search.skipped.items()) if n}
+    left = search.left
     if not dialogues:
-        raise DataError(f"No usable dialogue under {_told(paths)}.", hint=_why_nothing(skipped))
+        raise DataError(f"No usable dialogue under {_told(paths)}.", hint=_why_nothing(left))
     size = sum(dialogue.path.stat().st_size for dialogue in dialogues.values())
-    return Found(tuple(dialogues.values()), size, skipped, state.hexdigest())
+    return Found(tuple(dialogues.values()), size, left.counts, left.names, state.hexdigest())
 
 
 def open_dialogue(path: Path, *, weight: float = 1.0) -> Dialogue:
@@ -213,17 +229,18 @@ def open_dialogue(path: Path, *, weight: float = 1.0) -> Dialogue:
     return Dialogue(path, duration, words, weight)
 
 
-def _used(candidate: _Candidate, skipped: Counter[str]) -> Dialogue | None:
+def _used(candidate: _Candidate, left: LeftOut) -> Dialogue | None:
     try:
         dialogue = open_dialogue(candidate.path, weight=candidate.weight)
     except DataError as error:
         if candidate.named:
             raise
-        skipped[error.reason if isinstance(error, SoundError) else BAD_WORDS] += 1
+        reason = error.reason if isinstance(error, SoundError) else BAD_WORDS
+        left.add(reason, candidate.name)
         return None
     stated = candidate.stated
     if stated is not None and abs(stated - dialogue.duration) > LIST_TOLERANCE:
-        skipped[OTHER_LENGTH] += 1
+        left.add(OTHER_LENGTH, candidate.name)
         return None
     return dialogue
 
@@ -297,7 +314,7 @@ def _told(paths: Sequence[Path]) -> str:
     return ", ".join(map(str, paths)) or "(no path given)"
 
 
-def _why_nothing(skipped: Mapping[str, int]) -> str:
-    reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+def _why_nothing(left: LeftOut) -> str:
+    reasons = told_left_out(left.counts, left.names)
     wanted = "Give stereo .wav or .flac files with their words in .json files beside them."
-    return f"Skipped: {reasons}. {wanted}" if skipped else wanted
+    return f"Left out: {reasons}. {wanted}" if reasons else wanted

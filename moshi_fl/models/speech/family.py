@@ -21,6 +21,7 @@ from moshi_fl.models.family import (
     DataFile,
     DataSummary,
     Family,
+    Hear,
     Preset,
     Sampling,
     SpeechParts,
@@ -42,6 +43,7 @@ from moshi_fl.models.speech.data import (
     encode_dialogue,
     find_dialogues,
 )
+from moshi_fl.models.speech.dialogues import Dialogue
 from moshi_fl.models.speech.evaluation import codebook_chart, summarize
 from moshi_fl.models.speech.family_config import SpeechConfig
 from moshi_fl.models.speech.lora import fuse_lora
@@ -67,11 +69,13 @@ class SpeechTask:
         config: Of codec, language model and training.
         text: What the text stream is spelled with.
         mimi: The codec with its weights, where data shall be read; ``reading_with`` gives it.
+        hear: Is told, while sound is encoded, how many seconds are done and how many there are.
     """
 
     config: SpeechConfig
     text: TextStream
     mimi: Mimi | None = field(default=None, repr=False, compare=False)
+    hear: Hear | None = field(default=None, repr=False, compare=False)
 
     @property
     def vocabulary_tensors(self) -> tuple[str, ...]:
@@ -106,6 +110,10 @@ class SpeechTask:
         load_weights(mimi, own)
         return replace(self, mimi=mimi)
 
+    def telling(self, hear: Hear) -> SpeechTask:
+        """The same task, which tells how far its reading is."""
+        return replace(self, hear=hear)
+
     def files(self, path: Path) -> Sequence[DataFile]:
         """The dialogues under a file or folder."""
         root = path if path.is_dir() else path.parent
@@ -123,18 +131,28 @@ class SpeechTask:
         if self.mimi is None:
             raise ConfigError("sound is read with the hub's codec, which this task was not given.")
         found = find_dialogues(paths, seed=seed, max_bytes=max_bytes)
-        cache = CodeCache(ensure_home() / CACHE)
-        encoded = [
-            Encoded(encode_dialogue(entry, self.mimi, self.text, cache), entry.weight)
-            for entry in found.dialogues
-        ]
+        encoded = list(self._encoded(self.mimi, found.dialogues))
         summary = DataSummary(
             files=len(encoded),
             bytes=found.bytes,
             tokens=sum(self._predicted(entry.codes) for entry in encoded),
             skipped=found.skipped,
+            left_out=found.left_out,
         )
         return make_corpus(encoded, self.config.segment_frames, summary, seed=seed)
+
+    def _encoded(self, mimi: Mimi, dialogues: Sequence[Dialogue]) -> Iterator[Encoded]:
+        cache = CodeCache(ensure_home() / CACHE)
+        done, seconds = 0.0, sum(entry.duration for entry in dialogues)
+
+        def hear(so_far: float) -> None:
+            if self.hear:
+                self.hear(min(done + so_far, seconds), seconds)
+
+        for entry in dialogues:
+            codes = encode_dialogue(entry, mimi, self.text, cache, hear=hear)
+            done += entry.duration
+            yield Encoded(codes, entry.weight)
 
     def batches(
         self, corpus: Corpus, batch_size: int, *, seed: int, start: int = 0

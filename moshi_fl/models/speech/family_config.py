@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from moshi_fl.errors import ConfigError
-from moshi_fl.models.common import require_counts, settings_from
+from moshi_fl.models.common import require_counts, require_known, settings_from
 from moshi_fl.models.speech.lm_config import LMConfig
 from moshi_fl.models.speech.mimi_config import MimiConfig
 
@@ -80,10 +80,7 @@ class SpeechConfig:
         mine = {key: value for key, value in table.items() if key in own}
         rest = {key: value for key, value in table.items() if key not in {*own, "mimi"}}
         known = {f.name for f in dataclasses.fields(LMConfig)} | own | {"mimi"}
-        if unknown := sorted(set(rest) - known):
-            raise ConfigError(
-                f"[model]: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}."
-            )
+        require_known(rest, known, name="[model]")
         lm = settings_from(LMConfig, _with_tuples(rest), name="[model]")
         return cls(lm, _codec(table.get("mimi", {})), **mine)
 

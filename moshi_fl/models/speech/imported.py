@@ -38,7 +38,13 @@ from moshi_fl.models.speech.model import (
     make_codec,
     make_language_model,
 )
-from moshi_fl.models.speech.released import MappedFile, Released, map_file, open_release
+from moshi_fl.models.speech.released import (
+    MappedFile,
+    Released,
+    map_file,
+    open_release,
+    said_of,
+)
 from moshi_fl.models.speech.text_stream import TextStream
 from moshi_fl.models.speech.ttt import Ttt
 from moshi_fl.weights import atomic_file, header_bytes, write_atomic
@@ -96,7 +102,9 @@ def import_checkpoint(source: Path, out: Path, choices: Choices) -> Imported:
         raise ConfigError(f"{out} already exists.", hint="give another folder with --out")
     released = open_release(source)
     config, tokenizer = _config(released, choices), released.tokenizer()
-    TextStream(tokenizer).require_within(config.lm.text_card)
+    text = TextStream(tokenizer)
+    with said_of(source / CONFIG_FILE):
+        text.require_within(config.lm.text_card)
     files = _map(released, choices)
     sources = _sources(files, config, choices)
     shapes = shapes_of_model(lambda: SpeechModel(config))
@@ -145,7 +153,7 @@ def _config(released: Released, choices: Choices) -> SpeechConfig:
         known |= {
             k: released.table[k] for k in ("lora_rank", "lora_scaling") if k in released.table
         }
-    lm = SpeechConfig(released.lm_config(), released.mimi_config()).to_table()
+    lm = released.config().to_table()
     return SpeechConfig.from_table({**lm, **known, **changes})
 
 

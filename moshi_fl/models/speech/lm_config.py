@@ -6,13 +6,12 @@ The keys ``ttt_*`` are ours: they turn the top layers of the temporal transforme
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from moshi_fl.errors import ConfigError
-from moshi_fl.models.common import require_counts, require_fractions
+from moshi_fl.models.common import require_counts, require_fractions, require_known
 from moshi_fl.models.speech.layers import NormName, PositionName
 from moshi_fl.models.speech.transformer import TransformerConfig
 from moshi_fl.models.speech.ttt_config import TttConfig
@@ -91,7 +90,7 @@ class LMConfig:
 
     def __post_init__(self) -> None:
         counts = ["num_layers", "depformer_num_heads", "dim", "num_heads", "n_q", "card"]
-        counts += ["text_card", "kv_repeat", "depformer_dim", "ttt_mini_batch"]
+        counts += ["text_card", "kv_repeat", "depformer_dim", "extra_heads_dim", "ttt_mini_batch"]
         counts += [key for key in _OPTIONAL_COUNTS if getattr(self, key) is not None]
         require_counts(self, counts, name="[model]")
         require_fractions(self, ("ttt_forget",), name="[model]")
@@ -102,9 +101,13 @@ class LMConfig:
             value, names = getattr(self, key), get_args(kind)
             unset = value is None and key in {"depformer_gating", "depformer_norm"}
             _require(value in names or unset, key, value, f"must be one of {', '.join(names)}")
-        for key in ("hidden_scale", "max_period"):
+        for key in ("hidden_scale", "max_period", "positional_scale", *_SCALES):
             value = getattr(self, key)
-            _require(_number(value) and value > 0, key, value, "must be a number above 0")
+            unset, rule = value is None and key in _SCALES, "must be a number above 0"
+            _require(unset or (_number(value) and value > 0), key, value, rule)
+        for key in ("existing_text_padding_id", "existing_text_end_padding_id"):
+            value, rule = getattr(self, key), f"must be a whole number from 0 to {self.text_card}"
+            _require(type(value) is int and 0 <= value <= self.text_card, key, value, rule)
         for key in ("dep_q", "extra_heads_num_heads", "ttt_layers"):
             value = getattr(self, key)
             _require(type(value) is int and value >= 0, key, value, "must be 0 or more")
@@ -129,15 +132,13 @@ class LMConfig:
 
     def _require_that_streams_fit(self) -> None:
         delays, schedule = self.delays, self.depformer_weights_per_step_schedule
-        whole = all(type(delay) is int and delay >= 0 for delay in delays)
         rule = f"must hold n_q + 1 = {self.n_q + 1} whole numbers of 0 or more"
-        _require(whole and len(delays) == self.n_q + 1, "delays", list(delays), rule)
+        _require(_whole(delays, self.n_q + 1), "delays", _shown(delays), rule)
         _require(self.dep_q <= self.n_q, "dep_q", self.dep_q, f"must be at most n_q = {self.n_q}")
         if schedule is not None:
-            whole = all(type(step) is int and step >= 0 for step in schedule)
             key = "depformer_weights_per_step_schedule"
             rule = f"must hold dep_q = {self.dep_q} whole numbers of 0 or more"
-            _require(whole and len(schedule) == self.dep_q, key, list(schedule), rule)
+            _require(_whole(schedule, self.dep_q), key, _shown(schedule), rule)
 
     @property
     def weight_of_step(self) -> list[int]:
@@ -227,10 +228,7 @@ class LMConfig:
         if "depformer_layer_scale" not in settings:
             settings["depformer_layer_scale"] = settings.get("layer_scale")
         known = {field.name for field in fields(cls)}
-        for key in sorted(set(settings) - known):
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "remove it, or check its spelling."
-            raise ConfigError(f"configuration: unknown key {key!r}.", hint=hint)
+        require_known(settings, known, name="configuration")
         for key in ("num_layers", "depformer_num_heads"):
             if key not in settings:
                 raise ConfigError(f"configuration: {key!r} is missing.")
@@ -241,6 +239,7 @@ _OPTIONAL_COUNTS = (
     *("context", "depformer_dim_feedforward", "depformer_num_layers"),
     *("depformer_kv_repeat", "depformer_low_rank_embeddings"),
 )
+_SCALES = ("layer_scale", "depformer_layer_scale")  # None: no gains
 _FLAGS = (
     *("norm_emb", "bias_proj", "causal"),
     *("depformer_multi_linear", "depformer_weights_per_step"),
@@ -259,6 +258,18 @@ _CHOICES = {
 
 def _number(value: object) -> bool:
     return type(value) in {int, float}
+
+
+def _whole(values: object, count: int) -> bool:
+    """Whether it is so many whole numbers of zero or more."""
+    if not isinstance(values, tuple) or len(values) != count:
+        return False
+    return all(type(value) is int and value >= 0 for value in values)
+
+
+def _shown(values: object) -> object:
+    """A tuple as files spell it."""
+    return list(values) if isinstance(values, tuple) else values
 
 
 def _require(truth: bool, key: str, value: object, rule: str) -> None:

@@ -76,8 +76,16 @@ class MimiConfig:
         sections = ("sample_rate", "frame_rate", "seanet", "quantizer", "transformer")
         missing = [name for name in sections if name not in table]
         if missing:
-            raise ConfigError(f"configuration of Mimi: {missing[0]!r} is missing.")
+            raise ConfigError(f"configuration: {missing[0]!r} is missing.")
+        for name in sections[:2]:
+            if type(table[name]) not in {int, float} or table[name] <= 0:
+                raise ConfigError(f"{name} = {table[name]!r} must be a number above 0.")
+        for name in sections[2:]:
+            if not isinstance(table[name], Mapping):
+                raise ConfigError(f"{name} = {table[name]!r} must be a table.")
         seanet = _without(table["seanet"], SEANET_FIXED, "seanet")
+        if not isinstance(seanet.get("ratios"), list) or "dimension" not in seanet:
+            raise ConfigError("seanet: dimension, and ratios as a list, are needed.")
         seanet["ratios"] = tuple(seanet["ratios"])
         width = seanet["dimension"]
         ends = {"input_dimension": width, "output_dimension": width}

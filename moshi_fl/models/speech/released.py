@@ -7,7 +7,8 @@ are parsed as a stranger's are.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from moshi_fl.errors import ConfigError, CorruptRecord
 from moshi_fl.models.folder import CONFIG_FILE, read_table
+from moshi_fl.models.speech.family_config import SpeechConfig
 from moshi_fl.models.speech.lm_config import LMConfig
 from moshi_fl.models.speech.mimi_config import MimiConfig
 from moshi_fl.models.speech.presets import MOSHI_7B
@@ -25,6 +27,16 @@ from moshi_fl.weights import MAX_HEADER_BYTES, WITH_BFLOAT16, parse_header
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 # Which files to look for where ``config.json`` names none.
 MODEL, CODEC, TEXT = "model*.safetensors", "tokenizer-*.safetensors", "tokenizer_spm*.model"
+
+
+@contextmanager
+def said_of(path: Path) -> Iterator[None]:
+    """Let an error about settings name the file that they are from, instead of our table."""
+    try:
+        yield
+    except ConfigError as error:
+        said = str(error).removeprefix("configuration: ").removeprefix("[model]: ")
+        raise ConfigError(f"{path}: {said}", hint=error.hint) from error
 
 
 @dataclass(frozen=True)
@@ -59,30 +71,37 @@ class Released:
         """The SentencePiece file."""
         return self._file("tokenizer_name", TEXT, "the text tokenizer").read_bytes()
 
-    def lm_config(self) -> LMConfig:
-        """Of the language model.
+    def config(self) -> SpeechConfig:
+        """Of codec and language model.
 
         Raises:
-            ConfigError: The configuration is of a model that this is not.
+            ConfigError: It is of a model that this is not; names file and key.
         """
-        return LMConfig.from_kyutai(self.table)
+        with said_of(self.folder / CONFIG_FILE):
+            lm = LMConfig.from_kyutai(self.table)
+        mimi = self.mimi_config()
+        with said_of(self.folder / CONFIG_FILE):
+            return SpeechConfig(lm, mimi)
 
     def mimi_config(self) -> MimiConfig:
         """Of the codec: the released one, unless a file says otherwise."""
         if not self.table.get("mimi_config_name"):
             return MimiConfig()
         path = self._file("mimi_config_name", "", "Mimi's configuration")
-        return MimiConfig.from_reference(read_table(path))
+        with said_of(path):
+            return MimiConfig.from_reference(read_table(path))
 
     def _file(self, key: str, pattern: str, what: str) -> Path:
         named = self.table.get(key)
         if named is None:
             return self._only(pattern, what)
         if not isinstance(named, str) or named != Path(named).name:
-            raise ConfigError(f"{CONFIG_FILE}: {key} = {named!r} must name a file beside it.")
+            where = self.folder / CONFIG_FILE
+            raise ConfigError(f"{where}: {key} = {named!r} must name a file beside it.")
         path = self.folder / named
         if not path.is_file():
-            raise ConfigError(f"{CONFIG_FILE} names {named}, {what}, and {path} does not exist.")
+            where = self.folder / CONFIG_FILE
+            raise ConfigError(f"{where}: {key} names {what}, and {path} does not exist.")
         return path
 
     def _only(self, pattern: str, what: str) -> Path:

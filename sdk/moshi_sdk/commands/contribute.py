@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -25,6 +25,9 @@ from moshi_sdk.options import (
     settings_for,
     use_threads,
 )
+
+if TYPE_CHECKING:
+    from moshi_fl.models.family import DataSummary
 
 LABELS = {
     "sync": "Model",
@@ -212,6 +215,15 @@ class _Listener(AbstractContextManager["_Listener"]):
             speed=f"{progress.tokens_per_second:,.0f} tokens/s",
         )
 
+    def reading(self, done: float, total: float) -> None:
+        """Move the bar of what is encoded."""
+        if self._bar is None:
+            self.stage("data", "encoding sound that is new here, which may take a while")
+            bar = self._console.progress("Encoding", total, unit="s of sound", in_logs=False)
+            self._bar = bar
+            self._bar.__enter__()
+        self._bar.update(done)
+
     def _close(self) -> None:
         if self._bar is not None:
             self._bar.__exit__(None, None, None)
@@ -228,13 +240,21 @@ def _report(console: Console, outcome: Any, hub: str) -> None:
         "round": record.round,
         "contributor": record.contributor,
         "key": fingerprint(record.key),
+        "trained": outcome.trained,
         "examples": record.num_examples,
         "loss_before": record.metrics.held_out_before,
         "loss_after": record.metrics.held_out_after,
         "delta": Size(record.delta.bytes),
     }
+    if outcome.tensors is not None:
+        facts["tensors"] = outcome.tensors
     if record.privacy:
         facts["epsilon"] = record.privacy.epsilon
+    if console.json_mode and outcome.data:  # as text it was said when it was read
+        console.result(data=_data(outcome.data))
+    if console.json_mode and outcome.figures:  # and this, when it was measured
+        changes = {n: {"before": c.before, "after": c.after} for n, c in outcome.figures.items()}
+        console.result(figures={name.replace(" ", "_"): c for name, c in changes.items()})
     if outcome.note:
         console.note(f"Note    {outcome.note}")
     if outcome.sent is None:
@@ -251,3 +271,12 @@ def _report(console: Console, outcome: Any, hub: str) -> None:
         console.warn(f"the branch is pushed, but there is no pull request: {outcome.problem}")
     console.note("That record, signed, and that delta are all that left; Git keeps them.")
     console.hint(f"moshi-fl status{hub}   (shows when a maintainer has merged it into a round)")
+
+
+def _data(summary: DataSummary) -> dict[str, object]:
+    left = [
+        {"reason": reason, "files": count, "names": list(summary.left_out.get(reason, ()))}
+        for reason, count in summary.skipped.items()
+    ]
+    read = {"files": summary.files, "bytes": summary.bytes, "tokens": summary.tokens}
+    return {**read, "left_out": left}

@@ -56,9 +56,12 @@ def generate(
     from moshi_fl.models.family import Sampling
 
     sampling = Sampling(**sampled)
+    pieces = _answer(chosen.task, chosen.module, text, suffix, sampling)
+    first = next(pieces, "")  # what cannot be continued is not repeated either
     if not console.json_mode:
         console.write(text)
-    for piece in _answer(chosen.task, chosen.module, text, suffix, sampling):
+    console.write(first)
+    for piece in pieces:
         console.write(piece)
     if suffix and not console.json_mode:
         console.write(suffix)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,14 @@ def _writable(ctx: click.Context, param: click.Parameter, path: Path | None) -> 
 @click.option("--hub", metavar="URL", help="Start from this hub's model and rules; send nothing.")
 @click.option("--family", help="Model family. [default: char]")
 @click.option("--preset", help="Ready-made settings of the family. [default: tiny]")
+@click.option(
+    "--set",
+    "model",
+    multiple=True,
+    callback=pairs,
+    metavar="KEY=VALUE",
+    help="A key of [model] to have otherwise than the preset; may be given several times.",
+)
 @click.option("--clients", type=click.IntRange(1), default=10, show_default=True, help="How many.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="How many.")
 @click.option(
@@ -60,6 +69,9 @@ def _writable(ctx: click.Context, param: click.Parameter, path: Path | None) -> 
     "--lr", "learning_rate", type=click.FloatRange(0, min_open=True), help="Peak learning rate."
 )
 @click.option("--batch-size", type=click.IntRange(1), help="Windows per step.")
+@click.option(
+    "--trains", metavar="PART", help="What of the model: all, or a part such as lora or ttt."
+)
 @click.option("--device", help="auto, cpu, mps, cuda or cuda:N.")
 @click.option(
     "--split",
@@ -113,6 +125,7 @@ def simulate(console: Console, plot: Path | None, **flags: Any) -> None:
       moshi-fl simulate --data ~/code --clients 4 --steps 20
       moshi-fl simulate --data ~/code --split directory --codec topk --plot loss.svg
       moshi-fl simulate --data ~/code --strategy flower:FedAdam --strategy-option eta=0.01
+      moshi-fl simulate --data ~/calls --family speech --set ttt_layers=1 --trains ttt
     """
     settings = load_settings(data=flags.pop("data"), device=flags.pop("device"))
     if not settings.data:
@@ -120,7 +133,7 @@ def simulate(console: Console, plot: Path | None, **flags: Any) -> None:
     use_threads(settings.threads)
     from moshi_sdk.simulate import Federation, Options, Simulation
 
-    start = _start(flags.pop("hub"), flags.pop("family"), flags.pop("preset"))
+    start = _start(*(flags.pop(name) for name in ("hub", "family", "preset", "model")))
     options = Options(device=pick_device(settings.device), **flags)
     federation = Federation(settings.data, options, start=start)
     _describe(console, federation)
@@ -136,13 +149,15 @@ def simulate(console: Console, plot: Path | None, **flags: Any) -> None:
     _conclude(console, results, plot)
 
 
-def _start(hub: str | None, family: str | None, preset: str | None) -> Start:
+def _start(
+    hub: str | None, family: str | None, preset: str | None, model: Mapping[str, Any]
+) -> Start:
     from moshi_sdk.simulate import from_hub, from_preset
 
     if not hub:
-        return from_preset(family or "char", preset or "tiny")
-    if family or preset:
-        raise click.UsageError("--hub settles the model; leave out --family and --preset.")
+        return from_preset(family or "char", preset or "tiny", model=model)
+    if family or preset or model:
+        raise click.UsageError("--hub settles the model; leave out --family, --preset and --set.")
     return from_hub(hub, home=ensure_home())
 
 
@@ -156,7 +171,7 @@ def _describe(console: Console, federation: Federation) -> None:
     )
     console.note(
         f"Model   {config.family}, {Count(count_parameters(federation.weights))} parameters; "
-        f"{federation.label}, {federation.steps} steps"
+        f"{federation.label}, {federation.steps} steps, training {federation.trains}"
     )
     problems = [f"client {c.number}: {c.problem}" for c in federation.clients if c.problem]
     for problem in problems[:SHOWN_PROBLEMS]:

@@ -9,6 +9,7 @@ import click
 
 from moshi_fl.cli import output_options
 from moshi_fl.console import Console
+from moshi_fl.text import Duration, Figure
 from moshi_sdk.chosen import FILE, Choice, model_options
 
 if TYPE_CHECKING:
@@ -88,15 +89,18 @@ def _report(console: Console, session: DuplexSession, out: Path, number: int | N
     console.done(
         f"Wrote {out}",
         round=number,
-        seconds=round(latency.frames * latency.frame, 2),
+        seconds=Duration(latency.frames * latency.frame),
         frames=latency.frames,
-        median_ms=round(1e3 * latency.quantile(0.5), 2),
-        p95_ms=round(1e3 * latency.quantile(0.95), 2),
-        worst_ms=round(1e3 * latency.worst, 2),
-        real_time_factor=round(latency.real_time_factor, 3),
+        frame_ms=Figure(round(1e3 * latency.frame, 2)),
+        median_ms=Figure(round(1e3 * latency.quantile(0.5), 2)),
+        p95_ms=Figure(round(1e3 * latency.quantile(0.95), 2)),
+        worst_ms=Figure(round(1e3 * latency.worst, 2)),
+        real_time_factor=Figure(round(latency.real_time_factor, 3)),
+        keeps_up=latency.real_time_factor <= 1,
     )
     if latency.real_time_factor > 1:
         console.note(
             f"A frame is {1e3 * latency.frame:.0f} ms: this machine does not keep up with a live "
-            "conversation. Eight bits (--int8) are faster."
+            "conversation. Eight bits (--int8) are faster, and a small model is on one thread "
+            "(moshi-fl config set threads 1)."
         )

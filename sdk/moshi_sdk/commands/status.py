@@ -103,6 +103,7 @@ def _contribution(run: Run, replica: Replica, snapshot: Snapshot) -> dict[str, o
     return {
         "contribution": contribution.id[:12] if contribution else "-",
         "base": run.plan.base_round,
+        "trained": run.plan.part,
         "steps": run.plan.training.steps,
         "own_loss": contribution.metrics.held_out_after if contribution else None,
         "state": _state(run, replica, snapshot),

@@ -131,10 +131,10 @@ def _refuse_present(path: Path) -> None:
 
 
 def _read(console: Console, paths: tuple[Path, ...]) -> Sources:
-    from moshi_fl.data import read_sources
+    from moshi_fl.data import read_sources, told_left_out
 
     sources = read_sources(paths, max_bytes=TOTAL_BYTES)
-    left = ", ".join(f"{count} {reason}" for reason, count in sources.skipped.items())
+    left = told_left_out(sources.skipped, sources.left_out)
     console.note(
         f"{len(sources.taken)} files, {sources.bytes:,} bytes"
         + (f"; left out: {left}" if left else "")

@@ -116,11 +116,26 @@ def test_what_cannot_be_used_is_counted_by_what_is_wrong_with_it(tmp_path: Path)
     made = unusable(tmp_path)
     with pytest.raises(DataError, match="No usable dialogue") as caught:
         find(tmp_path)
-    assert "1 silence" in caught.value.hint
+    assert "1 silence (silent.wav)" in caught.value.hint
     record(tmp_path / "good.wav")
     found = find(tmp_path)
     assert names(found) == ["good"]
     assert found.skipped == dict.fromkeys(made, 1)
+    assert found.left_out == {reason: (path.name,) for reason, path in made.items()}
+
+
+def test_of_many_that_are_left_out_for_one_reason_the_first_are_named(tmp_path: Path) -> None:
+    record(tmp_path / "good.wav")
+    for number in range(5):
+        record(tmp_path / f"mute-{number}.wav", words=None)
+        (tmp_path / f"call-{number}.mp3").write_bytes(b"ID3")
+    found = find(tmp_path)
+    assert found.skipped == {dialogues.NO_WORDS: 5, dialogues.OTHER_FORMAT: 5}
+    assert found.left_out[dialogues.NO_WORDS] == ("mute-0.wav", "mute-1.wav", "mute-2.wav")
+    assert texts.told_left_out(found.skipped, found.left_out) == (
+        "5 no alignments beside them (mute-0.wav, mute-1.wav, mute-2.wav, …); "
+        "5 sound that is neither WAV nor FLAC (call-0.mp3, call-1.mp3, call-2.mp3, …)"
+    )
 
 
 def test_what_is_named_and_cannot_be_used_is_an_error_of_its_own(tmp_path: Path) -> None:

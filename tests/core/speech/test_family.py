@@ -21,6 +21,7 @@ from moshi_fl.models.common import (
     load_weights,
     require_part,
     train_only,
+    trained_part,
     weight_tensors,
 )
 from moshi_fl.models.family import DataSummary, Sampling, Speaks, TakesTokenizer
@@ -120,7 +121,8 @@ def test_so_large_a_model_is_not_made_from_random_numbers() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"dimm": 3}, "unknown key 'dimm'"),
+        ({"dimm": 3}, "unknown key 'dimm'; did you mean 'dim'? hub/README.md, under [model]"),
+        ({"xyzzy": 3}, "unknown key 'xyzzy'; hub/README.md, under [model], lists all 50."),
         ({"lora_rank": -1}, "lora_rank = -1 must be 0 or more"),
         ({"lora_rank": True}, "lora_rank = True must be 0 or more"),
         ({"lora_embeddings": 1}, "lora_embeddings must be true or false"),
@@ -212,6 +214,19 @@ def test_parts_are_those_that_the_model_has(task: SpeechTask) -> None:
     with pytest.raises(ConfigError, match=r"no part 'lora'.*parts: all") as caught:
         require_part(task_of(lora_rank=0, ttt_layers=0), "lora")
     assert caught.value.hint == "--trains all"
+
+
+def test_a_delta_shows_which_part_was_trained() -> None:
+    """Also where it leaves some tensors of the part out, because nothing of them changed."""
+    table = {**get_preset("speech", "tiny").model, "ttt_layers": 1}
+    tokenizer = get_preset("speech", "tiny").tokenizer
+    find = trained_part(get_family("speech").load(table, tokenizer))
+    adapters = [f"lm.linears.{number}{kind}" for number in range(4) for kind in ADAPTERS]
+    layer = "lm.transformer.layers.1.self_attn.ttt.W1"
+    assert str(find(adapters)) == "lora: 8 of 135 tensors"
+    assert (find([layer]).name, find([layer, *adapters]).name) == ("ttt", "all")
+    whole = trained_part(get_family("char").load({}, get_preset("char", "tiny").tokenizer))
+    assert whole(["fc_out.bias"]).name == "all"
 
 
 def test_other_families_train_whole() -> None:
@@ -326,6 +341,23 @@ def test_spoken_dialogues_are_read_with_the_hubs_codec(
 
 
 # Pools.
+
+
+def test_reading_tells_how_far_it_is_and_nothing_when_all_is_known(tmp_path: Path) -> None:
+    write_dialogues(tmp_path / "data", client=1, count=2, length=2)
+    told: list[tuple[float, float]] = []
+    preset = get_preset("speech", "tiny")
+    task = get_family("speech").load(preset.model, preset.tokenizer)
+    assert isinstance(task, SpeechTask)
+    reading = task.reading_with(task.initial_weights(0)).telling(lambda *far: told.append(far))
+    reading.read([tmp_path / "data"], seed=0)
+    (total,) = {total for _, total in told}
+    done = [seconds for seconds, _ in told]
+    assert done == sorted(done)
+    assert 0 < done[0] < done[-1] == total
+    told.clear()
+    reading.read([tmp_path / "data"], seed=0)
+    assert told == []
 
 
 def test_a_pool_is_the_same_again_and_measured_window_by_window(

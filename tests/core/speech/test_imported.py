@@ -188,6 +188,38 @@ def _change(release: Path, **changes: object) -> None:
     (release / "config.json").write_text(json.dumps({**table, **changes}))
 
 
+def _change_mimi(release: Path, **changes: object) -> None:
+    table = json.loads((release / "mimi.json").read_text())
+    (release / "mimi.json").write_text(json.dumps({**table, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda r: _change(r, dimm=3), "config.json: unknown key 'dimm'; did you mean 'dim'"),
+        (lambda r: _change(r, num_heads=3), "config.json: num_heads = 3 must divide dim = 64."),
+        (lambda r: _change(r, delays=5), "config.json: delays = 5 must hold n_q + 1 = 17"),
+        (lambda r: _change(r, layer_scale="a"), "config.json: layer_scale = 'a' must be a number"),
+        (lambda r: _change(r, card=65), "config.json: card = 65 must be the codec's 64 bins"),
+        (lambda r: _change(r, text_card=9), "config.json: the tokenizer has 512 tokens"),
+        (lambda r: _change(r, existing_text_padding_id=600), "whole number from 0 to 512"),
+        (lambda r: _change_mimi(r, seanet=3), "mimi.json: seanet = 3 must be a table"),
+        (lambda r: _change_mimi(r, sample_rate="a"), "mimi.json: sample_rate = 'a' must be"),
+        (lambda r: _change_mimi(r, quantizer={"n_q": 0}), "mimi.json: quantizer: n_q = 0 must"),
+        (lambda r: (r / "mimi.json").write_text("{}"), "mimi.json: 'sample_rate' is missing"),
+        (lambda r: _change(r, mimi_name="none"), "config.json: mimi_name names Mimi's weights"),
+    ],
+)
+def test_a_wrong_configuration_names_its_file_and_key(
+    release: Path, tmp_path: Path, harm: object, said: str
+) -> None:
+    harm(release)  # type: ignore[operator]
+    with pytest.raises(ConfigError) as caught:
+        import_with(release, tmp_path / "out")
+    assert str(caught.value).startswith(str(release))
+    assert said in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
@@ -198,11 +230,8 @@ def _change(release: Path, **changes: object) -> None:
         (_two_codecs, "should be one file tokenizer-*.safetensors; there is tokenizer-"),
         (lambda r: (r / TEXT).write_bytes(b"no"), "not a SentencePiece model"),
         (lambda r: (r / "config.json").write_text("{"), "config.json is not JSON"),
-        (lambda r: _change(r, dimm=3), "unknown key 'dimm'"),
         (lambda r: _change(r, num_layers=4), "6 missing: transformer.layers.3."),
         (lambda r: _change(r, dim=128), "misshapen"),
-        (lambda r: _change(r, card=65), "card = 65 must be the codec's 64 bins"),
-        (lambda r: _change(r, text_card=100), "the tokenizer has 512 tokens"),
         (lambda r: _change(r, fuser={"sum": []}), "fuser"),
         (lambda r: _change(r, moshi_name="../model.safetensors"), "must name a file beside it"),
         (lambda r: _change(r, mimi_name="none.safetensors"), "does not exist"),
