@@ -46,7 +46,7 @@ from moshi_fl.tokenizer import CharVocabulary
 from moshi_fl.weights import MAX_HEADER_BYTES, Weights, parse_header, serialize, sha256_bytes
 from moshi_hub.merge import rules_of, settings_on
 from moshi_hub.verify import MAX_CONTRIBUTION_BYTES, REASONS, Rules, Submission, verify
-from tests.fuzz import mutate, ssh
+from tests.fuzz import mutate, speech, ssh
 from tests.fuzz.examples import example, records_below
 from tests.support.simulator import HubSimulator, random_delta
 
@@ -607,4 +607,16 @@ TARGETS: dict[str, Target] = {
         make_tokenizer, lambda made: said(partial(CharVocabulary.from_bytes, made)), 8 << 20, 1
     ),
     "pieces": Target(make_pieces, run_pieces, MAX_MODEL_BYTES, 2),
+    "sound": Target(
+        speech.make_sound,
+        lambda made: said(partial(speech.read_sound, made, scratch())),
+        8 << 20,
+        2,
+    ),
+    "words": Target(
+        speech.make_words, lambda made: said(partial(speech.read_words, made)), 8 << 20, 2
+    ),
+    "speech-settings": Target(
+        speech.make_settings, lambda made: said(partial(speech.read_settings, made)), 8 << 20, 2
+    ),
 }

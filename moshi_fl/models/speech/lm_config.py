@@ -11,7 +11,12 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from moshi_fl.errors import ConfigError
-from moshi_fl.models.common import require_counts, require_fractions, require_known
+from moshi_fl.models.common import (
+    require_counts,
+    require_fractions,
+    require_known,
+    require_positive,
+)
 from moshi_fl.models.speech.layers import NormName, PositionName
 from moshi_fl.models.speech.transformer import TransformerConfig
 from moshi_fl.models.speech.ttt_config import TttConfig
@@ -101,10 +106,9 @@ class LMConfig:
             value, names = getattr(self, key), get_args(kind)
             unset = value is None and key in {"depformer_gating", "depformer_norm"}
             _require(value in names or unset, key, value, f"must be one of {', '.join(names)}")
-        for key in ("hidden_scale", "max_period", "positional_scale", *_SCALES):
-            value = getattr(self, key)
-            unset, rule = value is None and key in _SCALES, "must be a number above 0"
-            _require(unset or (_number(value) and value > 0), key, value, rule)
+        numbers = ["hidden_scale", "max_period", "positional_scale"]
+        numbers += [key for key in _SCALES if getattr(self, key) is not None]
+        require_positive(self, numbers, name="[model]")
         for key in ("existing_text_padding_id", "existing_text_end_padding_id"):
             value, rule = getattr(self, key), f"must be a whole number from 0 to {self.text_card}"
             _require(type(value) is int and 0 <= value <= self.text_card, key, value, rule)
@@ -113,6 +117,7 @@ class LMConfig:
             _require(type(value) is int and value >= 0, key, value, "must be 0 or more")
         self._require_that_parts_fit()
         self._require_that_streams_fit()
+        _ = self.temporal, self.depth, self.ttt  # each checks itself
 
     def _require_that_parts_fit(self) -> None:
         for prefix in ("", "depformer_"):
@@ -254,10 +259,6 @@ _CHOICES = {
     "ttt_mode": TttMode,
     "ttt_kind": Literal["linear", "mlp"],
 }
-
-
-def _number(value: object) -> bool:
-    return type(value) in {int, float}
 
 
 def _whole(values: object, count: int) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moshi_fl.errors import ConfigError
-from moshi_fl.models.common import settings_from
+from moshi_fl.models.common import require_counts, require_positive, settings_from
 from moshi_fl.models.speech.quantizer import QuantizerConfig
 from moshi_fl.models.speech.seanet import SeanetConfig
 from moshi_fl.models.speech.transformer import TransformerConfig
@@ -49,6 +49,8 @@ class MimiConfig:
     )
 
     def __post_init__(self) -> None:
+        require_counts(self, ("sample_rate",), name="Mimi")
+        require_positive(self, ("frame_rate",), name="Mimi")
         if self.stride * self.frame_rate * self.seanet.hop != self.sample_rate or self.stride < 1:
             raise ConfigError(
                 f"Mimi: sample_rate = {self.sample_rate} must be a multiple of "
@@ -77,14 +79,11 @@ class MimiConfig:
         missing = [name for name in sections if name not in table]
         if missing:
             raise ConfigError(f"configuration: {missing[0]!r} is missing.")
-        for name in sections[:2]:
-            if type(table[name]) not in {int, float} or table[name] <= 0:
-                raise ConfigError(f"{name} = {table[name]!r} must be a number above 0.")
         for name in sections[2:]:
             if not isinstance(table[name], Mapping):
                 raise ConfigError(f"{name} = {table[name]!r} must be a table.")
         seanet = _without(table["seanet"], SEANET_FIXED, "seanet")
-        if not isinstance(seanet.get("ratios"), list) or "dimension" not in seanet:
+        if not isinstance(seanet.get("ratios"), list | tuple) or "dimension" not in seanet:
             raise ConfigError("seanet: dimension, and ratios as a list, are needed.")
         seanet["ratios"] = tuple(seanet["ratios"])
         width = seanet["dimension"]

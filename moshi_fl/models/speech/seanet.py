@@ -40,6 +40,11 @@ class SeanetConfig:
         require_counts(self, counts, name="seanet")
         if not self.ratios or any(type(r) is not int or r < 1 for r in self.ratios):
             raise ConfigError(f"seanet: ratios = {self.ratios!r} must be whole numbers above zero.")
+        require_counts(self, ("hop",), name="seanet")
+        if self.compress > self.n_filters:
+            raise ConfigError(
+                f"seanet: compress = {self.compress} must be at most n_filters = {self.n_filters}."
+            )
 
     @property
     def hop(self) -> int:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from moshi_fl.errors import ConfigError
-from moshi_fl.models.common import require_counts, require_fractions, settings_from
+from moshi_fl.models.common import (
+    require_counts,
+    require_fractions,
+    require_positive,
+    settings_from,
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,11 @@ class TttConfig:
     def __post_init__(self) -> None:
         require_counts(self, ("d_model", "n_heads", "mini_batch"), name="[model] ttt")
         require_fractions(self, ("forget",), name="[model] ttt")
+        numbers = ["rope_theta"] + ["base_lr"] * (self.base_lr is not None)
+        require_positive(self, numbers, name="[model] ttt")
+        gate = 0 if self.alpha is None else self.alpha
+        if type(gate) not in {int, float} or not abs(gate) < math.inf:
+            raise ConfigError(f"[model] ttt: alpha = {gate!r} must be a finite number.")
         if self.kind not in {"linear", "mlp"}:
             raise ConfigError(f'[model]: ttt kind = {self.kind!r} must be "linear" or "mlp".')
         if self.d_model % (2 * self.n_heads):

@@ -204,7 +204,7 @@ def _change_mimi(release: Path, **changes: object) -> None:
         (lambda r: _change(r, text_card=9), "config.json: the tokenizer has 512 tokens"),
         (lambda r: _change(r, existing_text_padding_id=600), "whole number from 0 to 512"),
         (lambda r: _change_mimi(r, seanet=3), "mimi.json: seanet = 3 must be a table"),
-        (lambda r: _change_mimi(r, sample_rate="a"), "mimi.json: sample_rate = 'a' must be"),
+        (lambda r: _change_mimi(r, sample_rate="a"), "mimi.json: Mimi: sample_rate = 'a' must be"),
         (lambda r: _change_mimi(r, quantizer={"n_q": 0}), "mimi.json: quantizer: n_q = 0 must"),
         (lambda r: (r / "mimi.json").write_text("{}"), "mimi.json: 'sample_rate' is missing"),
         (lambda r: _change(r, mimi_name="none"), "config.json: mimi_name names Mimi's weights"),
