@@ -117,6 +117,9 @@ VARIANTS: list[dict[str, Any]] = [
     {"depformer_norm": "layer_norm", "depformer_pos_emb": "sin", "depformer_kv_repeat": 2},
     {"depformer_weights_per_step": False, "depformer_gating": "none"},
     {"depformer_weights_per_step_schedule": (0, 0), "depformer_low_rank_embeddings": 4},
+    {"depformer_pos_emb": "rope", "depformer_kv_repeat": 2},
+    {"depformer_pos_emb": "rope_concat"},
+    {"depformer_pos_emb": "sin_rope"},
 ]
 
 
