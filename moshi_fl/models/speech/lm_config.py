@@ -34,7 +34,7 @@ _ABSENT_PARTS = frozenset(
         *("demux_second_text_stream", "demux_second_stream"),
     }
 )
-_WITHOUT_EFFECT = frozenset({"depformer_context", "depformer_max_period", "depformer_causal"})
+_WITHOUT_EFFECT = frozenset({"depformer_context", "depformer_causal"})
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,8 @@ class LMConfig:
     depformer_layer_scale: float | None = None
     depformer_norm: NormName | None = None  # before each head
     depformer_pos_emb: PositionName = "sin"
+    depformer_positional_scale: float | None = None  # None: positional_scale
+    depformer_max_period: float | None = None  # None: max_period
     depformer_multi_linear: bool = False  # an input projection for each step
     depformer_weights_per_step: bool = False
     depformer_weights_per_step_schedule: tuple[int, ...] | None = None  # the weights of each step
@@ -102,9 +104,11 @@ class LMConfig:
             value, names = getattr(self, key), get_args(kind)
             unset = value is None and key in {"depformer_gating", "depformer_norm"}
             _require(value in names or unset, key, value, f"must be one of {', '.join(names)}")
-        for key in ("hidden_scale", "max_period"):
+        for key in ("hidden_scale", "max_period", "depformer_max_period"):
             value = getattr(self, key)
-            _require(_number(value) and value > 0, key, value, "must be a number above 0")
+            unset = value is None and key == "depformer_max_period"
+            positive = _number(value) and value > 0
+            _require(positive or unset, key, value, "must be a number above 0")
         for key in ("dep_q", "extra_heads_num_heads", "ttt_layers"):
             value = getattr(self, key)
             _require(type(value) is int and value >= 0, key, value, "must be 0 or more")
@@ -176,16 +180,16 @@ class LMConfig:
     def depth(self) -> TransformerConfig:
         """The transformer over the codebooks of a frame; it sees all of them."""
         width, wide = self.depformer_dim, self.depformer_dim_feedforward
-        per_step = self.depformer_weights_per_step
+        per_step, scale = self.depformer_weights_per_step, self.depformer_positional_scale
         return TransformerConfig(
             d_model=width,
             num_heads=self.depformer_num_heads,
             num_layers=self.depformer_num_layers or self.num_layers,
             dim_feedforward=int(self.hidden_scale * width) if wide is None else wide,
             context=None if per_step else self.dep_q,
-            max_period=self.max_period,
+            max_period=self.depformer_max_period or self.max_period,
             positional_embedding=self.depformer_pos_emb,
-            positional_scale=self.positional_scale,
+            positional_scale=self.positional_scale if scale is None else scale,
             norm=self.norm,
             gating=self.depformer_gating or self.gating,
             layer_scale=self.depformer_layer_scale,

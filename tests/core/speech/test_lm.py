@@ -229,6 +229,14 @@ def test_defaults_are_the_references() -> None:
     )
 
 
+def test_the_depth_transformer_has_positions_of_its_own_where_a_release_says_so() -> None:
+    inherited = LMConfig.from_kyutai(kyutai(max_period=500, positional_scale=2.0)).depth
+    assert (inherited.max_period, inherited.positional_scale) == (500, 2.0)
+    own = {"depformer_max_period": 50, "depformer_positional_scale": 0.0}
+    depth = LMConfig.from_kyutai(kyutai(max_period=500, positional_scale=2.0, **own)).depth
+    assert (depth.max_period, depth.positional_scale) == (50, 0.0)
+
+
 def test_what_a_release_says_about_other_things_is_passed_over() -> None:
     extra = {"mimi_name": "m", "lora": True, "lora_rank": 8, "fuser": None, "model_id": {}}
     assert LMConfig.from_kyutai(kyutai(**extra)) == LMConfig.from_kyutai(kyutai())
@@ -250,6 +258,7 @@ def test_what_a_release_says_about_other_things_is_passed_over() -> None:
         ({"ttt_forget": 1.0}, "ttt_forget"),
         ({"depformer_weights_per_step_schedule": [0, 1]}, "schedule"),
         ({"bias_proj": 1}, "bias_proj"),
+        ({"depformer_max_period": 0}, "depformer_max_period"),
     ],
 )
 def test_settings_that_cannot_be_are_named(changes: dict[str, Any], message: str) -> None:
