@@ -99,12 +99,8 @@ class Ring(State):
         seen = self.held[:, :, : placement.filled]
         if not placement.before:
             seen = torch.cat([seen, new], dim=2)
-        new = new.detach()[:, :, -placement.slots.shape[2] :].to(self.held.dtype)
-        index = placement.slots.expand_as(new)
-        if not self.all_active:
-            active = self.active[:, None, None, None]
-            new = torch.where(active, new, self.held.gather(2, index))
-        self.held.scatter_(2, index, new)
+        new = new[:, :, -placement.slots.shape[2] :].to(self.held.dtype)
+        self.put(self.held, placement.slots.expand_as(new), new)
         return seen
 
 

@@ -64,12 +64,8 @@ class Columns(State):
 
     def write(self, streams: slice, position: Tensor, tokens: Tensor) -> None:
         """Put tokens (B, K) of these streams at ``position`` (B, K), of items that take part."""
-        ring = self.tokens[:, streams]
-        index = (position % ring.shape[2])[..., None]
-        new = tokens[..., None]
-        if not self.all_active:
-            new = torch.where(self.active[:, None, None], new, ring.gather(2, index))
-        ring.scatter_(2, index, new)
+        index = (position % self.tokens.shape[2])[..., None]
+        self.put(self.tokens[:, streams], index, tokens[..., None])
 
 
 class LMGen(StreamingModule):
