@@ -329,5 +329,5 @@ def set_attention_context(model: nn.Module, context: int | None) -> None:
     Depth transformers, which see the steps of one frame, are left alone.
     """
     for module in model.modules():
-        if isinstance(module, StreamingTransformer) and not module.config.weights_per_step:
+        if isinstance(module, StreamingTransformer) and not module.detached:
             module.set_context(context)

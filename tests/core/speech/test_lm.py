@@ -187,8 +187,9 @@ def test_a_loss_of_nothing_is_zero() -> None:
     assert losses(lm_of(config)(codes), codes, config).total == 0
 
 
-def test_the_context_can_change_at_run_time() -> None:
-    config = tiny()
+@pytest.mark.parametrize("per_step", [True, False])
+def test_the_context_can_change_at_run_time(per_step: bool) -> None:
+    config = tiny(n_q=4, dep_q=4, delays=(0,) * 5, depformer_weights_per_step=per_step)
     model, codes = lm_of(config), codes_of(config)
     set_attention_context(model, 3)
     short = lm_of(replace(config, context=3))
