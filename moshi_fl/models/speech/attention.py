@@ -220,5 +220,7 @@ def _split_stacked(module: nn.Module, state_dict: dict[str, Any], prefix: str, *
         start = prefix + name
         for key in [k for k in state_dict if k.startswith((start + "_", start + "."))]:
             rest = key.removeprefix(start)[1:]
+            if f"{start}s.0.{rest}" in state_dict or not state_dict[key].dim():
+                continue  # given twice, or no stack: unknown
             for index, part in enumerate(state_dict.pop(key).chunk(count)):
                 state_dict[f"{start}s.{index}.{rest}"] = part

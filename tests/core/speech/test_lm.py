@@ -141,6 +141,14 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_what_is_wrong(reference:
     assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize("also", [torch.tensor(1.0), torch.zeros(48, 16)])
+def test_a_projection_given_in_both_forms_is_refused(also: Tensor) -> None:
+    model = lm_of(tiny())
+    stacked = {"transformer.layers.0.self_attn.in_proj_weight": also}
+    with pytest.raises(CorruptRecord, match=r"1 unknown: transformer.*in_proj_weight"):
+        load_checkpoint(model, model.state_dict() | stacked)
+
+
 VARIANTS: list[dict[str, Any]] = [
     {"norm": "layer_norm", "gating": "none", "depformer_gating": "silu", "layer_scale": 0.5},
     {"norm_emb": True, "bias_proj": True, "depformer_low_rank_embeddings": 4},
