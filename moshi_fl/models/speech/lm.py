@@ -90,7 +90,7 @@ class LMModel(StreamingModule):
         self.extra_heads = nn.ModuleList(
             nn.Linear(c.dim, c.extra_heads_dim, bias=False) for _ in range(c.extra_heads_num_heads)
         )
-        inputs = max(c.weight_of_step, default=0) + 1 if c.depformer_multi_linear else 1
+        inputs = max(c.weight_of_step) + 1 if c.depformer_multi_linear else 1
         self.depformer_in = nn.ModuleList(Linear(c.dim, width, bias=False) for _ in range(inputs))
         rank = c.depformer_low_rank_embeddings
         self.depformer_emb = nn.ModuleList(

@@ -92,7 +92,7 @@ class LMConfig:
     ttt_forget: float = 0.0  # share of the way back to the first weights, after each mini-batch
 
     def __post_init__(self) -> None:
-        counts = ["num_layers", "depformer_num_heads", "dim", "num_heads", "n_q", "card"]
+        counts = ["num_layers", "depformer_num_heads", "dim", "num_heads", "n_q", "dep_q", "card"]
         counts += ["text_card", "kv_repeat", "depformer_dim", "ttt_mini_batch"]
         counts += [key for key in _OPTIONAL_COUNTS if getattr(self, key) is not None]
         require_counts(self, counts, name="[model]")
@@ -109,7 +109,7 @@ class LMConfig:
             unset = value is None and key == "depformer_max_period"
             positive = _number(value) and value > 0
             _require(positive or unset, key, value, "must be a number above 0")
-        for key in ("dep_q", "extra_heads_num_heads", "ttt_layers"):
+        for key in ("extra_heads_num_heads", "ttt_layers"):
             value = getattr(self, key)
             _require(type(value) is int and value >= 0, key, value, "must be 0 or more")
         self._require_that_parts_fit()

@@ -259,6 +259,7 @@ def test_what_a_release_says_about_other_things_is_passed_over() -> None:
         ({"delays": [0, 0]}, "delays"),
         ({"delays": [0, 0, -1]}, "delays"),
         ({"dep_q": 3}, "dep_q"),
+        ({"dep_q": 0}, "dep_q"),
         ({"num_heads": 7}, "num_heads"),
         ({"norm": "batch"}, "norm"),
         ({"context": 0}, "context"),
