@@ -110,11 +110,13 @@ class LMModel(StreamingModule):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Truncated normal but for the depth transformer, which keeps PyTorch's default."""
+        """Truncated normal, biases 0; the depth transformer keeps PyTorch's default."""
         for part in (self.transformer, self.text_linear, self.linears):
             for name, module in part.named_modules():
                 if isinstance(module, nn.Linear) and ".ttt." not in name:
                     _truncated_normal(module.weight)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
 
     @property
     def num_codebooks(self) -> int:

@@ -173,6 +173,25 @@ def test_every_variant_streams_what_it_reads_at_once(changes: dict[str, Any]) ->
             assert worst(torch.cat(pieces, dim=1), whole) <= 1e-6  # rotations are float32
 
 
+def test_a_new_model_begins_as_the_references() -> None:
+    config = tiny(dim=128, depformer_dim=128, bias_proj=True, text_card=999, card=999)
+    parameters = dict(lm_of(config).named_parameters())
+    temporal = "transformer.layers.0"
+    for name in (
+        *("emb.0", "text_emb", "depformer_emb.0", "depformer_text_emb", "text_linear", "linears.0"),
+        *(f"{temporal}.self_attn.in_projs.0", f"{temporal}.self_attn.out_projs.0"),
+        *(f"{temporal}.gating.linear_in", f"{temporal}.gating.linear_out"),
+    ):
+        weight = parameters[f"{name}.weight"]
+        deviations = weight.detach() * weight.shape[1] ** 0.5
+        assert deviations.std() == pytest.approx(0.9867, abs=0.02), name  # cut at 3
+        assert 2.5 < deviations.abs().max() <= 3.0001, name
+    for name in ("depformer_in.0", "depformer.layers.0.self_attn.in_projs.0"):
+        assert parameters[f"{name}.weight"].abs().max() <= 128**-0.5, name  # PyTorch's
+    assert not parameters["text_linear.bias"].any()
+    assert not parameters["linears.1.bias"].any()
+
+
 def test_the_zero_token_adds_exactly_nothing() -> None:
     model = lm_of(tiny(norm_emb=True, depformer_low_rank_embeddings=4))
     nothing = torch.full((1, 4, 1), -1)
