@@ -132,8 +132,8 @@ class LMGen(StreamingModule):
             replace_audio: Audio tokens to go on with instead of the model's, (B, dep_q, 1).
 
         Returns:
-            Text and audio tokens (B, dep_q + 1, 1) of ``max_delay`` frames ago; None while there
-            are none.
+            Text and audio tokens (B, dep_q + 1, 1) of ``max_delay`` frames ago, ``UNGENERATED`` for
+            items that have none; None while there are none at all.
 
         Raises:
             DataError: Tokens of another shape or out of range.
@@ -194,9 +194,7 @@ class LMGen(StreamingModule):
             return None
         now = state.offsets[:, None]
         out = state.read(now - late + self.delays[: self.first_heard])
-        if self.out_of_sync:
-            out = torch.where((now > late) & state.active[:, None], out, UNGENERATED)
-        return out[..., None]
+        return torch.where((now > late) & state.active[:, None], out, UNGENERATED)[..., None]
 
     def _checked(self, heard: Tensor) -> Tensor:
         """The rows that are read, (B, n_q - dep_q, 1); looked at on a CPU only: a GPU would wait.
@@ -214,5 +212,6 @@ class LMGen(StreamingModule):
             )
         rows = heard[:, :wanted]
         if wanted and not heard.is_cuda:
-            check_codes(rows, [c.card] * wanted)
+            active = self.state().active
+            check_codes(rows.masked_fill(~active[:, None, None], 0), [c.card] * wanted)
         return rows

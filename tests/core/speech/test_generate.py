@@ -79,6 +79,23 @@ def test_held_items_are_not_disturbed(ttt: dict[str, Any]) -> None:
     assert torch.equal(torch.cat(said, dim=2)[..., 2:], wanted[..., 2:40])
 
 
+def test_who_begins_anew_or_is_held_has_said_nothing_yet() -> None:
+    model, user = lm_of(tiny()), heard(2, 12)
+    with (alone := LMGen(model, GREEDY)).streaming(1):
+        wanted = talk(alone, user[1:])
+    first, generator = torch.tensor([True, False]), LMGen(model, GREEDY)
+    with generator.streaming(2):
+        before = talk(generator, user[..., :6])
+        generator.reset_streaming(first)
+        anew = talk(generator, user[..., 6:10])
+        generator.set_exec_mask(~first)
+        held = talk(generator, torch.cat([torch.full((1, 1, 2), UNGENERATED), user[1:, :, 10:]]))
+    assert (anew[0, :, :2] == UNGENERATED).all()
+    assert (anew[0, :, 2:] != UNGENERATED).all()
+    assert (held[0] == UNGENERATED).all()
+    assert torch.equal(torch.cat([before, anew, held], dim=2)[1:], wanted)
+
+
 @pytest.mark.parametrize("ttt", [{}, {"ttt_layers": 2, "ttt_kind": "mlp"}])
 def test_a_saved_conversation_goes_on_elsewhere(ttt: dict[str, Any]) -> None:
     model, user = lm_of(tiny(**ttt)), heard(2, 30)
