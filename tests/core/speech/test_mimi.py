@@ -12,6 +12,7 @@ from torch import Tensor
 from moshi_fl.errors import ConfigError, DataError
 from moshi_fl.models.speech.mimi import PIECE, Mimi
 from moshi_fl.models.speech.mimi_config import MimiConfig
+from moshi_fl.models.speech.transformer import set_attention_context
 from tests.support.mimis import small_mimi, small_spec, small_tensors
 
 FRAME = 1920
@@ -102,6 +103,18 @@ def test_long_sound_is_worked_on_in_pieces(mimi: Mimi, theirs: dict[str, Tensor]
         latent = mimi.decode_latent(codes)
         torch.testing.assert_close(pieced, mimi.decode_from_latent(latent), **CLOSE)
     assert not mimi.is_streaming
+
+
+def test_long_sound_is_worked_on_at_once_where_attention_sees_all_of_it() -> None:
+    mimi = small_mimi()
+    set_attention_context(mimi, None)
+    sound = torch.randn(1, 1, 2 * PIECE * FRAME, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        latent = mimi.encode_to_latent(sound, quantize=False)
+        codes = mimi.encode(sound)
+        assert torch.equal(codes, mimi.quantizer.encode(latent.transpose(1, 2), 8))
+        heard = mimi.decode(codes)
+        torch.testing.assert_close(heard, mimi.decode_from_latent(mimi.decode_latent(codes)))
 
 
 def test_items_are_independent(mimi: Mimi, theirs: dict[str, Tensor]) -> None:
