@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -177,3 +178,18 @@ def require_fractions(config: object, keys: Iterable[str], *, name: str) -> None
         value = getattr(config, key)
         if type(value) not in {int, float} or not 0 <= value < 1:
             raise ConfigError(f"{name}: {key} = {value!r} must be a number from 0 to below 1.")
+
+
+def require_numbers(
+    config: object, keys: Iterable[str], *, name: str, above: float = -math.inf
+) -> None:
+    """Each of these settings must be a finite number, greater than ``above``.
+
+    Raises:
+        ConfigError: Names the first that is not.
+    """
+    rule = "a number" if above == -math.inf else f"a number above {above:g}"
+    for key in keys:
+        value = getattr(config, key)
+        if type(value) not in {int, float} or not above < value < math.inf:
+            raise ConfigError(f"{name}: {key} = {value!r} must be {rule}.")

@@ -76,7 +76,7 @@ class LayerScale(nn.Module):
 
     def __init__(self, width: int, initial: float) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.full((width,), initial))
+        self.scale = nn.Parameter(torch.full((width,), float(initial)))
 
     def forward(self, x: Tensor) -> Tensor:
         """``x``: (..., C), the same back."""

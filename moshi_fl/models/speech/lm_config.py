@@ -7,12 +7,12 @@ The keys ``ttt_*`` are ours: they turn the top layers of the temporal transforme
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from moshi_fl.errors import ConfigError
-from moshi_fl.models.common import require_counts, require_fractions
+from moshi_fl.models.common import require_counts, require_fractions, require_numbers
 from moshi_fl.models.speech.layers import NormName, PositionName
 from moshi_fl.models.speech.transformer import TransformerConfig
 from moshi_fl.models.speech.ttt_config import TttConfig
@@ -93,10 +93,13 @@ class LMConfig:
 
     def __post_init__(self) -> None:
         counts = ["num_layers", "depformer_num_heads", "dim", "num_heads", "n_q", "dep_q", "card"]
-        counts += ["text_card", "kv_repeat", "depformer_dim", "ttt_mini_batch"]
-        counts += [key for key in _OPTIONAL_COUNTS if getattr(self, key) is not None]
-        require_counts(self, counts, name="[model]")
+        counts += ["text_card", "kv_repeat", "depformer_dim", "extra_heads_dim", "ttt_mini_batch"]
+        require_counts(self, counts + self._given(_OPTIONAL_COUNTS), name="[model]")
         require_fractions(self, ("ttt_forget",), name="[model]")
+        numbers = ["positional_scale", "ttt_alpha", *self._given(_OPTIONAL_NUMBERS)]
+        require_numbers(self, numbers, name="[model]")
+        positive = ["hidden_scale", "max_period", *self._given(["depformer_max_period"])]
+        require_numbers(self, positive, name="[model]", above=0)
         for key in _FLAGS:
             value = getattr(self, key)
             _require(isinstance(value, bool), key, value, "must be true or false")
@@ -104,16 +107,14 @@ class LMConfig:
             value, names = getattr(self, key), get_args(kind)
             unset = value is None and key in {"depformer_gating", "depformer_norm"}
             _require(value in names or unset, key, value, f"must be one of {', '.join(names)}")
-        for key in ("hidden_scale", "max_period", "depformer_max_period"):
-            value = getattr(self, key)
-            unset = value is None and key == "depformer_max_period"
-            positive = _number(value) and value > 0
-            _require(positive or unset, key, value, "must be a number above 0")
-        for key in ("extra_heads_num_heads", "ttt_layers"):
+        for key in _FROM_ZERO:
             value = getattr(self, key)
             _require(type(value) is int and value >= 0, key, value, "must be 0 or more")
         self._require_that_parts_fit()
         self._require_that_streams_fit()
+
+    def _given(self, keys: Iterable[str]) -> list[str]:
+        return [key for key in keys if getattr(self, key) is not None]
 
     def _require_that_parts_fit(self) -> None:
         for prefix in ("", "depformer_"):
@@ -133,15 +134,13 @@ class LMConfig:
 
     def _require_that_streams_fit(self) -> None:
         delays, schedule = self.delays, self.depformer_weights_per_step_schedule
-        whole = all(type(delay) is int and delay >= 0 for delay in delays)
         rule = f"must hold n_q + 1 = {self.n_q + 1} whole numbers of 0 or more"
-        _require(whole and len(delays) == self.n_q + 1, "delays", list(delays), rule)
+        _require(_whole(delays, self.n_q + 1), "delays", delays, rule)
         _require(self.dep_q <= self.n_q, "dep_q", self.dep_q, f"must be at most n_q = {self.n_q}")
         if schedule is not None:
-            whole = all(type(step) is int and step >= 0 for step in schedule)
             key = "depformer_weights_per_step_schedule"
             rule = f"must hold dep_q = {self.dep_q} whole numbers of 0 or more"
-            _require(whole and len(schedule) == self.dep_q, key, list(schedule), rule)
+            _require(_whole(schedule, self.dep_q), key, schedule, rule)
 
     @property
     def weight_of_step(self) -> list[int]:
@@ -245,6 +244,11 @@ _OPTIONAL_COUNTS = (
     *("context", "depformer_dim_feedforward", "depformer_num_layers"),
     *("depformer_kv_repeat", "depformer_low_rank_embeddings"),
 )
+_OPTIONAL_NUMBERS = ("layer_scale", "depformer_layer_scale", "depformer_positional_scale")
+_FROM_ZERO = (
+    *("extra_heads_num_heads", "ttt_layers"),
+    *("existing_text_padding_id", "existing_text_end_padding_id"),
+)
 _FLAGS = (
     *("norm_emb", "bias_proj", "causal"),
     *("depformer_multi_linear", "depformer_weights_per_step"),
@@ -261,8 +265,11 @@ _CHOICES = {
 }
 
 
-def _number(value: object) -> bool:
-    return type(value) in {int, float}
+def _whole(values: object, count: int) -> bool:
+    """Whether this is a list of so many whole numbers of 0 or more."""
+    if not isinstance(values, tuple | list) or len(values) != count:
+        return False
+    return all(type(value) is int and value >= 0 for value in values)
 
 
 def _require(truth: bool, key: str, value: object, rule: str) -> None:

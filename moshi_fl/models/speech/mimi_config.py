@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moshi_fl.errors import ConfigError
-from moshi_fl.models.common import settings_from
+from moshi_fl.models.common import require_counts, require_numbers, settings_from
 from moshi_fl.models.speech.quantizer import QuantizerConfig
 from moshi_fl.models.speech.seanet import SeanetConfig
 from moshi_fl.models.speech.transformer import TransformerConfig
@@ -49,6 +49,8 @@ class MimiConfig:
     )
 
     def __post_init__(self) -> None:
+        require_counts(self, ("sample_rate",), name="Mimi")
+        require_numbers(self, ("frame_rate",), name="Mimi", above=0)
         if self.stride * self.frame_rate * self.seanet.hop != self.sample_rate or self.stride < 1:
             raise ConfigError(
                 f"Mimi: sample_rate = {self.sample_rate} must be a multiple of "
@@ -78,8 +80,9 @@ class MimiConfig:
         if missing:
             raise ConfigError(f"configuration of Mimi: {missing[0]!r} is missing.")
         seanet = _without(table["seanet"], SEANET_FIXED, "seanet")
-        seanet["ratios"] = tuple(seanet["ratios"])
-        width = seanet["dimension"]
+        if isinstance(seanet.get("ratios"), list):
+            seanet["ratios"] = tuple(seanet["ratios"])
+        width = seanet.get("dimension", SeanetConfig.dimension)
         ends = {"input_dimension": width, "output_dimension": width}
         quantizer = _without(table["quantizer"], ends, "quantizer")
         fixed = TRANSFORMER_FIXED | {"input_dimension": width, "output_dimensions": [width]}
@@ -99,6 +102,6 @@ class MimiConfig:
 def _without(table: Mapping[str, Any], fixed: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The table without keys that can have one value only."""
     for key, value in fixed.items():
-        if table.get(key, value) != value:
+        if key in table and table[key] != value:
             raise ConfigError(f"{name}: {key} = {table[key]!r} must be {value!r}.")
     return {key: value for key, value in table.items() if key not in fixed}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moshi_fl.errors import ConfigError, DataError
-from moshi_fl.models.common import require_counts
+from moshi_fl.models.common import require_counts, require_numbers
 from moshi_fl.models.speech.attention import (
     SPARE,
     Block,
@@ -64,6 +64,9 @@ class TransformerConfig:
         require_counts(self, counts, name="transformer")
         if self.context is not None:
             require_counts(self, ("context",), name="transformer")
+        scales = ("positional_scale", *(("layer_scale",) if self.layer_scale is not None else ()))
+        require_numbers(self, scales, name="transformer")
+        require_numbers(self, ("max_period",), name="transformer", above=0)
         if self.d_model % self.num_heads or self.d_model // self.num_heads % 2:
             raise ConfigError(
                 f"transformer: d_model = {self.d_model} over num_heads = {self.num_heads} "
@@ -79,7 +82,7 @@ class TransformerConfig:
                 f"transformer: positional_embedding = {self.positional_embedding!r} "
                 f"must be one of {', '.join(get_args(PositionName))}."
             )
-        if self.gating not in {"none", "silu"}:
+        if self.gating not in ("none", "silu"):
             raise ConfigError(f'transformer: gating = {self.gating!r} must be "none" or "silu".')
         if self.weights_per_step and self.gating == "none":
             raise ConfigError('transformer: weights_per_step needs gating = "silu".')

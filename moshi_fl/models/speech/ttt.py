@@ -62,7 +62,7 @@ class Ttt(StreamingModule):
             self.register_parameter(f"W{layer}", nn.Parameter(torch.empty(H, rows, columns)))
             self.register_parameter(f"b{layer}", nn.Parameter(torch.zeros(H, 1, columns)))
         if config.alpha is not None:
-            self.alpha = nn.Parameter(torch.full((C,), config.alpha))
+            self.alpha = nn.Parameter(torch.full((C,), float(config.alpha)))
         self.depth = len(widths) - 1
         self.register_buffer("turns", self._turns(), persistent=False)
         self._initialise()

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from moshi_fl.errors import ConfigError
-from moshi_fl.models.common import require_counts, require_fractions, settings_from
+from moshi_fl.models.common import (
+    require_counts,
+    require_fractions,
+    require_numbers,
+    settings_from,
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class TttConfig:
     def __post_init__(self) -> None:
         require_counts(self, ("d_model", "n_heads", "mini_batch"), name="[model] ttt")
         require_fractions(self, ("forget",), name="[model] ttt")
+        rates = ("rope_theta", *(("base_lr",) if self.base_lr is not None else ()))
+        require_numbers(self, rates, name="[model] ttt", above=0)
         if self.kind not in {"linear", "mlp"}:
             raise ConfigError(f'[model]: ttt kind = {self.kind!r} must be "linear" or "mlp".')
         if self.d_model % (2 * self.n_heads):

@@ -288,11 +288,23 @@ def test_what_a_release_says_about_other_things_is_passed_over() -> None:
         ({"depformer_weights_per_step_schedule": [0, 1]}, "schedule"),
         ({"bias_proj": 1}, "bias_proj"),
         ({"depformer_max_period": 0}, "depformer_max_period"),
+        ({"layer_scale": "small"}, "layer_scale"),
+        ({"positional_scale": float("nan")}, "positional_scale"),
+        ({"hidden_scale": float("inf")}, "hidden_scale"),
+        ({"delays": 1}, "delays"),
+        ({"existing_text_padding_id": "pad"}, "existing_text_padding_id"),
+        ({"extra_heads_dim": 0}, "extra_heads_dim"),
+        ({"ttt_alpha": []}, "ttt_alpha"),
     ],
 )
 def test_settings_that_cannot_be_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         LMConfig.from_kyutai(kyutai(**changes))
+
+
+def test_gains_may_be_whole_numbers() -> None:
+    model = lm_of(tiny(layer_scale=1, depformer_layer_scale=0, ttt_layers=1, ttt_alpha=0))
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
 def test_a_missing_setting_is_named() -> None:

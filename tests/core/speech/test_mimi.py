@@ -323,6 +323,9 @@ def test_properties_are_those_of_the_configuration(mimi: Mimi) -> None:
         ("quantizer", {"n_q": 1}, "n_q = 1 must be at least 2"),
         ("quantizer", {"input_dimension": 3}, "input_dimension = 3 must be 64"),
         ("transformer", {"causal": False}, "causal = False"),
+        ("seanet", {"ratios": 8}, "ratios = 8 must be whole numbers"),
+        ("transformer", {"layer_scale": "small"}, "layer_scale = 'small' must be a number"),
+        ("transformer", {"max_period": 0}, "max_period = 0 must be a number above 0"),
     ],
 )
 def test_a_configuration_that_this_is_not(
@@ -333,3 +336,9 @@ def test_a_configuration_that_this_is_not(
         MimiConfig.from_reference(table | {section: table[section] | change})
     with pytest.raises(ConfigError, match=f"'{section}' is missing"):
         MimiConfig.from_reference({k: v for k, v in table.items() if k != section})
+
+
+@pytest.mark.parametrize("change", [{"sample_rate": "24000"}, {"frame_rate": 0}], ids=str)
+def test_rates_that_are_none_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"Mimi: {next(iter(change))} = "):
+        MimiConfig.from_reference(small_spec()["cfg"] | change)
