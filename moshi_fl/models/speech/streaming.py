@@ -147,8 +147,9 @@ class StreamingModule(nn.Module):
         if any(module.is_streaming for module in modules):
             raise RuntimeError(f"{type(self).__name__} is streaming already.")
         with torch.inference_mode(mode=False), torch.no_grad():
-            for module in modules:
-                module._state = module.initial_state(batch)  # noqa: SLF001
+            states = [module.initial_state(batch) for module in modules]
+        for module, state in zip(modules, states, strict=True):  # all of them or none
+            module._state = state  # noqa: SLF001
 
     def stop_streaming(self) -> None:
         """Forget all states; calls stand alone again."""

@@ -224,6 +224,16 @@ def test_the_context_can_change_at_run_time(per_step: bool) -> None:
         assert torch.equal(model(codes).logits, short(codes).logits)
 
 
+def test_a_stream_that_cannot_begin_leaves_none_behind() -> None:
+    model = lm_of(tiny(context=None))
+    with pytest.raises(ConfigError, match="no bound"):
+        model.streaming_forever(1)
+    assert not model.is_streaming
+    set_attention_context(model, 5)
+    with model.streaming(2):
+        assert model.transformer.is_streaming
+
+
 @pytest.mark.parametrize(
     ("codes", "message"),
     [
