@@ -264,9 +264,9 @@ def test_frames_that_cannot_be_are_refused(tokens: Tensor, message: str) -> None
     with (generator := LMGen(lm_of(tiny()))).streaming(1):
         with pytest.raises(DataError, match=message):
             generator.step(tokens)
-        generator.step(
-            torch.zeros(1, 8, 1, dtype=torch.long)
-        )  # rows beyond the user's are not read
+        with pytest.raises(DataError, match=message):
+            generator.step(heard(), replace_audio=tokens.repeat(1, 2, 1))
+        generator.step(torch.zeros(1, 8, 1, dtype=torch.int32))  # only the user's rows are read
 
 
 def test_a_step_outside_a_conversation_says_so() -> None:
