@@ -245,10 +245,11 @@ class Mimi(StreamingModule):
             raise DataError("sound with samples that are not finite.")
 
     def _check_codes(self, codes: Tensor) -> None:
-        if codes.dim() != 3 or codes.is_floating_point() or not codes.numel():
+        whole = codes.dtype in {torch.int64, torch.int32}
+        if codes.dim() != 3 or not whole or not codes.numel():
             raise DataError(
                 f"codes of shape {list(codes.shape)} in {codes.dtype}; "
-                "Mimi takes whole numbers [batch, levels, frames]."
+                "Mimi takes whole numbers (int64) [batch, levels, frames]."
             )
         if codes.shape[1] > self.total_codebooks:
             raise DataError(f"codes of {codes.shape[1]} levels; Mimi has {self.total_codebooks}.")

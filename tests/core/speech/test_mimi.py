@@ -257,6 +257,7 @@ def test_a_stream_takes_whole_frames(mimi: Mimi, samples: int) -> None:
         (torch.zeros(1, 8, 0, dtype=torch.long), r"codes of shape \[1, 8, 0\]"),
         (torch.zeros(8, 2, dtype=torch.long), r"codes of shape \[8, 2\]"),
         (torch.zeros(1, 8, 2), "in torch.float32"),
+        (torch.zeros(1, 8, 2, dtype=torch.int16), r"in torch.int16; Mimi takes .* \(int64\)"),
     ],
 )
 def test_wrong_codes_are_refused(mimi: Mimi, codes: Tensor, message: str) -> None:
