@@ -226,6 +226,14 @@ def test_a_saved_stream_goes_on_elsewhere(kind: str) -> None:
         assert worst(other(x[:, 10:]), whole[:, 10:]) <= 1e-12
 
 
+def test_a_layer_made_without_memory_is_whole_once_it_has_weights(kind: str) -> None:
+    layer, x = layer_of(kind), sequence()
+    with torch.device("meta"):
+        other = Ttt(layer.config)
+    other.load_state_dict(layer.state_dict(), assign=True)
+    assert torch.equal(other(x), layer(x))
+
+
 def test_fast_weights_stay_float32_in_a_bfloat16_layer(kind: str) -> None:
     layer, x = layer_of(kind).bfloat16(), sequence().bfloat16()
     with torch.no_grad(), layer.streaming(3):
