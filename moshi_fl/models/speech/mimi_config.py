@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,7 +52,8 @@ class MimiConfig:
     def __post_init__(self) -> None:
         require_counts(self, ("sample_rate",), name="Mimi")
         require_numbers(self, ("frame_rate",), name="Mimi", above=0)
-        if self.stride * self.frame_rate * self.seanet.hop != self.sample_rate or self.stride < 1:
+        found = self.stride * self.frame_rate * self.seanet.hop  # a third has no last digit
+        if not math.isclose(found, self.sample_rate) or self.stride < 1:
             raise ConfigError(
                 f"Mimi: sample_rate = {self.sample_rate} must be a multiple of "
                 f"{self.seanet.hop} (the product of the ratios) times frame_rate = "

@@ -12,6 +12,7 @@ from torch import Tensor
 from moshi_fl.errors import ConfigError, DataError
 from moshi_fl.models.speech.mimi import PIECE, Mimi
 from moshi_fl.models.speech.mimi_config import MimiConfig
+from moshi_fl.models.speech.seanet import SeanetConfig
 from moshi_fl.models.speech.transformer import set_attention_context
 from tests.support.mimis import small_mimi, small_spec, small_tensors
 
@@ -337,6 +338,12 @@ def test_a_configuration_that_this_is_not(
         MimiConfig.from_reference(table | {section: table[section] | change})
     with pytest.raises(ConfigError, match=f"'{section}' is missing"):
         MimiConfig.from_reference({k: v for k, v in table.items() if k != section})
+
+
+def test_frames_need_not_be_so_many_a_second_to_the_last_digit() -> None:
+    rate = 24000 / (3 * 7 * 13)  # 87.912...
+    seanet = SeanetConfig(ratios=(7, 13))
+    assert MimiConfig(24000, rate, seanet).frame_size == 3 * 7 * 13
 
 
 @pytest.mark.parametrize("change", [{"sample_rate": "24000"}, {"frame_rate": 0}], ids=str)
