@@ -20,7 +20,7 @@ from moshi_fl.weights import Weights
 Settings = TypeVar("Settings")
 KEYS_LISTED = "hub/README.md, under [model],"  # what tells of all settings of a family
 MOST_COUNT = 2**24  # of anything that a model has; more is a slip, or malice
-TINY, HUGE = 1e-9, 1e9  # of a setting that must be above zero
+TINY, HUGE = 1e-9, 1e9  # of settings that are numbers
 _SHOWN = 10
 
 
@@ -221,19 +221,6 @@ def require_counts(config: object, keys: Iterable[str], *, name: str) -> None:
             raise ConfigError(f"{name}: {key} = {value} must be at most {MOST_COUNT}.")
 
 
-def require_positive(config: object, keys: Iterable[str], *, name: str) -> None:
-    """Each of these settings must be a number above zero, and of a size that means something.
-
-    Raises:
-        ConfigError: Names the first that is not.
-    """
-    for key in keys:
-        value = getattr(config, key)
-        if type(value) not in {int, float} or not TINY <= value <= HUGE:
-            rule = f"must be a number from {TINY:g} to {HUGE:g}"
-            raise ConfigError(f"{name}: {key} = {value!r} {rule}.")
-
-
 def require_fractions(config: object, keys: Iterable[str], *, name: str) -> None:
     """Each of these settings must be a number from 0 up to, but not including, 1.
 
@@ -244,3 +231,19 @@ def require_fractions(config: object, keys: Iterable[str], *, name: str) -> None
         value = getattr(config, key)
         if type(value) not in {int, float} or not 0 <= value < 1:
             raise ConfigError(f"{name}: {key} = {value!r} must be a number from 0 to below 1.")
+
+
+def require_numbers(
+    config: object, keys: Iterable[str], *, name: str, above_zero: bool = False
+) -> None:
+    """Each of these settings must be a number, and of a size that means something.
+
+    Raises:
+        ConfigError: Names the first that is not.
+    """
+    least = TINY if above_zero else -HUGE
+    for key in keys:
+        value = getattr(config, key)
+        if type(value) not in {int, float} or not least <= value <= HUGE:
+            rule = f"must be a number from {least:g} to {HUGE:g}"
+            raise ConfigError(f"{name}: {key} = {value!r} {rule}.")

@@ -99,12 +99,8 @@ class Ring(State):
         seen = self.held[:, :, : placement.filled]
         if not placement.before:
             seen = torch.cat([seen, new], dim=2)
-        new = new.detach()[:, :, -placement.slots.shape[2] :].to(self.held.dtype)
-        index = placement.slots.expand_as(new)
-        if not self.all_active:
-            active = self.active[:, None, None, None]
-            new = torch.where(active, new, self.held.gather(2, index))
-        self.held.scatter_(2, index, new)
+        new = new[:, :, -placement.slots.shape[2] :].to(self.held.dtype)
+        self.put(self.held, placement.slots.expand_as(new), new)
         return seen
 
 
@@ -224,5 +220,7 @@ def _split_stacked(module: nn.Module, state_dict: dict[str, Any], prefix: str, *
         start = prefix + name
         for key in [k for k in state_dict if k.startswith((start + "_", start + "."))]:
             rest = key.removeprefix(start)[1:]
+            if f"{start}s.0.{rest}" in state_dict or not state_dict[key].dim():
+                continue  # given twice, or no stack: unknown
             for index, part in enumerate(state_dict.pop(key).chunk(count)):
                 state_dict[f"{start}s.{index}.{rest}"] = part

@@ -16,7 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moshi_fl.models.speech.attention import floating
-from moshi_fl.models.speech.layers import Gating, RMSNorm, sinusoids
+from moshi_fl.models.speech.layers import (
+    Gating,
+    RMSNorm,
+    rotate,
+    rotation,
+    rotation_rates,
+    sinusoids,
+)
 from moshi_fl.models.speech.lm import LMModel
 from moshi_fl.models.speech.product import Product, Rows
 from moshi_fl.models.speech.transformer import StreamingTransformerLayer
@@ -39,10 +46,12 @@ class Part(NamedTuple):
 class Place(NamedTuple):
     """Of one layer and step: where its queries, keys and values go, and views of what it sees.
 
-    ``qkv`` (B, rows); ``q`` (B, H, 1, D); ``k`` and ``v`` (B, G, steps so far, D).
+    ``qkv`` (B, rows); ``pairs``, its queries and keys, (B, H + G, D); ``q`` (B, H, 1, D); ``k`` and
+    ``v`` (B, G, steps so far, D).
     """
 
     qkv: Tensor
+    pairs: Tensor
     q: Tensor
     k: Tensor
     v: Tensor
@@ -70,9 +79,14 @@ class DepthDecoder:
         kept = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self.places = [[self._place(layer, s) for layer in kept] for s in range(self.steps)]
         self.position: Tensor | None = None
+        self.turns: Tensor | None = None  # (steps, 1, D / 2)
+        self.halves = c.positional_embedding == "rope_concat"
+        steps = torch.arange(self.steps, device=like.device)[None]
         if c.positional_embedding.startswith("sin"):
-            table = sinusoids(torch.arange(self.steps)[None], c.d_model, c.max_period)
-            self.position = (c.positional_scale * table[0]).to(like.device, like.dtype)
+            table = sinusoids(steps, c.d_model, c.max_period)
+            self.position = (c.positional_scale * table[0]).to(like.dtype)
+        if "rope" in c.positional_embedding:
+            self.turns = rotation(steps, rotation_rates(width, c.max_period, like.device))[0]
 
     @torch.no_grad()
     def frame(self, hidden: Tensor, text: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
@@ -88,8 +102,9 @@ class DepthDecoder:
             x = self.lm.depth_input(step, hidden, token)  # (B, D)
             if self.position is not None:
                 x = x + self.position[step]
+            turn = None if self.turns is None else self.turns[step]
             for part, place in zip(self.parts[step], self.places[step], strict=True):
-                x = self._layer(x, part, place)
+                x = self._layer(x, part, place, turn)
             token = choose(self.lm.depth_head(step, x))
             tokens.append(token)
         return torch.stack(tokens, dim=1)
@@ -98,11 +113,14 @@ class DepthDecoder:
         """Of a layer's ``kept`` (steps, B, heads, D)."""
         seen = kept[: step + 1].permute(1, 2, 0, 3)  # (B, heads, steps so far, D)
         q, k, v = torch.split(seen, [self.heads, self.kv_heads, self.kv_heads], dim=1)
-        return Place(kept[step].flatten(1), q[:, :, -1:], k, v)
+        now = kept[step]
+        return Place(now.flatten(1), now[:, : -self.kv_heads], q[:, :, -1:], k, v)
 
-    def _layer(self, x: Tensor, part: Part, place: Place) -> Tensor:
-        """``x``: (B, D), the same back."""
+    def _layer(self, x: Tensor, part: Part, place: Place, turn: Tensor | None) -> Tensor:
+        """``x``: (B, D), the same back; ``turn``: of this step's rotary position."""
         part.inputs.into(place.qkv, part.norm1(x))
+        if turn is not None:
+            place.pairs.copy_(rotate(place.pairs, turn, halves=self.halves))
         grouped = self.heads != self.kv_heads
         y = F.scaled_dot_product_attention(place.q, place.k, place.v, enable_gqa=grouped)
         x = _added(x, y.reshape(x.shape), part.outputs, part.scale1)

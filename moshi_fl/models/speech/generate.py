@@ -64,12 +64,8 @@ class Columns(State):
 
     def write(self, streams: slice, position: Tensor, tokens: Tensor) -> None:
         """Put tokens (B, K) of these streams at ``position`` (B, K), of items that take part."""
-        ring = self.tokens[:, streams]
-        index = (position % ring.shape[2])[..., None]
-        new = tokens[..., None]
-        if not self.all_active:
-            new = torch.where(self.active[:, None, None], new, ring.gather(2, index))
-        ring.scatter_(2, index, new)
+        index = (position % self.tokens.shape[2])[..., None]
+        self.put(self.tokens[:, streams], index, tokens[..., None])
 
 
 class LMGen(StreamingModule):
@@ -136,8 +132,8 @@ class LMGen(StreamingModule):
             replace_audio: Audio tokens to go on with instead of the model's, (B, dep_q, 1).
 
         Returns:
-            Text and audio tokens (B, dep_q + 1, 1) of ``max_delay`` frames ago; None while there
-            are none.
+            Text and audio tokens (B, dep_q + 1, 1) of ``max_delay`` frames ago, ``UNGENERATED`` for
+            items that have none; None while there are none at all.
 
         Raises:
             DataError: Tokens of another shape or out of range.
@@ -156,7 +152,10 @@ class LMGen(StreamingModule):
     ) -> tuple[Tensor | None, Tensor]:
         """Like ``step``, and the hidden state (B, 1, C) of the temporal transformer."""
         state, lm = self.state(), self.lm_model
-        heard = self._checked(heard)
+        c = lm.config
+        heard = self._checked(heard, c.n_q - c.dep_q)
+        if replace_audio is not None:
+            replace_audio = self._checked(replace_audio, c.dep_q)
         now = state.offsets[:, None]  # (B, 1)
         state.write(
             slice(self.first_heard, None), now + self.delays[self.first_heard :], heard[..., 0]
@@ -198,25 +197,22 @@ class LMGen(StreamingModule):
             return None
         now = state.offsets[:, None]
         out = state.read(now - late + self.delays[: self.first_heard])
-        if self.out_of_sync:
-            out = torch.where((now > late) & state.active[:, None], out, UNGENERATED)
-        return out[..., None]
+        return torch.where((now > late) & state.active[:, None], out, UNGENERATED)[..., None]
 
-    def _checked(self, heard: Tensor) -> Tensor:
-        """The rows that are read, (B, n_q - dep_q, 1); looked at on a CPU only: a GPU would wait.
+    def _checked(self, tokens: Tensor, wanted: int) -> Tensor:
+        """The rows that are read, (B, wanted, 1); looked at on a CPU only: a GPU would wait.
 
         Raises:
             DataError: Too few rows, more than one frame, another batch, or codes out of range.
         """
-        self.check_batch(heard)
-        c = self.lm_model.config
-        wanted = c.n_q - c.dep_q
-        if heard.dim() != 3 or heard.shape[1] < wanted or heard.shape[2] != 1:
+        self.check_batch(tokens)
+        if tokens.dim() != 3 or tokens.shape[1] < wanted or tokens.shape[2] != 1:
             raise DataError(
-                f"a step was given tokens of shape {list(heard.shape)}; "
+                f"a step was given tokens of shape {list(tokens.shape)}; "
                 f"it takes (batch, {wanted}, 1): one frame at a time."
             )
-        rows = heard[:, :wanted]
-        if wanted and not heard.is_cuda:
-            check_codes(rows, [c.card] * wanted)
-        return rows
+        rows = tokens[:, :wanted]
+        if wanted and not rows.is_cuda:
+            held = ~self.state().active[:, None, None]
+            check_codes(rows.masked_fill(held, 0), [self.lm_model.config.card] * wanted)
+        return rows.long()

@@ -90,7 +90,7 @@ class LMModel(StreamingModule):
         self.extra_heads = nn.ModuleList(
             nn.Linear(c.dim, c.extra_heads_dim, bias=False) for _ in range(c.extra_heads_num_heads)
         )
-        inputs = max(c.weight_of_step, default=0) + 1 if c.depformer_multi_linear else 1
+        inputs = max(c.weight_of_step) + 1 if c.depformer_multi_linear else 1
         self.depformer_in = nn.ModuleList(Linear(c.dim, width, bias=False) for _ in range(inputs))
         rank = c.depformer_low_rank_embeddings
         self.depformer_emb = nn.ModuleList(
@@ -110,11 +110,13 @@ class LMModel(StreamingModule):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Truncated normal but for the depth transformer, which keeps PyTorch's default."""
+        """Truncated normal, biases 0; the depth transformer keeps PyTorch's default."""
         for part in (self.transformer, self.text_linear, self.linears):
             for name, module in part.named_modules():
                 if isinstance(module, nn.Linear) and ".ttt." not in name:
                     _truncated_normal(module.weight)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
 
     @property
     def num_codebooks(self) -> int:

@@ -6,7 +6,7 @@ The keys ``ttt_*`` are ours: they turn the top layers of the temporal transforme
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -15,11 +15,12 @@ from moshi_fl.models.common import (
     require_counts,
     require_fractions,
     require_known,
-    require_positive,
+    require_numbers,
 )
 from moshi_fl.models.speech.layers import NormName, PositionName
 from moshi_fl.models.speech.transformer import TransformerConfig
 from moshi_fl.models.speech.ttt_config import TttConfig
+from moshi_fl.text import shorten
 
 Gating = Literal["none", "silu"]
 TttMode = Literal["replace", "gated", "parallel"]
@@ -38,7 +39,7 @@ _ABSENT_PARTS = frozenset(
         *("demux_second_text_stream", "demux_second_stream"),
     }
 )
-_WITHOUT_EFFECT = frozenset({"depformer_context", "depformer_max_period", "depformer_causal"})
+_WITHOUT_EFFECT = frozenset({"depformer_context", "depformer_causal"})
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ class LMConfig:
     depformer_layer_scale: float | None = None
     depformer_norm: NormName | None = None  # before each head
     depformer_pos_emb: PositionName = "sin"
+    depformer_positional_scale: float | None = None  # None: positional_scale
+    depformer_max_period: float | None = None  # None: max_period
     depformer_multi_linear: bool = False  # an input projection for each step
     depformer_weights_per_step: bool = False
     depformer_weights_per_step_schedule: tuple[int, ...] | None = None  # the weights of each step
@@ -94,11 +97,14 @@ class LMConfig:
     ttt_forget: float = 0.0  # share of the way back to the first weights, after each mini-batch
 
     def __post_init__(self) -> None:
-        counts = ["num_layers", "depformer_num_heads", "dim", "num_heads", "n_q", "card"]
+        counts = ["num_layers", "depformer_num_heads", "dim", "num_heads", "n_q", "dep_q", "card"]
         counts += ["text_card", "kv_repeat", "depformer_dim", "extra_heads_dim", "ttt_mini_batch"]
-        counts += [key for key in _OPTIONAL_COUNTS if getattr(self, key) is not None]
-        require_counts(self, counts, name="[model]")
+        require_counts(self, counts + self._given(_OPTIONAL_COUNTS), name="[model]")
         require_fractions(self, ("ttt_forget",), name="[model]")
+        numbers = ["positional_scale", "ttt_alpha", *self._given(_OPTIONAL_NUMBERS)]
+        require_numbers(self, numbers, name="[model]")
+        positive = ["hidden_scale", "max_period", *self._given(["depformer_max_period"])]
+        require_numbers(self, positive, name="[model]", above_zero=True)
         for key in _FLAGS:
             value = getattr(self, key)
             _require(isinstance(value, bool), key, value, "must be true or false")
@@ -106,18 +112,18 @@ class LMConfig:
             value, names = getattr(self, key), get_args(kind)
             unset = value is None and key in {"depformer_gating", "depformer_norm"}
             _require(value in names or unset, key, value, f"must be one of {', '.join(names)}")
-        numbers = ["hidden_scale", "max_period", "positional_scale"]
-        numbers += [key for key in _SCALES if getattr(self, key) is not None]
-        require_positive(self, numbers, name="[model]")
         for key in ("existing_text_padding_id", "existing_text_end_padding_id"):
             value, rule = getattr(self, key), f"must be a whole number from 0 to {self.text_card}"
             _require(type(value) is int and 0 <= value <= self.text_card, key, value, rule)
-        for key in ("dep_q", "extra_heads_num_heads", "ttt_layers"):
+        for key in ("extra_heads_num_heads", "ttt_layers"):
             value = getattr(self, key)
             _require(type(value) is int and value >= 0, key, value, "must be 0 or more")
         self._require_that_parts_fit()
         self._require_that_streams_fit()
         _ = self.temporal, self.depth, self.ttt  # each checks itself
+
+    def _given(self, keys: Iterable[str]) -> list[str]:
+        return [key for key in keys if getattr(self, key) is not None]
 
     def _require_that_parts_fit(self) -> None:
         for prefix in ("", "depformer_"):
@@ -182,16 +188,16 @@ class LMConfig:
     def depth(self) -> TransformerConfig:
         """The transformer over the codebooks of a frame; it sees all of them."""
         width, wide = self.depformer_dim, self.depformer_dim_feedforward
-        per_step = self.depformer_weights_per_step
+        per_step, scale = self.depformer_weights_per_step, self.depformer_positional_scale
         return TransformerConfig(
             d_model=width,
             num_heads=self.depformer_num_heads,
             num_layers=self.depformer_num_layers or self.num_layers,
             dim_feedforward=int(self.hidden_scale * width) if wide is None else wide,
             context=None if per_step else self.dep_q,
-            max_period=self.max_period,
+            max_period=self.depformer_max_period or self.max_period,
             positional_embedding=self.depformer_pos_emb,
-            positional_scale=self.positional_scale,
+            positional_scale=self.positional_scale if scale is None else scale,
             norm=self.norm,
             gating=self.depformer_gating or self.gating,
             layer_scale=self.depformer_layer_scale,
@@ -244,7 +250,7 @@ _OPTIONAL_COUNTS = (
     *("context", "depformer_dim_feedforward", "depformer_num_layers"),
     *("depformer_kv_repeat", "depformer_low_rank_embeddings"),
 )
-_SCALES = ("layer_scale", "depformer_layer_scale")  # None: no gains
+_OPTIONAL_NUMBERS = ("layer_scale", "depformer_layer_scale", "depformer_positional_scale")
 _FLAGS = (
     *("norm_emb", "bias_proj", "causal"),
     *("depformer_multi_linear", "depformer_weights_per_step"),
@@ -275,4 +281,4 @@ def _shown(values: object) -> object:
 
 def _require(truth: bool, key: str, value: object, rule: str) -> None:
     if not truth:
-        raise ConfigError(f"[model]: {key} = {value!r} {rule}.")
+        raise ConfigError(f"[model]: {key} = {shorten(repr(value), 200)} {rule}.")

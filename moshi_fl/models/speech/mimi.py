@@ -147,7 +147,7 @@ class Mimi(StreamingModule):
             DataError: Another rate or number of channels, no samples, samples that are not finite,
                 or, in a stream, not a whole number of frames.
         """
-        if not self.is_streaming and sound.shape[-1] > PIECE * self.frame_size:
+        if self._in_pieces and sound.shape[-1] > PIECE * self.frame_size:
             sound = self._whole_frames(sound, sample_rate)
             with self.streaming(len(sound)):
                 pieces = torch.split(sound, PIECE * self.frame_size, dim=-1)
@@ -164,8 +164,7 @@ class Mimi(StreamingModule):
             DataError: Codes out of range, none, or more levels than there are.
         """
         self._check_codes(codes)
-        grows = not (self.is_streaming or torch.is_grad_enabled())
-        if grows and codes.shape[-1] > PIECE:
+        if self._in_pieces and not torch.is_grad_enabled() and codes.shape[-1] > PIECE:
             with self.streaming(len(codes)):
                 pieces = torch.split(codes, PIECE, dim=-1)
                 return torch.cat([self.decode(piece) for piece in pieces], dim=-1)
@@ -197,6 +196,12 @@ class Mimi(StreamingModule):
             latent.transpose(1, 2),
             quantized.penalty,
         )
+
+    @property
+    def _in_pieces(self) -> bool:
+        """Whether what is long goes through a stream: not if that would have to keep all of it."""
+        ends = (self.encoder_transformer.transformer, self.decoder_transformer.transformer)
+        return not self.is_streaming and all(end.context is not None for end in ends)
 
     def _latents(self, sound: Tensor, sample_rate: int | None) -> Tensor:
         """(B, frames, C), before quantisation."""
@@ -240,10 +245,11 @@ class Mimi(StreamingModule):
             raise DataError("sound with samples that are not finite.")
 
     def _check_codes(self, codes: Tensor) -> None:
-        if codes.dim() != 3 or codes.is_floating_point() or not codes.numel():
+        whole = codes.dtype in {torch.int64, torch.int32}
+        if codes.dim() != 3 or not whole or not codes.numel():
             raise DataError(
                 f"codes of shape {list(codes.shape)} in {codes.dtype}; "
-                "Mimi takes whole numbers [batch, levels, frames]."
+                "Mimi takes whole numbers (int64) [batch, levels, frames]."
             )
         if codes.shape[1] > self.total_codebooks:
             raise DataError(f"codes of {codes.shape[1]} levels; Mimi has {self.total_codebooks}.")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from moshi_fl.errors import ConfigError
-from moshi_fl.models.common import require_counts, require_positive, settings_from
+from moshi_fl.models.common import require_counts, require_numbers, settings_from
 from moshi_fl.models.speech.quantizer import QuantizerConfig
 from moshi_fl.models.speech.seanet import SeanetConfig
 from moshi_fl.models.speech.transformer import TransformerConfig
@@ -50,8 +51,9 @@ class MimiConfig:
 
     def __post_init__(self) -> None:
         require_counts(self, ("sample_rate",), name="Mimi")
-        require_positive(self, ("frame_rate",), name="Mimi")
-        if self.stride * self.frame_rate * self.seanet.hop != self.sample_rate or self.stride < 1:
+        require_numbers(self, ("frame_rate",), name="Mimi", above_zero=True)
+        found = self.stride * self.frame_rate * self.seanet.hop  # a third has no last digit
+        if not math.isclose(found, self.sample_rate) or self.stride < 1:
             raise ConfigError(
                 f"Mimi: sample_rate = {self.sample_rate} must be a multiple of "
                 f"{self.seanet.hop} (the product of the ratios) times frame_rate = "
@@ -83,10 +85,9 @@ class MimiConfig:
             if not isinstance(table[name], Mapping):
                 raise ConfigError(f"{name} = {table[name]!r} must be a table.")
         seanet = _without(table["seanet"], SEANET_FIXED, "seanet")
-        if not isinstance(seanet.get("ratios"), list | tuple) or "dimension" not in seanet:
-            raise ConfigError("seanet: dimension, and ratios as a list, are needed.")
-        seanet["ratios"] = tuple(seanet["ratios"])
-        width = seanet["dimension"]
+        if isinstance(seanet.get("ratios"), list):
+            seanet["ratios"] = tuple(seanet["ratios"])
+        width = seanet.get("dimension", SeanetConfig.dimension)
         ends = {"input_dimension": width, "output_dimension": width}
         quantizer = _without(table["quantizer"], ends, "quantizer")
         fixed = TRANSFORMER_FIXED | {"input_dimension": width, "output_dimensions": [width]}
@@ -106,6 +107,6 @@ class MimiConfig:
 def _without(table: Mapping[str, Any], fixed: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The table without keys that can have one value only."""
     for key, value in fixed.items():
-        if table.get(key, value) != value:
+        if key in table and table[key] != value:
             raise ConfigError(f"{name}: {key} = {table[key]!r} must be {value!r}.")
     return {key: value for key, value in table.items() if key not in fixed}

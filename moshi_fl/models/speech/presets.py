@@ -35,6 +35,7 @@ MOSHI_7B: Mapping[str, Any] = {
     "depformer_dim_feedforward": 4224,
     "depformer_num_heads": 16,
     "depformer_num_layers": 6,
+    "depformer_max_period": 10000,  # as released; it has no positions
 }
 SMALL: Mapping[str, Any] = {
     **KYUTAI,

@@ -38,7 +38,8 @@ class SeanetConfig:
     def __post_init__(self) -> None:
         counts = [name for name in vars(self) if name != "ratios"]
         require_counts(self, counts, name="seanet")
-        if not self.ratios or any(type(r) is not int or r < 1 for r in self.ratios):
+        listed = isinstance(self.ratios, tuple) and self.ratios
+        if not listed or any(type(r) is not int or r < 1 for r in self.ratios):
             raise ConfigError(f"seanet: ratios = {self.ratios!r} must be whole numbers above zero.")
         require_counts(self, ("hop",), name="seanet")
         if self.compress > self.n_filters:

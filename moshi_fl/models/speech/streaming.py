@@ -55,6 +55,13 @@ class State:
             new = torch.where(per_item(self.active, new), new, tensor)
         tensor.copy_(new)
 
+    def put(self, tensor: Tensor, index: Tensor, new: Tensor) -> None:
+        """Overwrite ``tensor`` (B, H, ...) at ``index`` along axis 2, for those that take part."""
+        new = new.detach()
+        if not self.all_active:
+            new = torch.where(per_item(self.active, new), new, tensor.gather(2, index))
+        tensor.scatter_(2, index, new)
+
     def clear(self, tensor: Tensor, mask: Tensor, value: float = 0) -> None:
         """Fill ``tensor`` (B, ...) with ``value`` for the items of ``mask`` (B,)."""
         tensor.masked_fill_(per_item(mask, tensor), value)
@@ -140,8 +147,9 @@ class StreamingModule(nn.Module):
         if any(module.is_streaming for module in modules):
             raise RuntimeError(f"{type(self).__name__} is streaming already.")
         with torch.inference_mode(mode=False), torch.no_grad():
-            for module in modules:
-                module._state = module.initial_state(batch)  # noqa: SLF001
+            states = [module.initial_state(batch) for module in modules]
+        for module, state in zip(modules, states, strict=True):  # all of them or none
+            module._state = state  # noqa: SLF001
 
     def stop_streaming(self) -> None:
         """Forget all states; calls stand alone again."""

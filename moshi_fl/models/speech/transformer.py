@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moshi_fl.errors import ConfigError, DataError
-from moshi_fl.models.common import require_counts, require_positive
+from moshi_fl.models.common import require_counts, require_numbers
 from moshi_fl.models.speech.attention import (
     SPARE,
     Block,
@@ -64,9 +64,9 @@ class TransformerConfig:
         require_counts(self, counts, name="transformer")
         if self.context is not None:
             require_counts(self, ("context",), name="transformer")
-        numbers = ["max_period", "positional_scale"]
-        numbers += ["layer_scale"] if self.layer_scale is not None else []
-        require_positive(self, numbers, name="transformer")
+        scales = ("positional_scale", *(("layer_scale",) if self.layer_scale is not None else ()))
+        require_numbers(self, scales, name="transformer")
+        require_numbers(self, ("max_period",), name="transformer", above_zero=True)
         if self.d_model % self.num_heads or self.d_model // self.num_heads % 2:
             raise ConfigError(
                 f"transformer: d_model = {self.d_model} over num_heads = {self.num_heads} "
@@ -332,5 +332,5 @@ def set_attention_context(model: nn.Module, context: int | None) -> None:
     Depth transformers, which see the steps of one frame, are left alone.
     """
     for module in model.modules():
-        if isinstance(module, StreamingTransformer) and not module.config.weights_per_step:
+        if isinstance(module, StreamingTransformer) and not module.detached:
             module.set_context(context)

@@ -62,9 +62,10 @@ class Ttt(StreamingModule):
             self.register_parameter(f"W{layer}", nn.Parameter(torch.empty(H, rows, columns)))
             self.register_parameter(f"b{layer}", nn.Parameter(torch.zeros(H, 1, columns)))
         if config.alpha is not None:
-            self.alpha = nn.Parameter(torch.full((C,), config.alpha))
+            self.alpha = nn.Parameter(torch.full((C,), float(config.alpha)))
         self.depth = len(widths) - 1
         self.register_buffer("turns", self._turns(), persistent=False)
+        self.register_load_state_dict_post_hook(_made_on_meta)  # type: ignore[no-untyped-call]
         self._initialise()
 
     @torch.no_grad()
@@ -237,3 +238,8 @@ class Ttt(StreamingModule):
             first = self.first_weights(len(q) // H)
             state.replace(drawn_back(new, first, self.config.forget), full)
         return y
+
+
+def _made_on_meta(layer: Ttt, _: object) -> None:
+    """Weights that are assigned to a layer on the meta device bring no table along."""
+    layer.turns = layer._turns()  # noqa: SLF001

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,7 +10,7 @@ from moshi_fl.errors import ConfigError
 from moshi_fl.models.common import (
     require_counts,
     require_fractions,
-    require_positive,
+    require_numbers,
     settings_from,
 )
 
@@ -39,11 +38,8 @@ class TttConfig:
     def __post_init__(self) -> None:
         require_counts(self, ("d_model", "n_heads", "mini_batch"), name="[model] ttt")
         require_fractions(self, ("forget",), name="[model] ttt")
-        numbers = ["rope_theta"] + ["base_lr"] * (self.base_lr is not None)
-        require_positive(self, numbers, name="[model] ttt")
-        gate = 0 if self.alpha is None else self.alpha
-        if type(gate) not in {int, float} or not abs(gate) < math.inf:
-            raise ConfigError(f"[model] ttt: alpha = {gate!r} must be a finite number.")
+        rates = ("rope_theta", *(("base_lr",) if self.base_lr is not None else ()))
+        require_numbers(self, rates, name="[model] ttt", above_zero=True)
         if self.kind not in {"linear", "mlp"}:
             raise ConfigError(f'[model]: ttt kind = {self.kind!r} must be "linear" or "mlp".')
         if self.d_model % (2 * self.n_heads):

@@ -111,11 +111,11 @@ class TttState(State):
         """Keep new tokens' steps (N, n, ...) and rates (N, n) at ``position`` (B, n)."""
         B, n = position.shape
         spot = position[:, None].expand(-1, self.rates.shape[1], -1)  # (B, H, n)
-        self.rates.scatter_(2, spot, eta.view(B, -1, n))
+        self.put(self.rates, spot, eta.view(B, -1, n))
         spot = spot[..., None]
         for buffer, rows in zip(self.kept, itertools.chain(*steps), strict=True):
             new = rows.view(B, -1, n, rows.shape[-1])
-            buffer.scatter_(2, spot.expand_as(new), new)
+            self.put(buffer, spot.expand_as(new), new)
 
     def advance(self, count: int) -> None:
         """``count`` tokens have been read."""
@@ -129,14 +129,15 @@ class TttState(State):
         chosen = mask.repeat_interleave(self.layer.config.n_heads)[:, None, None]  # (N, 1, 1)
         for kept, fresh in zip(self.fast, new, strict=True):
             for old, values in zip(kept, fresh, strict=True):
-                old.copy_(torch.where(chosen, values, old))
+                old.copy_(torch.where(chosen, values.detach(), old))
         self.count.masked_fill_(mask, 0)
 
     def reset(self, mask: Tensor) -> None:
         """Back to the weights that the layer has learnt to begin with."""
         super().reset(mask)
         self.replace(self.layer.first_weights(self.batch), mask)
-        self.clear(self.recent, mask)
+        for kept in (*self.kept, self.rates, self.recent):  # what is not finite counts, times zero
+            self.clear(kept, mask)
 
 
 def _as_complex(x: Tensor) -> Tensor:

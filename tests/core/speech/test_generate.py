@@ -79,6 +79,23 @@ def test_held_items_are_not_disturbed(ttt: dict[str, Any]) -> None:
     assert torch.equal(torch.cat(said, dim=2)[..., 2:], wanted[..., 2:40])
 
 
+def test_who_begins_anew_or_is_held_has_said_nothing_yet() -> None:
+    model, user = lm_of(tiny()), heard(2, 12)
+    with (alone := LMGen(model, GREEDY)).streaming(1):
+        wanted = talk(alone, user[1:])
+    first, generator = torch.tensor([True, False]), LMGen(model, GREEDY)
+    with generator.streaming(2):
+        before = talk(generator, user[..., :6])
+        generator.reset_streaming(first)
+        anew = talk(generator, user[..., 6:10])
+        generator.set_exec_mask(~first)
+        held = talk(generator, torch.cat([torch.full((1, 1, 2), UNGENERATED), user[1:, :, 10:]]))
+    assert (anew[0, :, :2] == UNGENERATED).all()
+    assert (anew[0, :, 2:] != UNGENERATED).all()
+    assert (held[0] == UNGENERATED).all()
+    assert torch.equal(torch.cat([before, anew, held], dim=2)[1:], wanted)
+
+
 @pytest.mark.parametrize("ttt", [{}, {"ttt_layers": 2, "ttt_kind": "mlp"}])
 def test_a_saved_conversation_goes_on_elsewhere(ttt: dict[str, Any]) -> None:
     model, user = lm_of(tiny(**ttt)), heard(2, 30)
@@ -117,6 +134,9 @@ VARIANTS: list[dict[str, Any]] = [
     {"depformer_norm": "layer_norm", "depformer_pos_emb": "sin", "depformer_kv_repeat": 2},
     {"depformer_weights_per_step": False, "depformer_gating": "none"},
     {"depformer_weights_per_step_schedule": (0, 0), "depformer_low_rank_embeddings": 4},
+    {"depformer_pos_emb": "rope", "depformer_kv_repeat": 2},
+    {"depformer_pos_emb": "rope_concat"},
+    {"depformer_pos_emb": "sin_rope"},
 ]
 
 
@@ -244,9 +264,9 @@ def test_frames_that_cannot_be_are_refused(tokens: Tensor, message: str) -> None
     with (generator := LMGen(lm_of(tiny()))).streaming(1):
         with pytest.raises(DataError, match=message):
             generator.step(tokens)
-        generator.step(
-            torch.zeros(1, 8, 1, dtype=torch.long)
-        )  # rows beyond the user's are not read
+        with pytest.raises(DataError, match=message):
+            generator.step(heard(), replace_audio=tokens.repeat(1, 2, 1))
+        generator.step(torch.zeros(1, 8, 1, dtype=torch.int32))  # only the user's rows are read
 
 
 def test_a_step_outside_a_conversation_says_so() -> None:

@@ -141,6 +141,14 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_what_is_wrong(reference:
     assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize("also", [torch.tensor(1.0), torch.zeros(48, 16)])
+def test_a_projection_given_in_both_forms_is_refused(also: Tensor) -> None:
+    model = lm_of(tiny())
+    stacked = {"transformer.layers.0.self_attn.in_proj_weight": also}
+    with pytest.raises(CorruptRecord, match=r"1 unknown: transformer.*in_proj_weight"):
+        load_checkpoint(model, model.state_dict() | stacked)
+
+
 VARIANTS: list[dict[str, Any]] = [
     {"norm": "layer_norm", "gating": "none", "depformer_gating": "silu", "layer_scale": 0.5},
     {"norm_emb": True, "bias_proj": True, "depformer_low_rank_embeddings": 4},
@@ -165,6 +173,25 @@ def test_every_variant_streams_what_it_reads_at_once(changes: dict[str, Any]) ->
             assert worst(torch.cat(pieces, dim=1), whole) <= 1e-6  # rotations are float32
 
 
+def test_a_new_model_begins_as_the_references() -> None:
+    config = tiny(dim=128, depformer_dim=128, bias_proj=True, text_card=999, card=999)
+    parameters = dict(lm_of(config).named_parameters())
+    temporal = "transformer.layers.0"
+    for name in (
+        *("emb.0", "text_emb", "depformer_emb.0", "depformer_text_emb", "text_linear", "linears.0"),
+        *(f"{temporal}.self_attn.in_projs.0", f"{temporal}.self_attn.out_projs.0"),
+        *(f"{temporal}.gating.linear_in", f"{temporal}.gating.linear_out"),
+    ):
+        weight = parameters[f"{name}.weight"]
+        deviations = weight.detach() * weight.shape[1] ** 0.5
+        assert deviations.std() == pytest.approx(0.9867, abs=0.02), name  # cut at 3
+        assert 2.5 < deviations.abs().max() <= 3.0001, name
+    for name in ("depformer_in.0", "depformer.layers.0.self_attn.in_projs.0"):
+        assert parameters[f"{name}.weight"].abs().max() <= 128**-0.5, name  # PyTorch's
+    assert not parameters["text_linear.bias"].any()
+    assert not parameters["linears.1.bias"].any()
+
+
 def test_the_zero_token_adds_exactly_nothing() -> None:
     model = lm_of(tiny(norm_emb=True, depformer_low_rank_embeddings=4))
     nothing = torch.full((1, 4, 1), -1)
@@ -187,13 +214,24 @@ def test_a_loss_of_nothing_is_zero() -> None:
     assert losses(lm_of(config)(codes), codes, config).total == 0
 
 
-def test_the_context_can_change_at_run_time() -> None:
-    config = tiny()
+@pytest.mark.parametrize("per_step", [True, False])
+def test_the_context_can_change_at_run_time(per_step: bool) -> None:
+    config = tiny(n_q=4, dep_q=4, delays=(0,) * 5, depformer_weights_per_step=per_step)
     model, codes = lm_of(config), codes_of(config)
     set_attention_context(model, 3)
     short = lm_of(replace(config, context=3))
     with torch.no_grad():
         assert torch.equal(model(codes).logits, short(codes).logits)
+
+
+def test_a_stream_that_cannot_begin_leaves_none_behind() -> None:
+    model = lm_of(tiny(context=None))
+    with pytest.raises(ConfigError, match="no bound"):
+        model.streaming_forever(1)
+    assert not model.is_streaming
+    set_attention_context(model, 5)
+    with model.streaming(2):
+        assert model.transformer.is_streaming
 
 
 @pytest.mark.parametrize(
@@ -229,6 +267,14 @@ def test_defaults_are_the_references() -> None:
     )
 
 
+def test_the_depth_transformer_has_positions_of_its_own_where_a_release_says_so() -> None:
+    inherited = LMConfig.from_kyutai(kyutai(max_period=500, positional_scale=2.0)).depth
+    assert (inherited.max_period, inherited.positional_scale) == (500, 2.0)
+    own = {"depformer_max_period": 50, "depformer_positional_scale": 0.0}
+    depth = LMConfig.from_kyutai(kyutai(max_period=500, positional_scale=2.0, **own)).depth
+    assert (depth.max_period, depth.positional_scale) == (50, 0.0)
+
+
 def test_what_a_release_says_about_other_things_is_passed_over() -> None:
     extra = {"mimi_name": "m", "lora": True, "lora_rank": 8, "fuser": None, "model_id": {}}
     assert LMConfig.from_kyutai(kyutai(**extra)) == LMConfig.from_kyutai(kyutai())
@@ -242,6 +288,7 @@ def test_what_a_release_says_about_other_things_is_passed_over() -> None:
         ({"delays": [0, 0]}, "delays"),
         ({"delays": [0, 0, -1]}, "delays"),
         ({"dep_q": 3}, "dep_q"),
+        ({"dep_q": 0}, "dep_q"),
         ({"num_heads": 7}, "num_heads"),
         ({"norm": "batch"}, "norm"),
         ({"context": 0}, "context"),
@@ -250,11 +297,24 @@ def test_what_a_release_says_about_other_things_is_passed_over() -> None:
         ({"ttt_forget": 1.0}, "ttt_forget"),
         ({"depformer_weights_per_step_schedule": [0, 1]}, "schedule"),
         ({"bias_proj": 1}, "bias_proj"),
+        ({"depformer_max_period": 0}, "depformer_max_period"),
+        ({"layer_scale": "small"}, "layer_scale"),
+        ({"positional_scale": float("nan")}, "positional_scale"),
+        ({"hidden_scale": float("inf")}, "hidden_scale"),
+        ({"delays": 1}, "delays"),
+        ({"existing_text_padding_id": "pad"}, "existing_text_padding_id"),
+        ({"extra_heads_dim": 0}, "extra_heads_dim"),
+        ({"ttt_alpha": []}, "ttt_alpha"),
     ],
 )
 def test_settings_that_cannot_be_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         LMConfig.from_kyutai(kyutai(**changes))
+
+
+def test_gains_may_be_whole_numbers() -> None:
+    model = lm_of(tiny(layer_scale=1, depformer_layer_scale=0, ttt_layers=1, ttt_alpha=0))
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
 def test_a_missing_setting_is_named() -> None:

@@ -12,6 +12,8 @@ from torch import Tensor
 from moshi_fl.errors import ConfigError, DataError
 from moshi_fl.models.speech.mimi import PIECE, Mimi
 from moshi_fl.models.speech.mimi_config import MimiConfig
+from moshi_fl.models.speech.seanet import SeanetConfig
+from moshi_fl.models.speech.transformer import set_attention_context
 from tests.support.mimis import small_mimi, small_spec, small_tensors
 
 FRAME = 1920
@@ -102,6 +104,18 @@ def test_long_sound_is_worked_on_in_pieces(mimi: Mimi, theirs: dict[str, Tensor]
         latent = mimi.decode_latent(codes)
         torch.testing.assert_close(pieced, mimi.decode_from_latent(latent), **CLOSE)
     assert not mimi.is_streaming
+
+
+def test_long_sound_is_worked_on_at_once_where_attention_sees_all_of_it() -> None:
+    mimi = small_mimi()
+    set_attention_context(mimi, None)
+    sound = torch.randn(1, 1, 2 * PIECE * FRAME, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        latent = mimi.encode_to_latent(sound, quantize=False)
+        codes = mimi.encode(sound)
+        assert torch.equal(codes, mimi.quantizer.encode(latent.transpose(1, 2), 8))
+        heard = mimi.decode(codes)
+        torch.testing.assert_close(heard, mimi.decode_from_latent(mimi.decode_latent(codes)))
 
 
 def test_items_are_independent(mimi: Mimi, theirs: dict[str, Tensor]) -> None:
@@ -244,6 +258,7 @@ def test_a_stream_takes_whole_frames(mimi: Mimi, samples: int) -> None:
         (torch.zeros(1, 8, 0, dtype=torch.long), r"codes of shape \[1, 8, 0\]"),
         (torch.zeros(8, 2, dtype=torch.long), r"codes of shape \[8, 2\]"),
         (torch.zeros(1, 8, 2), "in torch.float32"),
+        (torch.zeros(1, 8, 2, dtype=torch.int16), r"in torch.int16; Mimi takes .* \(int64\)"),
     ],
 )
 def test_wrong_codes_are_refused(mimi: Mimi, codes: Tensor, message: str) -> None:
@@ -310,6 +325,9 @@ def test_properties_are_those_of_the_configuration(mimi: Mimi) -> None:
         ("quantizer", {"n_q": 1}, "n_q = 1 must be at least 2"),
         ("quantizer", {"input_dimension": 3}, "input_dimension = 3 must be 64"),
         ("transformer", {"causal": False}, "causal = False"),
+        ("seanet", {"ratios": 8}, "ratios = 8 must be whole numbers"),
+        ("transformer", {"layer_scale": "small"}, "layer_scale = 'small' must be a number"),
+        ("transformer", {"max_period": 0}, "max_period = 0 must be a number from 1e-09"),
     ],
 )
 def test_a_configuration_that_this_is_not(
@@ -320,3 +338,15 @@ def test_a_configuration_that_this_is_not(
         MimiConfig.from_reference(table | {section: table[section] | change})
     with pytest.raises(ConfigError, match=f"'{section}' is missing"):
         MimiConfig.from_reference({k: v for k, v in table.items() if k != section})
+
+
+def test_frames_need_not_be_so_many_a_second_to_the_last_digit() -> None:
+    rate = 24000 / (3 * 7 * 13)  # 87.912...
+    seanet = SeanetConfig(ratios=(7, 13))
+    assert MimiConfig(24000, rate, seanet).frame_size == 3 * 7 * 13
+
+
+@pytest.mark.parametrize("change", [{"sample_rate": "24000"}, {"frame_rate": 0}], ids=str)
+def test_rates_that_are_none_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"Mimi: {next(iter(change))} = "):
+        MimiConfig.from_reference(small_spec()["cfg"] | change)

@@ -185,6 +185,34 @@ def test_a_reset_item_begins_with_what_was_learnt_and_the_others_go_on(kind: str
     assert worst(y[1], whole[1, 9:]) <= 1e-12
 
 
+@pytest.mark.parametrize("size", [1, 3])
+@torch.no_grad()
+def test_sound_that_broke_ends_with_a_reset_and_never_reaches_an_item_that_is_held(
+    kind: str, size: int
+) -> None:
+    layer, x = layer_of(kind), sequence(2, 20)
+    whole, broken = layer(x), torch.full((2, size, 16), torch.nan, dtype=x.dtype)
+    with layer.streaming(2):
+        layer(x[:, :6])
+        layer.set_exec_mask(torch.tensor([True, False]))
+        layer(broken)
+        layer.reset_streaming(torch.tensor([True, False]))
+        layer.set_exec_mask(torch.tensor([True, True]))
+        y = layer(torch.stack([x[0, :14], x[1, 6:]]))
+    assert worst(y[0], whole[0, :14]) <= 1e-12
+    assert worst(y[1], whole[1, 6:]) <= 1e-12
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_a_stream_keeps_no_graph(kind: str, size: int) -> None:
+    layer, x = layer_of(kind, forget=0.1), sequence(2, 20)
+    with layer.streaming(2):
+        y = torch.cat([layer(piece) for piece in x.split(size, dim=1)], dim=1)
+        kept = [*vars(layer.state()).values(), *layer.state().kept]
+    assert worst(y, layer(x).detach()) <= 1e-12
+    assert not any(value.requires_grad for value in kept if isinstance(value, Tensor))
+
+
 @torch.no_grad()
 def test_a_saved_stream_goes_on_elsewhere(kind: str) -> None:
     layer, other, x = layer_of(kind), layer_of(kind), sequence(2, 20)
@@ -196,6 +224,14 @@ def test_a_saved_stream_goes_on_elsewhere(kind: str) -> None:
     with other.streaming(2):
         other.set_streaming_state(saved)
         assert worst(other(x[:, 10:]), whole[:, 10:]) <= 1e-12
+
+
+def test_a_layer_made_without_memory_is_whole_once_it_has_weights(kind: str) -> None:
+    layer, x = layer_of(kind), sequence()
+    with torch.device("meta"):
+        other = Ttt(layer.config)
+    other.load_state_dict(layer.state_dict(), assign=True)
+    assert torch.equal(other(x), layer(x))
 
 
 def test_fast_weights_stay_float32_in_a_bfloat16_layer(kind: str) -> None:
