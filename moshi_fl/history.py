@@ -27,6 +27,7 @@ HUB_FILE = "hub.toml"
 EVALUATORS_FILE = "trust/evaluators.json"
 TOKENIZER_FILE = "tokenizer.json"
 DELTA_FILE = "delta.safetensors"
+MAX_CONTRIBUTION_BYTES = 16_384
 MAX_MANIFEST_BYTES = 8 << 20
 MAX_TOKENIZER_BYTES = 8 << 20
 MAX_LATEST_PACK = 32 << 20
@@ -103,6 +104,22 @@ class Refs:
 def contribution_branch(number: int, contribution_id: str) -> str:
     """Branch of a contribution's record, made on that round."""
     return f"refs/heads/contribute/{number}/{contribution_id}"
+
+
+def branch_place(branch: str) -> tuple[int, str] | None:
+    """Round and id that a branch name states, or None when it is no contribution's branch."""
+    parts = branch.removeprefix("refs/heads/").split("/")
+    if len(parts) != 3 or parts[0] != "contribute":
+        return None
+    number, contribution_id = parts[1], parts[2]
+    if (
+        not (number.isascii() and number.isdigit() and len(number) < 10)
+        or str(int(number)) != number
+    ):
+        return None
+    if len(contribution_id) != 32 or not set(contribution_id) <= set("0123456789abcdef"):
+        return None
+    return int(number), contribution_id
 
 
 def contribution_path(number: int, contribution_id: str) -> str:

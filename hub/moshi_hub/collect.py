@@ -14,7 +14,9 @@ from pathlib import Path
 from moshi_fl.errors import CorruptRecord, HubError, MoshiError
 from moshi_fl.history import (
     DELTA_FILE,
+    MAX_CONTRIBUTION_BYTES,
     Refs,
+    branch_place,
     contribution_path,
     read_contributions,
     read_rounds,
@@ -29,12 +31,10 @@ from moshi_fl.store import HubRepo
 from moshi_fl.weights import write_atomic
 from moshi_hub.offers import Place
 from moshi_hub.verify import (
-    MAX_CONTRIBUTION_BYTES,
     Base,
     Rules,
     Submission,
     Verdict,
-    branch_place,
     check_branch,
     delta_limit,
     precheck,

@@ -12,12 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from moshi_fl.errors import MoshiError, UntrustedHub
-from moshi_fl.history import Refs
+from moshi_fl.history import Refs, branch_place
 from moshi_fl.records import MAX_RECORD_BYTES, Intake, dump, load
 from moshi_fl.replica import Replica
 from moshi_fl.store import Author, RefUpdate
 from moshi_fl.weights import write_atomic
-from moshi_hub.verify import branch_place
 
 INTAKE_FILE = "intake.json"
 LOCAL_FILE = "first-seen.json"

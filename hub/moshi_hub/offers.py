@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from moshi_fl.config import load_settings
 from moshi_fl.errors import HubError
 from moshi_fl.forge import Forge, Proposal, open_forge
+from moshi_fl.history import branch_place
 from moshi_fl.replica import Replica
 from moshi_fl.store import HubRepo
-from moshi_hub.verify import branch_place
 
 HEADS = "refs/heads/"
 PREFIX = "contribute/"
