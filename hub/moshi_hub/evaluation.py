@@ -22,7 +22,8 @@ from moshi_hub.heldout import pool_path
 from moshi_hub.judging import Decided, with_anchor
 from moshi_hub.local import ANCHOR, evaluate_locally, forget_sessions, local_seats, local_signer
 from moshi_hub.measure import BaseModel, Desk, tokenizer_before_growth
-from moshi_hub.merge import Gate, OpenRound
+from moshi_hub.merge import Gate
+from moshi_hub.opened import OpenRound
 from moshi_hub.propose import utc_now
 from moshi_hub.publish import author, seconds
 from moshi_hub.trust import Reputation, reputations, seats

@@ -31,8 +31,9 @@ from moshi_fl.taken import check_taken
 from moshi_fl.upstream import Origin, origin_of, stand_of
 from moshi_fl.weights import Weights, not_finite, sha256_bytes, weights_digest
 from moshi_hub.keys import Passphrase, passphrase_from_environment
-from moshi_hub.merge import desk_for, rules_of, settings_on
+from moshi_hub.merge import desk_for
 from moshi_hub.metadata import counted, keys_of
+from moshi_hub.opened import rules_of, settings_on
 from moshi_hub.propose import weigh
 from moshi_hub.publish import Proposed, author, commit_latest, extend, fetch_proposed
 from moshi_hub.verify import Rules

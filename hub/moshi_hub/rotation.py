@@ -27,7 +27,7 @@ from moshi_fl.signed.files import (
 )
 from moshi_fl.store import PushRejected, RefUpdate
 from moshi_hub.keys import Passphrase, passphrase_from_environment
-from moshi_hub.merge import desk_for, settings_on
+from moshi_hub.merge import desk_for
 from moshi_hub.metadata import (
     TUF_ROLES,
     Desk,
@@ -38,6 +38,7 @@ from moshi_hub.metadata import (
     next_root,
     sign_root,
 )
+from moshi_hub.opened import settings_on
 from moshi_hub.publish import author, commit_latest
 
 Change = Callable[[Root], None]

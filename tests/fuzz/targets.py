@@ -45,7 +45,7 @@ from moshi_fl.sshsig import armour, parse_key, parse_signature
 from moshi_fl.store import TreeEntry
 from moshi_fl.tokenizer import CharVocabulary
 from moshi_fl.weights import MAX_HEADER_BYTES, Weights, parse_header, serialize, sha256_bytes
-from moshi_hub.merge import rules_of, settings_on
+from moshi_hub.opened import rules_of, settings_on
 from moshi_hub.verify import REASONS, Rules, Submission, verify
 from tests.fuzz import mutate, ssh
 from tests.fuzz.examples import example, records_below

@@ -31,15 +31,8 @@ from moshi_hub.cli import main as hub_command
 from moshi_hub.heldout import evaluator_for, store_pool
 from moshi_hub.keys import passphrase_from_environment
 from moshi_hub.local import ANCHOR, key_folder, local_signer
-from moshi_hub.merge import (
-    Options,
-    Outcome,
-    findings_on,
-    look,
-    merge,
-    publish_round,
-    push_round,
-)
+from moshi_hub.merge import Options, Outcome, findings_on, merge, publish_round, push_round
+from moshi_hub.opened import look
 from moshi_hub.pending import NothingToMerge
 from moshi_hub.propose import Proposal, draft, keyframe_files
 from moshi_hub.review import sign_round

@@ -47,7 +47,7 @@ from moshi_hub.evaluation import board_for, chair_for, change_evaluators, desk_f
 from moshi_hub.heldout import pool_path, store_pool
 from moshi_hub.judging import Decided
 from moshi_hub.local import local_signer
-from moshi_hub.merge import OpenRound
+from moshi_hub.opened import OpenRound
 from tests.support.keys import signature_by, signer_of
 from tests.support.simulator import HubSimulator, write_corpus
 
@@ -157,7 +157,7 @@ class Court:
         return self.people[name]
 
     def _desk(self, replica: Replica):
-        from moshi_hub.merge import look
+        from moshi_hub.opened import look
 
         folder = Path(replica.folder) / "desk"
         if not folder.exists():

@@ -81,7 +81,7 @@ def _advance(console: Console, replica: Replica, key: Path | None) -> None:
     from moshi_hub.chair import next_step
     from moshi_hub.evaluation import desk_for
     from moshi_hub.host import evaluator
-    from moshi_hub.merge import look
+    from moshi_hub.opened import look
 
     signer = own_signer(ensure_home(), key.expanduser() if key else load_settings().own_key)
     with replica.workspace() as folder:
@@ -138,7 +138,7 @@ def _measure(console: Console, replica: Replica, verdict: Path, out: Path, seat:
 def _print(console: Console, replica: Replica, start: str) -> None:
     from moshi_hub.evaluation import named
     from moshi_hub.gauge import gauge
-    from moshi_hub.merge import look
+    from moshi_hub.opened import look
 
     with replica.workspace() as folder:
         found = look(replica, folder)

@@ -86,7 +86,7 @@ def _judge_all(
 ) -> int:
     from moshi_hub.announce import announce
     from moshi_hub.intake import publish_intake
-    from moshi_hub.merge import look
+    from moshi_hub.opened import look
     from moshi_hub.publish import author
 
     with replica.workspace() as folder:
