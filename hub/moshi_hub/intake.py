@@ -62,6 +62,18 @@ def arrivals(
     return Arrivals(intake, in_order(branches, intake.seen), problem)
 
 
+def recorded_order(
+    replica: Replica, hub: str, names: Refs, refs: Mapping[str, str], branches: Iterable[str]
+) -> tuple[str, ...]:
+    """Open branches in the order that the hub itself records: whoever asks is told the same.
+
+    The arguments are those of ``arrivals``.
+    """
+    branches = tuple(branches)
+    theirs, _ = _recorded(replica, hub, names, refs)
+    return in_order(branches, first_seen([theirs], branches))
+
+
 def first_seen(known: Sequence[Sequence[str]], branches: Iterable[str]) -> tuple[str, ...]:
     """Ids of open contributions: those known, in the order of the lists, then those that are new.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from moshi_fl.replica import Replica, Snapshot
 from moshi_fl.rules import shapes_of
 from moshi_fl.signing import check_ssh_keygen
 from moshi_fl.store import HubRepo
-from moshi_hub.collect import judge, known_deltas, known_keys, make_rules
-from moshi_hub.intake import Arrivals, arrivals
+from moshi_hub.collect import judge, known_deltas, known_keys, make_rules, rivals
+from moshi_hub.intake import Arrivals, arrivals, recorded_order
 from moshi_hub.offers import Offers, open_offers
 from moshi_hub.verify import Rules, Verdict
 
@@ -55,7 +55,8 @@ def look(replica: Replica, folder: Path, head: str = "") -> OpenRound:
     Args:
         replica: The hub's copy on this machine.
         folder: Working folder; the deltas are left in ``folder/deltas``.
-        head: Judge only what has this commit as its head now. Who came first is not asked then.
+        head: Judge only what has this commit as its head now; what its repository has open by the
+            same key counts. Who came first is what the hub records, not what this machine has seen.
 
     Raises:
         HubError: The hub cannot be reached, or is not to be trusted.
@@ -68,17 +69,28 @@ def look(replica: Replica, folder: Path, head: str = "") -> OpenRound:
     config = settings_on(replica.repo, main)
     rules = rules_of(replica, snapshot, main, config)
     offers, names = open_offers(replica, refs, head), snapshot.state.refs
-    branches = offers.branches
-    if branches:
+    if offers.places:
         check_ssh_keygen()  # else it would look as if nobody had signed
-    came = Arrivals(Intake(hub=config.hub.id, seen=()), tuple(branches))
-    if not head:
-        came = arrivals(replica, config.hub.id, names, refs, branches)
+    if head:
+        order = recorded_order(replica, config.hub.id, names, refs, offers.beside)
+        order = _with_rivals(offers, main, rules, order)
+        came = Arrivals(Intake(hub=config.hub.id, seen=()), order)
+    else:
+        came = arrivals(replica, config.hub.id, names, refs, offers.branches)
     deltas = folder / "deltas"
     deltas.mkdir(parents=True)
     with replica.scratch() as scratch:
-        verdicts = tuple(judge(offers.places, scratch, main, rules, deltas, came.order))
+        judged = judge(offers.beside, scratch, main, rules, deltas, came.order)
+        verdicts = tuple(verdict for verdict in judged if verdict.branch in offers.places)
     return OpenRound(snapshot, main, rules, verdicts, offers.on(replica.repo), came, offers)
+
+
+def _with_rivals(offers: Offers, main: str, rules: Rules, order: Sequence[str]) -> tuple[str, ...]:
+    """What is asked for, and what may take its place: nothing else needs to be judged for it."""
+    wanted = set(offers.places)
+    for branch in offers.places:
+        wanted.update(rivals(offers.beside, main, rules, branch, order))
+    return tuple(branch for branch in order if branch in wanted)
 
 
 def settings_on(repo: HubRepo, main: str) -> HubConfig:
