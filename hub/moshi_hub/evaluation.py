@@ -16,8 +16,9 @@ from moshi_fl.replica import Replica
 from moshi_fl.signing import Signer
 from moshi_fl.store import HubRepo, PushRejected, RefUpdate
 from moshi_fl.trusted import read_evaluators, read_verdicts
+from moshi_hub.agenda import awaited, next_step
 from moshi_hub.board import RefBoard
-from moshi_hub.chair import Chair, MoreAttestations, awaited, next_step
+from moshi_hub.chair import Chair, MoreAttestations
 from moshi_hub.heldout import pool_path
 from moshi_hub.judging import Decided, with_anchor
 from moshi_hub.local import ANCHOR, evaluate_locally, forget_sessions, local_seats, local_signer

@@ -25,11 +25,11 @@ from moshi_hub.metadata import Desk, utc_now
 from moshi_hub.opened import OpenRound, look
 from moshi_hub.pending import decided_before, record_arrivals, refuse_again
 from moshi_hub.propose import Evaluator, Proposal, propose
+from moshi_hub.proposed import fetch_proposed
 from moshi_hub.publish import (
     Built,
     author,
     build_round,
-    fetch_proposed,
     publish_proposed,
     push_proposed,
     push_published,

@@ -13,7 +13,8 @@ from moshi_fl.upstream import Origin, takes_upstream
 from moshi_hub.announce import show_round
 from moshi_hub.intake import publish_intake
 from moshi_hub.opened import OpenRound
-from moshi_hub.publish import author, decisions, has_round, proposed_now, proposed_report
+from moshi_hub.proposed import decisions, has_round, proposed_now, proposed_report
+from moshi_hub.publish import author
 
 
 class NothingToMerge(HubError):

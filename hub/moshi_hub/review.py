@@ -35,7 +35,8 @@ from moshi_hub.merge import desk_for
 from moshi_hub.metadata import counted, keys_of
 from moshi_hub.opened import rules_of, settings_on
 from moshi_hub.propose import weigh
-from moshi_hub.publish import Proposed, author, commit_latest, extend, fetch_proposed
+from moshi_hub.proposed import Proposed, fetch_proposed
+from moshi_hub.publish import author, commit_latest, extend
 from moshi_hub.verify import Rules
 
 ADVICE = "do not sign it; moshi-hub merge proposes the round again"

@@ -27,7 +27,8 @@ from moshi_hub.merge import publish_round
 from moshi_hub.metadata import TooFewSignatures
 from moshi_hub.publish import commit_latest, latest_files
 from moshi_hub.review import sign_round
-from moshi_hub.rotation import change_root, keep, open_bench, refresh
+from moshi_hub.rootchange import keep
+from moshi_hub.rotation import change_root, open_bench, refresh
 from tests.support.hubs import git
 from tests.support.simulator import HubSimulator, small_preset
 
@@ -182,7 +183,8 @@ def lie(hub: HubSimulator, change: Callable[[Any], Any]) -> None:
     repo.fetch({branch: "refs/x/branch", ref: "refs/x/next"})
     from moshi_fl.history import Refs
     from moshi_fl.records import dump
-    from moshi_hub.publish import author, fetch_proposed
+    from moshi_hub.proposed import fetch_proposed
+    from moshi_hub.publish import author
 
     proposed = fetch_proposed(repo, Refs("refs/moshi/"), 1)
     record = change(proposed.manifest.newest)

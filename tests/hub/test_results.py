@@ -23,15 +23,7 @@ from moshi_fl.store import ANY, Author, HubRepo, RefUpdate
 from moshi_fl.upstream import Origin
 from moshi_hub.announce import tell_results
 from moshi_hub.comment import one_line, results_text
-from moshi_hub.heldout import (
-    POOL_KEY,
-    import_pool,
-    open_sealed_pool,
-    pool_path,
-    retire_pool,
-    seal_pool,
-    store_pool,
-)
+from moshi_hub.heldout import import_pool, pool_path, retire_pool, store_pool
 from moshi_hub.intake import publish_intake
 from moshi_hub.keys import VARIABLES, KeyStore, private_pem
 from moshi_hub.local import ANCHOR, ANCHOR_KEY, key_folder, local_signer
@@ -47,6 +39,7 @@ from moshi_hub.results import (
     read_results,
     verdict_of,
 )
+from moshi_hub.sealed import POOL_KEY, open_sealed_pool, seal_pool
 from moshi_hub.verify import REASONS
 from tests.fuzz.examples import example
 from tests.support.hubs import git

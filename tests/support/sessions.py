@@ -41,8 +41,9 @@ from moshi_fl.session import (
 from moshi_fl.signing import ATTESTATION_NAMESPACE, EVALUATION_NAMESPACE
 from moshi_fl.weights import write_atomic
 from moshi_hub import evaluator as steps
+from moshi_hub.agenda import awaited, next_step
 from moshi_hub.board import RefBoard
-from moshi_hub.chair import Chair, awaited, next_step
+from moshi_hub.chair import Chair
 from moshi_hub.evaluation import board_for, chair_for, change_evaluators, desk_for
 from moshi_hub.heldout import pool_path, store_pool
 from moshi_hub.judging import Decided
