@@ -48,7 +48,7 @@ from moshi_fl.submit import (
 )
 from moshi_fl.train import Progress, Recipe
 from moshi_fl.weights import Array, Weights, open_weights, save_weights, write_atomic
-from moshi_sdk.earlier import Earlier, earlier_one, make_way
+from moshi_sdk.earlier import earlier_one, first_look, lands_on, make_way, said_of
 from moshi_sdk.identity import before_sending, check_key
 from moshi_sdk.planning import Options, make_plan, recipe_of
 from moshi_sdk.privacy import BUDGET, Account, run_name, stated
@@ -175,8 +175,8 @@ def contribute(
     plan = make_plan(snapshot, task, corpus, paths, options, signer.public_key)
     runs = Runs(manager.replica.folder / "runs")
     run = runs.of(plan)
-    before = _first_look(manager.replica, snapshot, runs, run, options)
-    for name, text in (*before_sending(runs.sent(), plan, signer), *_said_of(before)):
+    before = first_look(manager.replica, snapshot, runs, run, options)
+    for name, text in (*before_sending(runs.sent(), plan, signer), *said_of(before)):
         listener.stage(name, text)
     run = runs.start(plan, snapshot)
     account = Account(home, snapshot.state.config.hub.id)
@@ -227,8 +227,8 @@ def resume(  # noqa: PLR0913 - one parameter an option
     check_key(run.plan, signer)
     snapshot = manager.pull()
     wanted = Options(dry_run=dry_run, replace=replace)
-    before = _first_look(manager.replica, snapshot, runs, run, wanted)
-    for name, text in (*before_sending(runs.sent(), run.plan, signer), *_said_of(before)):
+    before = first_look(manager.replica, snapshot, runs, run, wanted)
+    for name, text in (*before_sending(runs.sent(), run.plan, signer), *said_of(before)):
         listener.stage(name, text)
     listener.stage("sync", f"{_whence(snapshot)}; resuming from round {run.plan.base_round}")
     tokenizer = run.tokenizer.read_bytes() if run.tokenizer.exists() else None
@@ -248,38 +248,6 @@ def discard(hub: str, *, home: Path | None = None) -> RunPlan:
     """
     manager = SyncManager(hub, home=home or default_home())
     return Runs(manager.replica.folder / "runs").discard().plan
-
-
-def _first_look(
-    replica: Replica, snapshot: Snapshot, runs: Runs, run: Run, options: Options
-) -> Earlier | None:
-    """Refuse before any work what the hub would refuse after it.
-
-    Returns:
-        What this key has contributed already, where that is no obstacle.
-    """
-    state, plan, own = snapshot.state, run.plan, run.contribution()
-    if not snapshot.online:
-        return None
-    number = _lands_on(state, plan.base_round)
-    been = any((sent.base_round, sent.key) == (number, plan.key) for sent in runs.sent())
-    to = pushing_to(forge_of(replica), replica) if been else replica.repo  # no fork is made for it
-    found = earlier_one(replica, state, to, plan.key, number, own.id if own else "")
-    if found and (own := run.contribution()) and own.id == found.id:
-        return None  # another process has sent this very one meanwhile
-    if not options.dry_run:
-        make_way(found, replace=options.replace)
-    return found
-
-
-def _said_of(before: Earlier | None) -> list[tuple[str, str]]:
-    return [("again", before.words)] if before else []
-
-
-def _lands_on(state: HubState, base_round: int) -> int:
-    """The round that a delta made on ``base_round`` is sent to: too old a one is rebased."""
-    newest = state.newest.round
-    return newest if newest - base_round > state.config.delta.max_staleness else base_round
 
 
 def _absolute(path: Path) -> Path:
@@ -492,7 +460,7 @@ def _fit_to_present(work: _Work, contribution: Contribution) -> tuple[Contributi
         return contribution, ""
     if is_merged(work.replica, work.state, contribution):
         return contribution, ""
-    if _lands_on(work.state, contribution.round) == contribution.round:
+    if lands_on(work.state, contribution.round) == contribution.round:
         return contribution, f"the hub moved {age} round(s) on{_discount(work.config, age)}"
     return _rebase(work, contribution, age)
 

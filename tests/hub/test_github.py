@@ -135,7 +135,7 @@ def test_a_second_one_of_a_key_from_its_fork_is_refused_and_can_take_the_firsts_
     assert sorted(verdicts) == [[], ["one-per-round"]]
     assert call("ann", *words, "--seed", "3", "--replace")[0] == 0
     left = git(path, "for-each-ref", "refs/heads/contribute").splitlines()
-    assert len(left) == 2  # one goes for one that comes
+    assert len(left) == 1
 
 
 def test_the_gate_takes_back_nothing_that_evaluators_said(
