@@ -6,7 +6,7 @@ Reads and checks records; moves no weights (``moshi_fl.restore`` does) and keeps
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from moshi_fl.errors import BadSignature, CorruptRecord, HubError, UntrustedHub
@@ -354,3 +354,31 @@ def check_signatures(
         except BadSignature as error:
             short = contribution_id[:12]
             raise UntrustedHub(f"contribution {short} is not signed by its key: {error}") from error
+
+
+def first_rival(record: Round) -> int:
+    """Number of the first round that can have taken another contribution to one of the bases."""
+    return min((merged.base_round for merged in record.contributions), default=record.round) + 1
+
+
+def check_one_per_key(record: Round, earlier: Iterable[Round]) -> None:
+    """Insist that each key counts once in a round, and once for each base.
+
+    Args:
+        record: The round, whose owners are those of the records.
+        earlier: The rounds from ``first_rival`` on; those that are no earlier are left aside.
+
+    Raises:
+        UntrustedHub: One counts twice; names it.
+    """
+    before = [entry for entry in earlier if entry.round < record.round]
+    places = {(m.owner, m.base_round): entry.round for entry in before for m in entry.contributions}
+    owners: set[str] = set()
+    for merged in record.contributions:
+        first = places.get((merged.owner, merged.base_round))
+        if merged.owner in owners or first is not None:
+            raise UntrustedHub(
+                f"contribution {merged.id[:12]} is a second one of the key {merged.owner[:60]}: "
+                f"round {record.round if first is None else first} has the first."
+            )
+        owners.add(merged.owner)

@@ -18,6 +18,9 @@ from moshi_fl.history import (
     TOKENIZER_FILE,
     HubState,
     check_chain,
+    check_one_per_key,
+    check_signatures,
+    first_rival,
     read_contributions,
     round_path,
 )
@@ -181,6 +184,8 @@ def _recompute(
         raise UntrustedHub(f"round {record.round} names no contributions.", hint=ADVICE)
     if weigh(list(contributions.values()), rules) != record.contributions:
         raise UntrustedHub("the round weighs contributions other than by the rules.", hint=ADVICE)
+    check_signatures(replica.repo, source, record, contributions)
+    check_one_per_key(record, replica.chain(snapshot.state, first_rival(record)))
     place = _deltas(record)
     sent = {entry.id: entry.delta.files[0].sha256 for entry in contributions.values()}
     _compare_deltas(record, place, sent)

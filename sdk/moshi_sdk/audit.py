@@ -8,14 +8,17 @@ and the recomputed model with the published digest.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from moshi_fl.errors import CorruptRecord, HubError, UntrustedHub
 from moshi_fl.evidence import Verdicts
 from moshi_fl.history import (
+    HubState,
     check_chain,
+    check_one_per_key,
     check_signatures,
+    first_rival,
     read_contributions,
     read_rounds,
     round_branch,
@@ -79,6 +82,7 @@ class Auditor:
         self._find_strategy = find_strategy
         self._on_round = on_round
         self._main = ""
+        self._state: HubState | None = None
 
     def audit(self, first: int, last: int) -> Iterator[Finding]:
         """Recompute rounds ``first`` to ``last``; round 0 is random weights and has nothing to it.
@@ -92,7 +96,7 @@ class Auditor:
             newest = state.newest.round
             asked = f"round {first}" if first == last else f"rounds {first} to {last}"
             raise HubError(f"{asked} cannot be audited: {_range(newest)}")
-        self._main = self._replica.fetch_main()
+        self._main, self._state = self._replica.fetch_main(), state
         chain = self._replica.chain(state, first - 1)
         weights: Weights | None = None
         for base, record in itertools.pairwise(chain[: last - first + 2]):
@@ -129,7 +133,7 @@ class Auditor:
             )
         local = "refs/moshi-fl/proposed"
         fetched = repo.fetch({branch: local}, max_bytes=MAX_MAIN_PACK, expect=present)
-        self._main = fetched[local]
+        self._main, self._state = fetched[local], state
         record = read_rounds(repo, self._main, number, number)[0]
         if self._on_round:
             self._on_round(number)
@@ -151,7 +155,8 @@ class Auditor:
             contributions = read_contributions(self._replica.repo, self._main, record)
             check_signatures(self._replica.repo, self._main, record, contributions)
             check_weights(record, contributions)
-            check_one_per_key(record, self._rounds_before(record))
+            assert self._state is not None
+            check_one_per_key(record, self._replica.chain(self._state, first_rival(record)))
             check_running_norm(record, base)
             derive_verdicts(self._replica, self._main, record, base, contributions)
             known = at_hand or self._replica.pull(base.round).load()
@@ -168,13 +173,6 @@ class Auditor:
             problem = f"recomputed {found[:12]}, published {record.weights[:12]}"
             return Finding(record.round, count, False, found, problem), None
         return Finding(record.round, count, True, found, origin=origin), weights
-
-    def _rounds_before(self, record: Round) -> list[Round]:
-        """Rounds that may have taken another contribution to a base that this one builds on."""
-        oldest = min((merged.base_round for merged in record.contributions), default=record.round)
-        first = min(oldest, record.round - 1) + 1
-        rounds = self._replica.chain(self._replica.look(), first) if first < record.round else []
-        return [earlier for earlier in rounds if earlier.round < record.round]
 
     def _check_origin(self, record: Round) -> Origin | None:
         """What a round takes of another hub, compared with that hub where it is at hand."""
@@ -228,34 +226,6 @@ def check_weights(record: Round, contributions: dict[str, Contribution]) -> None
             raise UntrustedHub(
                 f"contribution {merged.id[:12]} weighs {merged.weight}, by the rule {weight}."
             )
-
-
-def check_one_per_key(record: Round, earlier: Iterable[Round]) -> None:
-    """Insist that each key counts once in a round, and once for each base.
-
-    Args:
-        record: The round, whose owners have been compared with the records.
-        earlier: Rounds after the oldest base and before this one.
-
-    Raises:
-        UntrustedHub: One counts twice; names it.
-    """
-    places = {
-        (m.owner, m.base_round): entry.round for entry in earlier for m in entry.contributions
-    }
-    owners: set[str] = set()
-    for merged in record.contributions:
-        twice = (
-            record.round
-            if merged.owner in owners
-            else places.get((merged.owner, merged.base_round))
-        )
-        if twice is not None:
-            raise UntrustedHub(
-                f"contribution {merged.id[:12]} is a second one of the key {merged.owner[:60]} to "
-                f"round {merged.base_round}: round {twice} has the first."
-            )
-        owners.add(merged.owner)
 
 
 def derive_verdicts(

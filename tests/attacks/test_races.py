@@ -94,6 +94,24 @@ def test_two_of_one_key_at_once_are_one_or_the_gate_refuses_the_second(
     assert len([verdict for verdict in hub.look().verdicts if verdict.accepted]) == 1
 
 
+def test_two_that_replace_the_same_at_once_leave_one(
+    hub: HubSimulator, commands: Nursery, tmp_path: Path
+) -> None:
+    data = write_corpus(tmp_path / "data")
+    argv = ["moshi-fl", "contribute", "--hub", hub.url, "--data", data, "--json"]
+    argv += ["--steps", "2", "--batch-size", "2", "--key", key_file("ann")]
+    first = commands.run(*argv, home=tmp_path / "0").json["contribution"]
+    how = ("--replace", "--seed")
+    both = [commands.start(*argv, *how, str(n), home=tmp_path / str(n)) for n in (1, 2)]
+    ended = [child.wait() for child in both]
+    sent = {one.json["contribution"] for one in ended if one.status == 0}
+    for one in ended:
+        assert not one.status or "nothing was pushed" in one.err or "one per key" in one.err
+    (accepted,) = (v.contribution.id for v in hub.look().verdicts if v.accepted)
+    assert accepted in sent
+    assert first not in [ref.rpartition("/")[2] for ref in hub.refs()]
+
+
 def test_contributions_that_arrive_while_a_merge_publishes_wait_for_the_next(
     hub: HubSimulator, commands: Nursery
 ) -> None:

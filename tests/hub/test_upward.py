@@ -912,6 +912,23 @@ def test_a_machine_killed_at_any_moment_while_another_sends_counts_no_round_twic
     assert came.count(True) == len(events) - pushes[1]
 
 
+def test_two_machines_at_the_same_moment_send_once(
+    tmp_path: Path, region: HubSimulator, upstream: HubSimulator, commands: Nursery
+) -> None:
+    local_signer(region.home, region.sync().state.config.hub.id, ANCHOR)
+    region.rounds(1)
+    homes = [region.home, another_machine(region, tmp_path / "other")]
+    words = ("moshi-hub", "upward", "--publish", "--hub", region.url)
+    words += ("--upstream", upstream.url, "--json")
+    both = [commands.start(*words, home=home) for home in homes]
+    ended = [child.wait() for child in both]
+    assert 0 in {one.status for one in ended}
+    for one in ended:
+        assert not one.status or "another machine sends this hub's rounds" in one.err
+    assert len(upstream.look().verdicts) == 1
+    assert bridge_of(region, upstream).first_unsent() == 1
+
+
 def test_the_command_sends_and_takes_and_then_has_nothing_to_do(
     region: HubSimulator, upstream: HubSimulator, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
