@@ -269,7 +269,9 @@ def _check_location(contribution: Contribution, rules: Rules) -> list[Finding]:
     if earlier := rules.seen.get(file.sha256):
         return [Finding("replay", f"the same delta came with contribution {earlier}.")]
     if other := rules.taken.get((contribution.key, contribution.round)):
-        said = f"its key has contributed {other} to round {contribution.round}."
+        said = (
+            f"its key has contributed {other} to round {contribution.round}: withdraw one, or wait."
+        )
         return [Finding("one-per-round", said)]
     return []
 

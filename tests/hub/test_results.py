@@ -107,6 +107,10 @@ def test_of_two_of_a_key_at_the_same_time_every_job_refuses_the_same(hub: HubSim
     for who in ("one", "two"):
         assert [code_at(hub, entry, who) for entry in both] == ["", "one-per-round"]
     assert hub.codes() == ["one-per-round"]
+    (refused,) = (v for v in hub.look().verdicts if not v.accepted)
+    assert f"has contributed {both[0].id} to round 0: withdraw one, or wait" in (
+        refused.findings[0].message
+    )
 
 
 def test_what_a_key_has_not_signed_or_the_gate_refuses_takes_nobodys_place(
