@@ -44,7 +44,7 @@ from moshi_fl.records import dump
 from moshi_fl.rules import shapes_of
 from moshi_fl.snapshot import encode_step
 from moshi_hub.heldout import pool_path, store_pool
-from moshi_hub.merge import look
+from moshi_hub.opened import look
 
 FEW, MANY = 2, 8  # contributions of a round: what they differ by is what one costs
 SEQUENCES = 8  # measured; the evaluation's own number is reckoned from it

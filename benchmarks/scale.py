@@ -8,7 +8,7 @@ from dataclasses import dataclass
 MONTH = 30 * 24  # hours
 KEPT = 64 / 4096  # of all weights, that a delta of topk touches
 EVALUATORS = 3  # processes of the hub's machine
-JOBS = 4  # of a workflow that judges one pull request: signal, verify, evaluate, report
+JOBS = 5  # that a pull request starts: signal, verify, is it accepted, evaluate, report
 STARTING = 45.0  # seconds before a job's own work begins: checkout, Python, install; assumed
 
 

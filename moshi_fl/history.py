@@ -6,7 +6,7 @@ Reads and checks records; moves no weights (``moshi_fl.restore`` does) and keeps
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from moshi_fl.errors import BadSignature, CorruptRecord, HubError, UntrustedHub
@@ -27,6 +27,7 @@ HUB_FILE = "hub.toml"
 EVALUATORS_FILE = "trust/evaluators.json"
 TOKENIZER_FILE = "tokenizer.json"
 DELTA_FILE = "delta.safetensors"
+MAX_CONTRIBUTION_BYTES = 16_384
 MAX_MANIFEST_BYTES = 8 << 20
 MAX_TOKENIZER_BYTES = 8 << 20
 MAX_LATEST_PACK = 32 << 20
@@ -103,6 +104,22 @@ class Refs:
 def contribution_branch(number: int, contribution_id: str) -> str:
     """Branch of a contribution's record, made on that round."""
     return f"refs/heads/contribute/{number}/{contribution_id}"
+
+
+def branch_place(branch: str) -> tuple[int, str] | None:
+    """Round and id that a branch name states, or None when it is no contribution's branch."""
+    parts = branch.removeprefix("refs/heads/").split("/")
+    if len(parts) != 3 or parts[0] != "contribute":
+        return None
+    number, contribution_id = parts[1], parts[2]
+    if (
+        not (number.isascii() and number.isdigit() and len(number) < 10)
+        or str(int(number)) != number
+    ):
+        return None
+    if len(contribution_id) != 32 or not set(contribution_id) <= set("0123456789abcdef"):
+        return None
+    return int(number), contribution_id
 
 
 def contribution_path(number: int, contribution_id: str) -> str:
@@ -337,3 +354,31 @@ def check_signatures(
         except BadSignature as error:
             short = contribution_id[:12]
             raise UntrustedHub(f"contribution {short} is not signed by its key: {error}") from error
+
+
+def first_rival(record: Round) -> int:
+    """Number of the first round that can have taken another contribution to one of the bases."""
+    return min((merged.base_round for merged in record.contributions), default=record.round) + 1
+
+
+def check_one_per_key(record: Round, earlier: Iterable[Round]) -> None:
+    """Insist that each key counts once in a round, and once for each base.
+
+    Args:
+        record: The round, whose owners are those of the records.
+        earlier: The rounds from ``first_rival`` on; those that are no earlier are left aside.
+
+    Raises:
+        UntrustedHub: One counts twice; names it.
+    """
+    before = [entry for entry in earlier if entry.round < record.round]
+    places = {(m.owner, m.base_round): entry.round for entry in before for m in entry.contributions}
+    owners: set[str] = set()
+    for merged in record.contributions:
+        first = places.get((merged.owner, merged.base_round))
+        if merged.owner in owners or first is not None:
+            raise UntrustedHub(
+                f"contribution {merged.id[:12]} is a second one of the key {merged.owner[:60]}: "
+                f"round {record.round if first is None else first} has the first."
+            )
+        owners.add(merged.owner)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +93,7 @@ def submit(
     delta: Path,
     to: HubRepo,
     anew: str = "moshi-fl contribute --seed N",
+    withdraw: Mapping[str, str] | None = None,
 ) -> Sent:
     """Push a contribution's record, its signature and the delta.
 
@@ -104,6 +105,7 @@ def submit(
         delta: The file that it names.
         to: Where to push: the replica's own store, or the same with a fork's address.
         anew: What a user does to make another contribution.
+        withdraw: Refs of an earlier one, with their commits, that go in the same push.
 
     Raises:
         HubError: The hub cannot be reached or refuses; the run stays and can be resumed.
@@ -130,6 +132,8 @@ def submit(
         RefUpdate(branch, _record_commit(replica, contribution, signature.encode()), None),
         RefUpdate(contribution.delta.ref, commit, present.get(contribution.delta.ref)),
     ]
+    old = {ref: oid for ref, oid in (withdraw or {}).items() if ref not in refs}
+    updates += [RefUpdate(ref, None, oid) for ref, oid in old.items()]
     try:
         repo.push(updates)
     except PushRejected:

@@ -47,7 +47,8 @@ from moshi_fl.snapshot import encode_keyframe, encode_step, grow
 from moshi_fl.upstream import origin_of
 from moshi_fl.weights import Weights, weights_digest
 from moshi_hub.intake import first_seen
-from moshi_hub.rotation import change_root, open_bench, replace
+from moshi_hub.rootchange import replace
+from moshi_hub.rotation import change_root, open_bench
 from tests.support.keys import key_file, signer_of
 from tests.support.simulator import HubSimulator
 

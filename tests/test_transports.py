@@ -110,6 +110,9 @@ def test_a_wrong_password_loses_nothing(address: Address, call: Call, tmp_path: 
     assert again[0] == 0, again[2]
     assert "Training" not in again[2]
     key = tmp_path / "ann" / "identity"
-    fresh = call("twin", "moshi-fl", "contribute", "--hub", address.push, *args, "--key", key)
+    twin = ("twin", "moshi-fl", "contribute", "--hub", address.push, "--key", key)
+    early = call(*twin, *args)  # what it would make is not known before it has trained
+    assert (early[0], "one per key and round" in early[2]) == (3, True)
+    fresh = call(*twin, *args, "--dry-run")
     assert fresh[1]["contribution"] == again[1]["contribution"]
-    assert "The hub already had it" in fresh[2]
+    assert "The hub already had it" in call(*twin, "--resume")[2]

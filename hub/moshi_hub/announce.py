@@ -22,7 +22,7 @@ from moshi_hub.verify import Verdict
 
 if TYPE_CHECKING:
     from moshi_fl.replica import Replica
-    from moshi_hub.merge import OpenRound
+    from moshi_hub.opened import OpenRound
 
 VERDICT, ROUND = "verdict", "round"
 CHECK = "moshi-fl/verify"

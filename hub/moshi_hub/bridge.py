@@ -8,44 +8,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 from moshi_fl.errors import HubError
 from moshi_fl.feedback import Feedback
 from moshi_fl.history import read_contributions
 from moshi_fl.records import (
-    MAX_RECORD_BYTES,
     Contribution,
-    ContributionId,
     Growth,
-    HubId,
-    Record,
     Round,
-    RoundNumber,
     dump,
     load,
 )
 from moshi_fl.replica import Replica, Snapshot
 from moshi_fl.rules import grown_rows
-from moshi_fl.store import Author, RefUpdate
 from moshi_fl.tokenizer import CharVocabulary
 from moshi_fl.upstream import Origin, Stand, stand_of
 from moshi_fl.weights import Weights, write_atomic
-
-PASSED_FILE = "passed.json"
-MAX_TOLD = 1 << 20  # bytes of a pack that holds one record
-
-
-class Passed(Record, frozen=True, kw_only=True):
-    """A contribution to the other hub: this hub's rounds after ``first``, up to ``last``."""
-
-    format: Literal[1] = 1
-    kind: Literal["passed"] = "passed"
-    upstream: HubId
-    id: ContributionId
-    round: RoundNumber
-    first: RoundNumber
-    last: RoundNumber
+from moshi_hub.outbox import PASSED_FILE, Outbox, Passed, Prepared, Told
 
 
 class Bridge:
@@ -106,54 +85,52 @@ class Bridge:
         """What the other hub's codec could not say yet."""
         return Feedback(self.folder / "feedback")
 
-    @cached_property
-    def _told(self) -> tuple[str | None, Passed | None]:
-        """What the hub itself said at first; it is asked again before that is replaced."""
-        return self._ask()
+    @property
+    def outbox(self) -> Outbox:
+        """What goes up, as this hub itself has it."""
+        return Outbox(self.replica.repo, self.below.state.refs.upward)
 
-    def _ask(self) -> tuple[str | None, Passed | None]:
-        """What this hub itself says was sent last, to whichever hub, and the commit of that."""
-        repo, ref = self.replica.repo, self.below.state.refs.upward
-        present = repo.remote_refs(ref)
-        if ref not in present:
-            return None, None
-        repo.fetch({ref: "refs/moshi-fl/upward"}, max_bytes=MAX_TOLD, expect=present)
-        data = repo.read(present[ref], PASSED_FILE, limit=MAX_RECORD_BYTES)
-        return present[ref], load(data, Passed, name=PASSED_FILE)
+    @cached_property
+    def told(self) -> Told:
+        """What the hub said when it was asked last; not what concerns another hub, or a past."""
+        return self._ours(self.outbox.read())
+
+    def _ours(self, told: Told) -> Told:
+        passed = told.waiting.passed if told.waiting else told.passed
+        if passed is None:
+            return told
+        is_ours = passed.upstream == self.stand.origin.hub and passed.last <= self.below.round
+        return told if is_ours else Told(told.commit)
 
     def passed(self) -> Passed | None:
         """What was sent last, from here or from another machine."""
-        path, (_, told) = self.folder / PASSED_FILE, self._told
-        if told and (told.upstream != self.stand.origin.hub or told.last > self.below.round):
-            told = None
+        path, told = self.folder / PASSED_FILE, self.told.passed
         own = load(path.read_bytes(), Passed, name=path.name) if path.exists() else None
         return max((one for one in (own, told) if one), key=lambda one: one.last, default=None)
 
-    def keep(self, passed: Passed, by: Author) -> None:
-        """Remember what was sent, here and on the hub.
+    def claim(self, prepared: Prepared, signature: str, delta: bytes) -> None:
+        """Let a contribution wait on the hub: from here on it is sent, and no other.
 
         Raises:
-            PushRejected: Another machine did so in this moment.
-            HubError: Another machine has sent later rounds since this one began.
+            HubError: Another machine was faster.
         """
-        repo, ref = self.replica.repo, self.below.state.refs.upward
-        present, told = self._ask()
-        is_new = told and present != self._told[0] and told.upstream == passed.upstream
-        if told and is_new and told.last > passed.last:
-            raise HubError(
-                f"another machine has sent the rounds up to {told.last} meanwhile.",
-                hint="the same command again   (goes on from there; run it on one machine only)",
-            )
-        tree = repo.tree({PASSED_FILE: repo.put(dump(passed))})
-        commit = repo.commit(tree, message=f"{ref}\n", author=by, when=0)
-        if commit != present:
-            repo.push([RefUpdate(ref, commit, present)])
-        write_atomic(self.folder / PASSED_FILE, dump(passed))
+        self.told = self.outbox.claim(self.told, prepared, signature, delta)
+
+    def note_sent(self) -> None:
+        """Remember that what waited was sent, on the hub and here.
+
+        Raises:
+            HubError: Another machine has gone on meanwhile.
+        """
+        self.told = self.outbox.note(self.told)
+        assert self.told.passed is not None
+        write_atomic(self.folder / PASSED_FILE, dump(self.told.passed))
 
     def first_unsent(self) -> int:
-        """The round after which nothing has been sent yet."""
-        passed = self.passed()
-        return max(self.stand.number, passed.last if passed else 0)
+        """The round after which nothing has been sent yet; what waits is not sent."""
+        passed, waiting = self.passed(), self.told.waiting
+        known = (passed.last if passed else 0, waiting.passed.first if waiting else 0)
+        return max(self.stand.number, *known)
 
     def must_wait(self) -> bool:
         """Whether the other hub has this one's contribution to its newest round already."""

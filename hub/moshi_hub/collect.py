@@ -14,7 +14,9 @@ from pathlib import Path
 from moshi_fl.errors import CorruptRecord, HubError, MoshiError
 from moshi_fl.history import (
     DELTA_FILE,
+    MAX_CONTRIBUTION_BYTES,
     Refs,
+    branch_place,
     contribution_path,
     read_contributions,
     read_rounds,
@@ -29,12 +31,10 @@ from moshi_fl.store import HubRepo
 from moshi_fl.weights import write_atomic
 from moshi_hub.offers import Place
 from moshi_hub.verify import (
-    MAX_CONTRIBUTION_BYTES,
     Base,
     Rules,
     Submission,
     Verdict,
-    branch_place,
     check_branch,
     delta_limit,
     precheck,
@@ -43,6 +43,7 @@ from moshi_hub.verify import (
 
 MAX_BRANCH_PACK = 1 << 20
 PACK_OVERHEAD = 1 << 16
+BRANCH_BYTES = 1 << 15  # of a pack, where several come at once
 
 
 def make_rules(
@@ -114,6 +115,48 @@ def judge(
             seen[record.delta.files[0].sha256] = record.id
             taken[record.key, record.round] = record.id
         yield verdict
+
+
+def rivals(
+    places: Mapping[str, Place], main: str, rules: Rules, branch: str, order: Sequence[str]
+) -> list[str]:
+    """Branches of the same repository that came before one, by the same key and to the same round.
+
+    Args:
+        places: As for ``judge``.
+        main: Commit of main.
+        rules: What the open round accepts.
+        branch: The one; what the gate refuses by itself has no rivals.
+        order: The branches, the one seen first first.
+    """
+    if branch_place(branch) is None or check_branch(branch, rules):
+        return []
+    here, start = places[branch], f"{branch.rpartition('/')[0]}/"
+    names = [
+        name
+        for name in order[: order.index(branch) + 1]
+        if name.startswith(start) and branch_place(name) and places[name].repo.url == here.repo.url
+    ]
+    found = _fetch_branches(here.repo, main, {name: places[name].refs[name] for name in names})
+    signed = {name: precheck(submission, rules) for name, submission in found.items()}
+    keys = {
+        name: v.contribution.key for name, v in signed.items() if v.signature and v.contribution
+    }
+    own = keys.pop(branch, "")
+    return [name for name in names if keys.get(name) == own]
+
+
+def _fetch_branches(repo: HubRepo, main: str, branches: Mapping[str, str]) -> dict[str, Submission]:
+    """Several at once; where one of them is not small, or gone, each by itself."""
+    local = {branch: branch.replace("refs/heads/", "refs/moshi-fl/", 1) for branch in branches}
+    limit = MAX_BRANCH_PACK + len(branches) * BRANCH_BYTES
+    try:
+        repo.fetch(local, max_bytes=limit, expect=branches)
+        return {name: _read_branch(repo, main, name, at) for name, at in branches.items()}
+    except MoshiError:
+        return {name: _fetch_branch(repo, main, name, at) for name, at in branches.items()}
+    finally:
+        repo.delete_refs(*local.values())
 
 
 def _fetch_branch(repo: HubRepo, main: str, branch: str, commit: str) -> Submission:

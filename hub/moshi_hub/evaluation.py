@@ -16,13 +16,15 @@ from moshi_fl.replica import Replica
 from moshi_fl.signing import Signer
 from moshi_fl.store import HubRepo, PushRejected, RefUpdate
 from moshi_fl.trusted import read_evaluators, read_verdicts
+from moshi_hub.agenda import awaited, next_step
 from moshi_hub.board import RefBoard
-from moshi_hub.chair import Chair, MoreAttestations, awaited, next_step
+from moshi_hub.chair import Chair, MoreAttestations
 from moshi_hub.heldout import pool_path
 from moshi_hub.judging import Decided, with_anchor
 from moshi_hub.local import ANCHOR, evaluate_locally, forget_sessions, local_seats, local_signer
 from moshi_hub.measure import BaseModel, Desk, tokenizer_before_growth
-from moshi_hub.merge import Gate, OpenRound
+from moshi_hub.merge import Gate
+from moshi_hub.opened import OpenRound
 from moshi_hub.propose import utc_now
 from moshi_hub.publish import author, seconds
 from moshi_hub.trust import Reputation, reputations, seats

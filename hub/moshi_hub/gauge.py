@@ -19,7 +19,7 @@ from moshi_fl.records import Contribution
 from moshi_fl.replica import Replica
 from moshi_hub.evaluation import desk_for
 from moshi_hub.measure import Meter
-from moshi_hub.merge import OpenRound
+from moshi_hub.opened import OpenRound
 from moshi_hub.pinned import Pinned
 from moshi_hub.propose import software
 from moshi_hub.results import Measurement

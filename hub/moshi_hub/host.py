@@ -9,8 +9,9 @@ from moshi_fl.errors import HubError
 from moshi_fl.evidence import Verdicts
 from moshi_fl.replica import Replica
 from moshi_fl.signing import Signer
+from moshi_hub.agenda import awaited, is_overdue, next_step
 from moshi_hub.board import RefBoard
-from moshi_hub.chair import Chair, awaited, is_overdue, next_step
+from moshi_hub.chair import Chair
 from moshi_hub.evaluator import Evaluator
 from moshi_hub.measure import Desk
 

@@ -12,12 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from moshi_fl.errors import MoshiError, UntrustedHub
-from moshi_fl.history import Refs
+from moshi_fl.history import Refs, branch_place
 from moshi_fl.records import MAX_RECORD_BYTES, Intake, dump, load
 from moshi_fl.replica import Replica
 from moshi_fl.store import Author, RefUpdate
 from moshi_fl.weights import write_atomic
-from moshi_hub.verify import branch_place
 
 INTAKE_FILE = "intake.json"
 LOCAL_FILE = "first-seen.json"
@@ -61,6 +60,18 @@ def arrivals(
         intake = Intake(hub=hub, seen=first_seen([theirs, ours], branches))
         write_atomic(path, dump(intake))
     return Arrivals(intake, in_order(branches, intake.seen), problem)
+
+
+def recorded_order(
+    replica: Replica, hub: str, names: Refs, refs: Mapping[str, str], branches: Iterable[str]
+) -> tuple[str, ...]:
+    """Open branches in the order that the hub itself records: whoever asks is told the same.
+
+    The arguments are those of ``arrivals``.
+    """
+    branches = tuple(branches)
+    theirs, _ = _recorded(replica, hub, names, refs)
+    return in_order(branches, first_seen([theirs], branches))
 
 
 def first_seen(known: Sequence[Sequence[str]], branches: Iterable[str]) -> tuple[str, ...]:

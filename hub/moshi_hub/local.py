@@ -18,8 +18,9 @@ from moshi_fl.errors import ConfigError
 from moshi_fl.evidence import Seat
 from moshi_fl.signing import IDENTITY_FILE, Signer, own_signer
 from moshi_fl.weights import write_atomic
+from moshi_hub.agenda import awaited
 from moshi_hub.board import FolderBoard
-from moshi_hub.chair import Chair, awaited
+from moshi_hub.chair import Chair
 from moshi_hub.evaluator import Evaluator
 from moshi_hub.judging import Decided
 from moshi_hub.measure import Desk

@@ -2,48 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 from moshi_fl.aggregate import get_strategy
-from moshi_fl.errors import ConfigError, HubError, MoshiError
-from moshi_fl.history import HUB_FILE, SIGNED_FILES, HubState, read_latest, round_branch
-from moshi_fl.hubfile import MAX_HUBFILE_BYTES, HubConfig, parse_hubfile
-from moshi_fl.records import Contribution, Intake, Round, Strategy
-from moshi_fl.replica import Replica, Snapshot
+from moshi_fl.errors import HubError, MoshiError
+from moshi_fl.history import SIGNED_FILES, HubState, read_latest, round_branch
+from moshi_fl.hubfile import HubConfig
+from moshi_fl.records import Contribution, Round
+from moshi_fl.replica import Replica
 from moshi_fl.restore import StrategyFinder
-from moshi_fl.rules import owner_of, shapes_of, strategy_options
 from moshi_fl.signed.files import TARGETS
-from moshi_fl.signing import check_ssh_keygen
-from moshi_fl.store import HubRepo, is_local
+from moshi_fl.store import is_local
 from moshi_hub.announce import announce, announce_past, propose_round
+from moshi_hub.choice import choose, kept, select_from, strategy_of
 from moshi_hub.cleanup import clean_up, settle
-from moshi_hub.collect import judge, known_deltas, known_keys, make_rules
 from moshi_hub.drift import drifts
-from moshi_hub.intake import Arrivals, arrivals
 from moshi_hub.judging import Decided, held, without_gain
 from moshi_hub.keys import KeyStore, Passphrase, passphrase_from_environment
-from moshi_hub.likeness import likeness
 from moshi_hub.metadata import Desk, utc_now
-from moshi_hub.offers import Offers, open_offers
-from moshi_hub.pending import NothingToMerge, decided_before, record_arrivals, refuse_again
+from moshi_hub.opened import OpenRound, look
+from moshi_hub.pending import decided_before, record_arrivals, refuse_again
 from moshi_hub.propose import Evaluator, Proposal, propose
+from moshi_hub.proposed import fetch_proposed
 from moshi_hub.publish import (
     Built,
     author,
     build_round,
-    fetch_proposed,
     publish_proposed,
     push_proposed,
     push_published,
 )
 from moshi_hub.report import Findings, pull_request_body, round_report
 from moshi_hub.samples import Sampler, Samples
-from moshi_hub.selection import Candidate, Selection, select
-from moshi_hub.trained import trained_parts
-from moshi_hub.verify import Rules, Verdict
 
 
 @dataclass(frozen=True)
@@ -59,42 +51,6 @@ class Options:
     name: str = "moshi-hub"
     if_ready: bool = False
     """Raise ``NothingToMerge`` where the same round is proposed already; record who came first."""
-
-
-@dataclass(frozen=True)
-class OpenRound:
-    """The hub as found, and every submission judged."""
-
-    snapshot: Snapshot
-    main: str
-    rules: Rules
-    verdicts: tuple[Verdict, ...]
-    branches: Mapping[str, str]
-    """The hub's own branches among them, with their commits."""
-    arrivals: Arrivals
-    offers: Offers
-
-    @property
-    def accepted(self) -> list[Contribution]:
-        """Contributions that passed the gate, in order of id."""
-        return sorted(self.intake, key=lambda contribution: contribution.id)
-
-    @property
-    def intake(self) -> list[Contribution]:
-        """Contributions that passed the gate, in the order in which they were judged."""
-        return [v.contribution for v in self.verdicts if v.accepted and v.contribution]
-
-    @property
-    def signatures(self) -> dict[str, bytes]:
-        """Signature of each accepted contribution's record, by id."""
-        accepted = (v for v in self.verdicts if v.accepted)
-        return {v.contribution.id: v.signature for v in accepted if v.contribution}
-
-    @cached_property
-    def trained(self) -> dict[str, str]:
-        """What of the model each contribution changes whose delta could be read, by id."""
-        carried = {v.contribution.id: v.carried for v in self.verdicts if v.contribution}
-        return trained_parts(self.rules.config, self.snapshot.state.tokenizer, carried)
 
 
 Gate = Callable[[OpenRound, Path], Decided | None]
@@ -115,54 +71,6 @@ class Outcome:
     """Why the clean-up after publishing is not complete; empty when it is."""
     page: str = ""
     """The pull request of a proposed round; empty where there is no forge."""
-
-
-def look(replica: Replica, folder: Path, head: str = "") -> OpenRound:
-    """Bring the newest round here and judge all open contributions.
-
-    Args:
-        replica: The hub's copy on this machine.
-        folder: Working folder; the deltas are left in ``folder/deltas``.
-        head: Judge only what has this commit as its head now. Who came first is not asked then.
-
-    Raises:
-        HubError: The hub cannot be reached, or is not to be trusted.
-        SigningError: There are signatures to check, and no ssh-keygen that can.
-    """
-    replica.repo.prepare()
-    refs = replica.repo.remote_refs()
-    snapshot = replica.pull()
-    main = replica.fetch_main()
-    config = settings_on(replica.repo, main)
-    rules = rules_of(replica, snapshot, main, config)
-    offers, names = open_offers(replica, refs, head), snapshot.state.refs
-    branches = offers.branches
-    if branches:
-        check_ssh_keygen()  # else it would look as if nobody had signed
-    came = Arrivals(Intake(hub=config.hub.id, seen=()), tuple(branches))
-    if not head:
-        came = arrivals(replica, config.hub.id, names, refs, branches)
-    deltas = folder / "deltas"
-    deltas.mkdir(parents=True)
-    with replica.scratch() as scratch:
-        verdicts = tuple(judge(offers.places, scratch, main, rules, deltas, came.order))
-    return OpenRound(snapshot, main, rules, verdicts, offers.on(replica.repo), came, offers)
-
-
-def settings_on(repo: HubRepo, main: str) -> HubConfig:
-    """The hub's settings as main has them now."""
-    text = repo.read(main, HUB_FILE, limit=MAX_HUBFILE_BYTES).decode("utf-8", "replace")
-    return parse_hubfile(text)
-
-
-def rules_of(replica: Replica, snapshot: Snapshot, main: str, config: HubConfig) -> Rules:
-    """Rules of the open round."""
-    first = max(0, snapshot.round - config.delta.max_staleness)
-    rounds = replica.chain(snapshot.state, first)
-    seen = known_deltas(replica, main, snapshot.record)
-    taken = known_keys(replica, main, rounds[1:])
-    shapes = shapes_of(snapshot.load())
-    return make_rules(config, snapshot.state.refs, rounds, shapes, seen, taken)
 
 
 def merge(
@@ -268,98 +176,6 @@ def _finish_clean_up(replica: Replica, found: OpenRound) -> tuple[OpenRound, str
         return found, ""
     left = clean_up(replica.repo, state, found.rules, settle(done, found.branches, set()))
     return replace(found, verdicts=tuple(v for v in found.verdicts if v not in done)), left
-
-
-def choose(
-    found: OpenRound, exclude: Sequence[str], deltas: Path, late: Collection[str] = ()
-) -> tuple[OpenRound, list[Contribution], list[Contribution]]:
-    """Contributions that this round takes, and accepted ones that wait for the next.
-
-    Args:
-        found: The open round.
-        exclude: Ids, or beginnings of ids, that the maintainer leaves out.
-        deltas: Folder with the judged deltas.
-        late: Ids that wait for the next round, whatever room there is.
-
-    Returns:
-        The open round with the verdicts on what selection left out, what is taken, what waits.
-
-    Raises:
-        HubError: Nothing open begins with an excluded id.
-        NothingToMerge: Fewer are left than the hub demands.
-    """
-    _check_exclusions(found, exclude)
-    staying = kept(found, exclude)
-    held_back = [entry for entry in staying if entry.id in late]
-    staying = [entry for entry in staying if entry.id not in late]
-    selection = _select(found, staying, deltas)
-    found = _with_findings(found, selection)
-    rules = found.rules.config.aggregation
-    count = len(selection.taken) + len(selection.waiting)
-    if count < rules.min_contributions:
-        rejected = len(found.verdicts) - len(found.accepted)
-        raise NothingToMerge(
-            f"{count} contribution(s) to merge, this hub wants at least "
-            f"{rules.min_contributions}; {rejected} rejected.",
-            hint="moshi-hub verify   (shows each open contribution and why it was rejected)",
-        )
-    by_id = {contribution.id: contribution for contribution in staying}
-    waiting = [*(by_id[i] for i in selection.waiting), *held_back]
-    taken = [by_id[i] for i in selection.taken]
-    return found, taken, sorted(waiting, key=lambda entry: entry.id)
-
-
-def kept(found: OpenRound, exclude: Sequence[str]) -> list[Contribution]:
-    """What passed the gate and is not excluded, in the order in which it was judged."""
-    return [c for c in found.intake if not c.id.startswith(tuple(exclude))]
-
-
-def _check_exclusions(found: OpenRound, exclude: Sequence[str]) -> None:
-    for start in exclude:
-        if not any(
-            verdict.branch.rsplit("/", 1)[-1].startswith(start) for verdict in found.verdicts
-        ):
-            raise HubError(
-                f"nothing is left out by --exclude {start}: no open contribution begins so.",
-                hint="moshi-hub verify   (lists all)",
-            )
-
-
-def _select(found: OpenRound, kept: Sequence[Contribution], deltas: Path) -> Selection:
-    candidates = [Candidate(entry.id, owner_of(entry), entry.round) for entry in kept]
-    limit = found.rules.config.aggregation.max_contributions
-    return select(candidates, lambda some: likeness(found.rules, some, deltas), limit)
-
-
-def _with_findings(found: OpenRound, selection: Selection) -> OpenRound:
-    """The open round, with what selection says of those that never count."""
-    verdicts = (
-        replace(verdict, findings=(selection.dropped[verdict.contribution.id],))
-        if verdict.contribution and verdict.contribution.id in selection.dropped
-        else verdict
-        for verdict in found.verdicts
-    )
-    return replace(found, verdicts=tuple(verdicts))
-
-
-def strategy_of(found: OpenRound, override: str | None) -> Strategy:
-    """How to aggregate: as ``hub.toml`` says, unless the maintainer says otherwise this once.
-
-    Raises:
-        ConfigError: ``hub.toml`` sets what only the rounds before can tell.
-    """
-    rules, newest = found.rules.config.aggregation, found.snapshot.record
-    if "running_norm" in rules.options:
-        raise ConfigError(
-            "hub.toml: aggregation.options: running_norm follows from the rounds before.",
-            hint="remove it; moshi-hub merge records it by itself.",
-        )
-    name = override or rules.strategy
-    return Strategy(
-        name=name,
-        options=strategy_options(name, {} if override else rules.options, newest),
-        server_learning_rate=rules.server_learning_rate,
-    )
 
 
 def findings_on(
@@ -481,7 +297,7 @@ def publish_round(
         publish_proposed(replica.repo, state, found.main, proposed, metadata, author(name))
         record = replica.pull().record
         taken = {merged.id for merged in record.contributions}
-        dropped = _select(found, found.intake, folder / "deltas").dropped
+        dropped = select_from(found, found.intake, folder / "deltas").dropped
         waiting = {entry.id for entry in found.accepted} - taken - set(dropped)
         return record, _clean_up(replica, found, waiting, record)
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from moshi_fl.config import load_settings
 from moshi_fl.errors import HubError
 from moshi_fl.forge import Forge, Proposal, open_forge
+from moshi_fl.history import branch_place
 from moshi_fl.replica import Replica
 from moshi_fl.store import HubRepo
-from moshi_hub.verify import branch_place
 
 HEADS = "refs/heads/"
 PREFIX = "contribute/"
@@ -45,11 +45,13 @@ class Offers:
     Attributes:
         forge: Where pull requests are, if there are any.
         places: Branch to the place that holds it.
+        beside: The same, and what else the repository of a commit that is asked for has open.
         problems: Why a fork could not be looked at.
     """
 
     forge: Forge
     places: Mapping[str, Place]
+    beside: Mapping[str, Place]
     problems: tuple[str, ...] = ()
 
     @property
@@ -78,22 +80,19 @@ def open_offers(replica: Replica, refs: Mapping[str, str], head: str = "") -> Of
     Args:
         replica: The hub's copy on this machine.
         refs: The hub's own refs, as listed.
-        head: Only what has this commit as its head now.
+        head: Only what has this commit as its head now, and what is beside it.
 
     A forge that does not answer hides forks; the hub's own branches are judged all the same.
     """
     forge = open_forge(replica.repo, load_settings().github_api)
     proposals, problems = _proposals(forge)
     if head:
-        proposals = [entry for entry in proposals if entry.commit == head]
+        near = {entry.clone_url for entry in proposals if entry.commit == head}
+        proposals = [entry for entry in proposals if entry.clone_url in near]
     own = Place(replica.repo, refs, _own(proposals, refs))
-    places = {
-        ref: own
-        for ref in refs
-        if ref.startswith(HEADS + PREFIX) and (not head or refs[ref] == head)
-    }
+    places = {ref: own for ref in refs if ref.startswith(HEADS + PREFIX)}
     if head:
-        places |= _misnamed(replica, proposals)
+        places |= _misnamed(replica, [entry for entry in proposals if entry.commit == head])
     for url, entries in _by_fork(proposals).items():
         try:
             place = _fork(replica, url, entries)
@@ -102,7 +101,10 @@ def open_offers(replica: Replica, refs: Mapping[str, str], head: str = "") -> Of
             continue
         for branch in place.proposals:
             places.setdefault(branch, place)
-    return Offers(forge, places, tuple(problems))
+    asked = {name: place for name, place in places.items() if head in {"", place.refs[name]}}
+    homes = {place.repo.url for place in asked.values()}
+    beside = {name: place for name, place in places.items() if place.repo.url in homes}
+    return Offers(forge, asked, beside, tuple(problems))
 
 
 def _proposals(forge: Forge) -> tuple[list[Proposal], list[str]]:

@@ -3,38 +3,39 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
+import msgspec
 
 from moshi_fl.config import ensure_home, load_settings
 from moshi_fl.errors import ConfigError
+from moshi_fl.records import Oid
 from moshi_fl.replica import Replica
+from moshi_hub.results import Seat
 
 F = TypeVar("F", bound=Callable[..., Any])
 PASSPHRASE = "MOSHI_HUB_PASSPHRASE"  # noqa: S105 - a variable's name
 
 
 class _Spelled(click.ParamType[str]):
-    """A word that is spelled as the pattern says; what would be an abbreviation is refused."""
+    """A word that is spelled as in a record; what would be an abbreviation is refused."""
 
-    def __init__(self, name: str, pattern: str, wanted: str) -> None:
-        self.name, self._pattern, self._wanted = name, re.compile(pattern), wanted
+    def __init__(self, name: str, kind: Any, wanted: str) -> None:
+        self.name, self._kind, self._wanted = name, kind, wanted
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if not isinstance(value, str) or not self._pattern.fullmatch(value):
+        try:
+            return str(msgspec.convert(value, self._kind))
+        except msgspec.ValidationError:
             self.fail(f"not {self._wanted}.", param, ctx)
-        return value
 
 
-COMMIT = _Spelled(
-    "commit", "[0-9a-f]{40}([0-9a-f]{24})?", "a full commit id (40 or 64 hexadecimal digits)"
-)
+COMMIT = _Spelled("commit", Oid, "a full commit id (40 or 64 hexadecimal digits)")
 SEAT = _Spelled(
-    "seat", "[A-Za-z0-9][A-Za-z0-9._-]{0,39}", "a name of letters, digits, dots and hyphens"
+    "seat", Seat, "a name of letters, digits, dots, hyphens and underscores, at most 40"
 )
 
 

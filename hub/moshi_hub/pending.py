@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from moshi_fl.errors import HubError
 from moshi_fl.records import Contribution
@@ -13,10 +12,9 @@ from moshi_fl.store import PushRejected
 from moshi_fl.upstream import Origin, takes_upstream
 from moshi_hub.announce import show_round
 from moshi_hub.intake import publish_intake
-from moshi_hub.publish import author, decisions, has_round, proposed_now, proposed_report
-
-if TYPE_CHECKING:
-    from moshi_hub.merge import OpenRound
+from moshi_hub.opened import OpenRound
+from moshi_hub.proposed import decisions, has_round, proposed_now, proposed_report
+from moshi_hub.publish import author
 
 
 class NothingToMerge(HubError):

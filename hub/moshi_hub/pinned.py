@@ -14,8 +14,8 @@ from pathlib import Path
 from moshi_fl.errors import HubError
 from moshi_fl.forge import Forge, Proposal
 from moshi_fl.replica import Replica
-from moshi_hub.merge import OpenRound, look
 from moshi_hub.offers import PREFIX
+from moshi_hub.opened import OpenRound, look
 from moshi_hub.results import GateResult, gate_result
 from moshi_hub.verify import Verdict
 

@@ -18,6 +18,9 @@ from moshi_fl.history import (
     TOKENIZER_FILE,
     HubState,
     check_chain,
+    check_one_per_key,
+    check_signatures,
+    first_rival,
     read_contributions,
     round_path,
 )
@@ -31,10 +34,12 @@ from moshi_fl.taken import check_taken
 from moshi_fl.upstream import Origin, origin_of, stand_of
 from moshi_fl.weights import Weights, not_finite, sha256_bytes, weights_digest
 from moshi_hub.keys import Passphrase, passphrase_from_environment
-from moshi_hub.merge import desk_for, rules_of, settings_on
+from moshi_hub.merge import desk_for
 from moshi_hub.metadata import counted, keys_of
+from moshi_hub.opened import rules_of, settings_on
 from moshi_hub.propose import weigh
-from moshi_hub.publish import Proposed, author, commit_latest, extend, fetch_proposed
+from moshi_hub.proposed import Proposed, fetch_proposed
+from moshi_hub.publish import author, commit_latest, extend
 from moshi_hub.verify import Rules
 
 ADVICE = "do not sign it; moshi-hub merge proposes the round again"
@@ -179,6 +184,8 @@ def _recompute(
         raise UntrustedHub(f"round {record.round} names no contributions.", hint=ADVICE)
     if weigh(list(contributions.values()), rules) != record.contributions:
         raise UntrustedHub("the round weighs contributions other than by the rules.", hint=ADVICE)
+    check_signatures(replica.repo, source, record, contributions)
+    check_one_per_key(record, replica.chain(snapshot.state, first_rival(record)))
     place = _deltas(record)
     sent = {entry.id: entry.delta.files[0].sha256 for entry in contributions.values()}
     _compare_deltas(record, place, sent)

@@ -7,27 +7,18 @@ find one consistent state, whichever roots they have skipped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from securesystemslib.signer import Key
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, Root
 
 from moshi_fl.errors import HubError, UntrustedHub
 from moshi_fl.history import MAX_LATEST_PACK, SIGNED_FILES, HubState, read_latest
 from moshi_fl.replica import Replica
-from moshi_fl.signed.files import (
-    MAX_ROOTS,
-    SNAPSHOT,
-    TARGETS,
-    TIMESTAMP,
-    root_name,
-    root_versions,
-)
+from moshi_fl.signed.files import SNAPSHOT, TARGETS, TIMESTAMP, root_name, root_versions
 from moshi_fl.store import PushRejected, RefUpdate
 from moshi_hub.keys import Passphrase, passphrase_from_environment
-from moshi_hub.merge import desk_for, settings_on
+from moshi_hub.merge import desk_for
 from moshi_hub.metadata import (
     TUF_ROLES,
     Desk,
@@ -38,9 +29,9 @@ from moshi_hub.metadata import (
     next_root,
     sign_root,
 )
+from moshi_hub.opened import settings_on
 from moshi_hub.publish import author, commit_latest
-
-Change = Callable[[Root], None]
+from moshi_hub.rootchange import Change, check_roles, keep
 
 
 @dataclass(frozen=True)
@@ -90,73 +81,6 @@ def open_bench(
     return Bench(replica, state, signed, desk_for(replica, state, config, passphrase), name)
 
 
-# Changes of a root.
-
-
-def add(key: Key, role: str) -> Change:
-    """Let a key sign for a role of ours."""
-
-    def change(root: Root) -> None:
-        for name in TUF_ROLES[role]:
-            root.add_key(key, name)
-
-    return change
-
-
-def revoke(start: str) -> Change:
-    """Take a key out of every role; thresholds that can no longer be met are an error."""
-
-    def change(root: Root) -> None:
-        keyid = find_key(root, start).keyid
-        for names in TUF_ROLES.values():
-            for name in names:
-                if keyid in root.get_delegated_role(name).keyids:
-                    root.revoke_key(keyid, name)
-
-    return change
-
-
-def threshold(role: str, count: int) -> Change:
-    """Demand so many signatures."""
-
-    def change(root: Root) -> None:
-        for name in TUF_ROLES[role]:
-            root.get_delegated_role(name).threshold = count
-
-    return change
-
-
-def find_key(root: Root, start: str) -> Key:
-    """The key whose id begins so.
-
-    Raises:
-        HubError: None does, or several do.
-    """
-    found = [key for keyid, key in root.keys.items() if keyid.startswith(start)]
-    if len(found) != 1:
-        raise HubError(
-            f"{len(found)} keys of this hub begin with {start}.", hint="moshi-hub keys list"
-        )
-    return found[0]
-
-
-def replace(start: str, key: Key, role: str) -> Change:
-    """Put a key in the place of another, in one role."""
-
-    def change(root: Root) -> None:
-        add(key, role)(root)
-        old = find_key(root, start).keyid
-        for name in TUF_ROLES[role]:
-            if old in root.get_delegated_role(name).keyids:
-                root.revoke_key(old, name)
-
-    return change
-
-
-def keep(root: Root) -> None:
-    """Change nothing: the next root is the same, with a later end."""
-
-
 def change_root(bench: Bench, *changes: Change) -> Changed:
     """Make the next root and publish it, or leave it for others to sign.
 
@@ -174,7 +98,7 @@ def change_root(bench: Bench, *changes: Change) -> Changed:
             change(root)
 
     data = next_root(bench.desk, all_changes)
-    _check_roles(_root(data))
+    check_roles(_root(data))
     return _publish_or_wait(bench, data, None, keep in changes)
 
 
@@ -187,7 +111,7 @@ def sign_change(bench: Bench) -> Changed:
     waiting = waiting_change(bench)
     if waiting is None:
         raise HubError("no change of keys waits for signatures.", hint="moshi-hub keys list")
-    _check_roles(waiting_root(bench, waiting))
+    check_roles(waiting_root(bench, waiting))
     data = sign_root(bench.desk, waiting.root)
     return _publish_or_wait(bench, data, waiting, waiting.targets is not None)
 
@@ -246,21 +170,6 @@ def refresh(bench: Bench, *, with_snapshot: bool) -> None:
         TooFewSignatures: The online key is not here.
     """
     _publish(bench, bench.desk.refresh(with_snapshot=with_snapshot), None)
-
-
-def describe(old: Root, new: Root) -> list[dict[str, object]]:
-    """What a change of roots changes, role by role."""
-    rows: list[dict[str, object]] = []
-    for role, (name, *_) in TUF_ROLES.items():
-        before, after = old.get_delegated_role(name), new.get_delegated_role(name)
-        added = [key for key in after.keyids if key not in before.keyids]
-        removed = [key for key in before.keyids if key not in after.keyids]
-        rows += [{"role": role, "change": "add", "key": key} for key in added]
-        rows += [{"role": role, "change": "remove", "key": key} for key in removed]
-        if before.threshold != after.threshold:
-            said = f"threshold {before.threshold} to {after.threshold}"
-            rows.append({"role": role, "change": said, "key": None})
-    return rows
 
 
 def _publish_or_wait(
@@ -332,19 +241,6 @@ def _push(bench: Bench, updates: list[RefUpdate]) -> None:
             hint="Do the same again: it starts from what is there now.",
             refs=error.refs,
         ) from error
-
-
-def _check_roles(root: Root) -> None:
-    if root.version > MAX_ROOTS:
-        raise HubError(f"a hub can have {MAX_ROOTS} roots, no more.", hint="moshi-hub init")
-    for role, (name, *_) in TUF_ROLES.items():
-        found = root.get_delegated_role(name)
-        if not 1 <= found.threshold <= len(found.keyids):
-            raise HubError(
-                f"role {role} would have {len(found.keyids)} key(s) and need {found.threshold} "
-                "signature(s).",
-                hint=f"moshi-hub keys add {role} PUBLICKEYFILE   (or rotate, or another threshold)",
-            )
 
 
 def _root(data: bytes) -> Root:

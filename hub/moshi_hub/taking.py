@@ -21,7 +21,8 @@ from moshi_fl.upstream import Origin
 from moshi_fl.weights import Weights, count_parameters, not_finite, sha256_bytes
 from moshi_hub.bridge import Bridge
 from moshi_hub.keys import Passphrase
-from moshi_hub.merge import OpenRound, Options, Outcome, desk_for, findings_on, look, push_round
+from moshi_hub.merge import Options, Outcome, desk_for, findings_on, push_round
+from moshi_hub.opened import OpenRound, look
 from moshi_hub.pending import refuse_again
 from moshi_hub.propose import (
     Evaluator,

@@ -1,8 +1,9 @@
 """What a hub's rounds have learned, as a contribution to the hub that it began with.
 
 The change of the rounds that have not been sent yet goes to the other hub's newest round, in that
-one's codec, signed by this hub's anchor. Each step leaves its result on disk and is skipped when
-that is there: a killed one goes on, and nothing is sent twice.
+one's codec, signed by this hub's anchor. It is prepared on disk, then waits on this hub itself
+(``moshi_hub.outbox``), then goes up: a killed run goes on, here or on another machine, and nothing
+is sent twice.
 """
 
 from __future__ import annotations
@@ -12,19 +13,19 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from moshi_fl.codec import get_codec
 from moshi_fl.codec.delta import Delta, delta_bytes, encode_delta
+from moshi_fl.errors import BadSignature, HubError, UntrustedHub
+from moshi_fl.history import DELTA_FILE, check_signature
 from moshi_fl.hubfile import DeltaRules, VocabularyRules
 from moshi_fl.pull_request import forge_of, propose, pushing_to
-from moshi_fl.records import Contribution, Metrics, Record, Training, dump, load
+from moshi_fl.records import Contribution, Metrics, Training, dump, load
 from moshi_fl.rules import Shapes, accepted_characters, shapes_of
 from moshi_fl.signing import Signer
 from moshi_fl.snapshot import lengthened
-from moshi_fl.store import NOREPLY, Author
 from moshi_fl.store.locking import LOCK_FILE, FolderLock
 from moshi_fl.submit import (
     Sent,
@@ -35,9 +36,17 @@ from moshi_fl.submit import (
     submit,
 )
 from moshi_fl.tokenizer import CharVocabulary
-from moshi_fl.weights import Array, Weights, open_weights, save_weights, write_atomic
-from moshi_hub.bridge import Bridge, Passed
+from moshi_fl.weights import (
+    Array,
+    Weights,
+    open_weights,
+    save_weights,
+    sha256_bytes,
+    write_atomic,
+)
+from moshi_hub.bridge import Bridge
 from moshi_hub.local import ANCHOR, local_signer
+from moshi_hub.outbox import PREPARED_FILE, SIGNATURE_FILE, Passed, Prepared
 from moshi_hub.propose import software
 
 LARGEST = (1 << 53) - 1  # count that a record holds
@@ -45,15 +54,6 @@ MOST_CHARACTERS = 1000  # that a record proposes
 SAFE = 0.99  # of the largest norm: the codec rounds
 
 Tell = Callable[[str], None]
-
-
-class Prepared(Record, frozen=True, kw_only=True):
-    """A contribution that lies ready to be sent; its delta is beside it."""
-
-    format: Literal[1] = 1
-    kind: Literal["prepared"] = "prepared"
-    passed: Passed
-    contribution: Contribution
 
 
 @dataclass(frozen=True)
@@ -89,31 +89,44 @@ def send(bridge: Bridge, home: Path, tell: Tell) -> Upward | None:
     bridge.folder.mkdir(parents=True, exist_ok=True)
     with FolderLock(bridge.folder / LOCK_FILE).held(0):
         signer = local_signer(home, bridge.below.state.config.hub.id, ANCHOR)
-        prepared = _prepared(bridge)
-        if prepared is None:
-            if bridge.first_unsent() >= bridge.below.round or bridge.must_wait():
-                return None
-            prepared = _prepare(bridge, signer.public_key, tell)
-        return _deliver(bridge, prepared, signer)
+        waiting = bridge.told.waiting
+        if waiting is None or _is_late(bridge, waiting.contribution):
+            prepared = _prepared(bridge, signer.public_key)
+            if prepared is None:
+                if bridge.first_unsent() >= bridge.below.round or bridge.must_wait():
+                    return None
+                prepared = _prepare(bridge, signer.public_key, tell)
+            _claim(bridge, prepared, signer)
+        return _deliver(bridge, signer.public_key)
 
 
 def _work(bridge: Bridge) -> Path:
     return bridge.folder / "work"
 
 
-def _prepared(bridge: Bridge) -> Prepared | None:
+def _is_late(bridge: Bridge, entry: Contribution) -> bool:
+    """Whether the other hub has not taken a contribution, and never will: its base is too old."""
+    state = bridge.above.state
+    age = state.newest.round - entry.round
+    return age > state.config.delta.max_staleness and not is_merged(bridge.upstream, state, entry)
+
+
+def _prepared(bridge: Bridge, key: str) -> Prepared | None:
     """What an earlier run left ready, unless it is sent, also by others, or has grown too old."""
-    path = _work(bridge) / "prepared.json"
-    if not path.exists():
+    prepared = _at_hand(bridge)
+    if prepared is None:
         return None
-    prepared = load(path.read_bytes(), Prepared, name=path.name)
-    state, entry = bridge.above.state, prepared.contribution
-    is_late = state.newest.round - entry.round > state.config.delta.max_staleness
+    entry = prepared.contribution
     is_sent = prepared.passed.first != bridge.first_unsent()  # from here, or another machine
-    if is_sent or (is_late and not is_merged(bridge.upstream, state, entry)):
-        shutil.rmtree(path.parent)
+    if is_sent or entry.key != key or _is_late(bridge, entry):
+        shutil.rmtree(_work(bridge))
         return None
     return prepared
+
+
+def _at_hand(bridge: Bridge) -> Prepared | None:
+    path = _work(bridge) / PREPARED_FILE
+    return load(path.read_bytes(), Prepared, name=path.name) if path.exists() else None
 
 
 def _prepare(bridge: Bridge, key: str, tell: Tell) -> Prepared:
@@ -134,8 +147,8 @@ def _prepare(bridge: Bridge, key: str, tell: Tell) -> Prepared:
     )
     prepared, folder = Prepared(passed=passed, contribution=contribution), _work(bridge)
     save_weights(folder / "carry.safetensors", rest)
-    write_atomic(folder / "delta.safetensors", data)
-    write_atomic(folder / "prepared.json", dump(prepared))
+    write_atomic(folder / DELTA_FILE, data)
+    write_atomic(folder / PREPARED_FILE, dump(prepared))
     return prepared
 
 
@@ -186,21 +199,66 @@ def _wanted_characters(bridge: Bridge, entries: Sequence[Contribution]) -> str:
     return accepted_characters(rules, 0, texts)
 
 
-def _deliver(bridge: Bridge, prepared: Prepared, signer: Signer) -> Upward:
-    entry, state, folder = prepared.contribution, bridge.above.state, _work(bridge)
-    signature = signature_of(folder / "record.sig", entry, signer)
+def _claim(bridge: Bridge, prepared: Prepared, signer: Signer) -> None:
+    """Put what lies ready on this hub, before it goes to the other one.
+
+    Raises:
+        HubError: Another machine was faster, or the delta is not what was prepared.
+    """
+    entry, path = prepared.contribution, _work(bridge) / DELTA_FILE
+    data = path.read_bytes() if path.exists() else b""
+    if sha256_bytes(data) != entry.delta.files[0].sha256:
+        raise HubError("the delta on disk is not the one in the record.", hint=_anew(bridge))
+    bridge.claim(prepared, signature_of(_work(bridge) / SIGNATURE_FILE, entry, signer), data)
+
+
+def _anew(bridge: Bridge) -> str:
+    return f"rm -r {shlex.quote(str(_work(bridge)))}   (makes another one)"
+
+
+def _deliver(bridge: Bridge, key: str) -> Upward:
+    """Send what waits, whoever prepared it; however often, the other hub has it once."""
+    waiting = _checked(bridge, key)
+    entry, state, folder = waiting.contribution, bridge.above.state, _work(bridge)
     forge = forge_of(bridge.upstream)
-    to = pushing_to(forge, bridge.upstream)
-    delta, anew = folder / "delta.safetensors", f"rm -r {shlex.quote(str(folder))}"
-    sent = submit(bridge.upstream, state, entry, signature, delta, to, anew)
+    to, anew = pushing_to(forge, bridge.upstream), f"rm -r {shlex.quote(str(folder))}"
+    signature = (folder / SIGNATURE_FILE).read_text()
+    sent = submit(bridge.upstream, state, entry, signature, folder / DELTA_FILE, to, anew)
     before = bridge.feedback.base(merged_test(bridge.upstream, state))
-    if before != entry.id:
-        carry = open_weights(folder / "carry.safetensors")
-        bridge.feedback.sent(entry.id, entry.round, carry, before)
+    carry = folder / "carry.safetensors"
+    if before != entry.id and carry.exists():  # else another machine has it
+        bridge.feedback.sent(entry.id, entry.round, open_weights(carry), before)
     url, problem = propose(forge, entry)
-    bridge.keep(prepared.passed, Author(entry.contributor, NOREPLY))
+    bridge.note_sent()
     shutil.rmtree(folder)
-    return Upward(prepared.passed, entry, sent, url, problem)
+    return Upward(waiting.passed, entry, sent, url, problem)
+
+
+def _checked(bridge: Bridge, key: str) -> Prepared:
+    """What waits, in the working folder, and by this hub's anchor.
+
+    Raises:
+        UntrustedHub: It is signed by nobody, or by another key.
+    """
+    waiting, folder = bridge.told.waiting, _work(bridge)
+    assert waiting is not None
+    if _at_hand(bridge) != waiting:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        bridge.outbox.fetch(bridge.told, folder)
+    try:
+        check_signature(waiting.contribution, (folder / SIGNATURE_FILE).read_bytes())
+        is_own = waiting.contribution.key == key and waiting.passed.id == waiting.contribution.id
+    except BadSignature:
+        is_own = False
+    if not is_own:
+        shutil.rmtree(folder)
+        ref = bridge.below.state.refs.upward
+        raise UntrustedHub(
+            f"{ref} holds a contribution that this machine's anchor key has not signed.",
+            hint=f"run it where that key is; or delete {ref}, if this hub did not make it",
+        )
+    return waiting
 
 
 def encode_within(

@@ -15,7 +15,9 @@ from moshi_fl.codec.delta import Delta, DeltaProblem, max_delta_bytes
 from moshi_fl.errors import BadSignature, CorruptRecord, SigningError
 from moshi_fl.history import (
     DELTA_FILE,
+    MAX_CONTRIBUTION_BYTES,
     Refs,
+    branch_place,
     check_signature,
     contribution_path,
     signature_path,
@@ -27,7 +29,6 @@ from moshi_fl.signing import MAX_SIGNATURE_BYTES
 from moshi_fl.store import TreeEntry
 from moshi_fl.weights import sha256_file
 
-MAX_CONTRIBUTION_BYTES = 16_384
 PLAIN_FILE = ("100644", "blob")
 MAX_QUOTED = 200  # characters of a stranger's text in a finding
 
@@ -206,22 +207,6 @@ def _read_record(submission: Submission) -> tuple[Contribution | None, list[Find
     return contribution, findings
 
 
-def branch_place(branch: str) -> tuple[int, str] | None:
-    """Round and id that a branch name states, or None when it is no contribution's branch."""
-    parts = branch.removeprefix("refs/heads/").split("/")
-    if len(parts) != 3 or parts[0] != "contribute":
-        return None
-    number, contribution_id = parts[1], parts[2]
-    if (
-        not (number.isascii() and number.isdigit() and len(number) < 10)
-        or str(int(number)) != number
-    ):
-        return None
-    if len(contribution_id) != 32 or not set(contribution_id) <= set("0123456789abcdef"):
-        return None
-    return int(number), contribution_id
-
-
 def _check_tree(
     entries: tuple[TreeEntry, ...], files: Mapping[str, tuple[int, str]]
 ) -> list[Finding]:
@@ -285,7 +270,9 @@ def _check_location(contribution: Contribution, rules: Rules) -> list[Finding]:
     if earlier := rules.seen.get(file.sha256):
         return [Finding("replay", f"the same delta came with contribution {earlier}.")]
     if other := rules.taken.get((contribution.key, contribution.round)):
-        said = f"its key has contributed {other} to round {contribution.round}."
+        said = (
+            f"its key has contributed {other} to round {contribution.round}: withdraw one, or wait."
+        )
         return [Finding("one-per-round", said)]
     return []
 

@@ -14,8 +14,11 @@ from dataclasses import dataclass, replace
 from moshi_fl.errors import CorruptRecord, HubError, UntrustedHub
 from moshi_fl.evidence import Verdicts
 from moshi_fl.history import (
+    HubState,
     check_chain,
+    check_one_per_key,
     check_signatures,
+    first_rival,
     read_contributions,
     read_rounds,
     round_branch,
@@ -79,6 +82,7 @@ class Auditor:
         self._find_strategy = find_strategy
         self._on_round = on_round
         self._main = ""
+        self._state: HubState | None = None
 
     def audit(self, first: int, last: int) -> Iterator[Finding]:
         """Recompute rounds ``first`` to ``last``; round 0 is random weights and has nothing to it.
@@ -92,7 +96,7 @@ class Auditor:
             newest = state.newest.round
             asked = f"round {first}" if first == last else f"rounds {first} to {last}"
             raise HubError(f"{asked} cannot be audited: {_range(newest)}")
-        self._main = self._replica.fetch_main()
+        self._main, self._state = self._replica.fetch_main(), state
         chain = self._replica.chain(state, first - 1)
         weights: Weights | None = None
         for base, record in itertools.pairwise(chain[: last - first + 2]):
@@ -129,7 +133,7 @@ class Auditor:
             )
         local = "refs/moshi-fl/proposed"
         fetched = repo.fetch({branch: local}, max_bytes=MAX_MAIN_PACK, expect=present)
-        self._main = fetched[local]
+        self._main, self._state = fetched[local], state
         record = read_rounds(repo, self._main, number, number)[0]
         if self._on_round:
             self._on_round(number)
@@ -151,6 +155,8 @@ class Auditor:
             contributions = read_contributions(self._replica.repo, self._main, record)
             check_signatures(self._replica.repo, self._main, record, contributions)
             check_weights(record, contributions)
+            assert self._state is not None
+            check_one_per_key(record, self._replica.chain(self._state, first_rival(record)))
             check_running_norm(record, base)
             derive_verdicts(self._replica, self._main, record, base, contributions)
             known = at_hand or self._replica.pull(base.round).load()

@@ -21,7 +21,7 @@ from moshi_fl.config import absolute
 from moshi_fl.config import home as default_home
 from moshi_fl.data import told_left_out
 from moshi_fl.errors import ConfigError, Rejected, TrainingError
-from moshi_fl.feedback import Feedback
+from moshi_fl.feedback import Feedback, Merged
 from moshi_fl.history import HubState
 from moshi_fl.hubfile import HubConfig
 from moshi_fl.models.common import able_to_read, require_part, trained_part
@@ -51,6 +51,7 @@ from moshi_fl.submit import (
 from moshi_fl.text import Figure
 from moshi_fl.train import Progress, Recipe
 from moshi_fl.weights import Array, Weights, open_weights, save_weights, write_atomic
+from moshi_sdk.earlier import earlier_one, first_look, lands_on, make_way, said_of
 from moshi_sdk.identity import before_sending, check_key
 from moshi_sdk.planning import Options, make_plan, recipe_of
 from moshi_sdk.privacy import BUDGET, Account, run_name, stated
@@ -130,6 +131,8 @@ class _Work:
     signer: Signer
     account: Account
     budget: float  # most epsilon, of a run with differential privacy
+    replace: bool = False
+    withdrawn: str = ""  # id of the contribution that this one replaces
     corpus: Corpus | None = field(default=None, repr=False)
 
     @property
@@ -164,6 +167,7 @@ def contribute(
         HubError: The hub cannot be reached or refuses.
         DataError: Nothing usable is in the data.
         TrainingError: Training failed; the last good checkpoint stays.
+        Rejected: This key has another contribution to the same round, which is not to be replaced.
         SigningError: The key cannot be used; nothing was sent.
     """
     options, listener, home = options or Options(), listener or Silent(), home or default_home()
@@ -184,12 +188,16 @@ def contribute(
     listener.stage("data", describe(corpus.summary))
     plan = make_plan(snapshot, task, corpus, paths, options, signer.public_key)
     runs = Runs(manager.replica.folder / "runs")
-    for name, text in before_sending(runs.sent(), plan, signer):
+    run = runs.of(plan)
+    before = first_look(manager.replica, snapshot, runs, run, options)
+    for name, text in (*before_sending(runs.sent(), plan, signer), *said_of(before)):
         listener.stage(name, text)
     run = runs.start(plan, snapshot)
     account = Account(home, snapshot.state.config.hub.id)
     budget = options.privacy.budget if options.privacy else BUDGET
-    work = _Work(manager.replica, snapshot, task, run, listener, signer, account, budget, corpus)
+    shared = (manager.replica, snapshot, task, run, listener, signer)
+    withdrawn = before.id if before and options.replace else ""
+    work = _Work(*shared, account, budget, options.replace, withdrawn, corpus)
     return _finish(work, options.dry_run)
 
 
@@ -204,6 +212,7 @@ def resume(  # noqa: PLR0913 - one parameter an option
     root: str = "",
     policy: Policy = NO_DEMANDS,
     privacy_budget: float = BUDGET,
+    replace: bool = False,
 ) -> Outcome:
     """Continue the last unfinished contribution to ``hub``, as it was planned.
 
@@ -217,9 +226,11 @@ def resume(  # noqa: PLR0913 - one parameter an option
         root: Fingerprint that the hub's root of trust must have; empty trusts the one it has.
         policy: What else is demanded of the hub's newest round.
         privacy_budget: Most epsilon, for a run with differential privacy that has not begun.
+        replace: Withdraw what this key has open on the same round.
 
     Raises:
         MoshiError: There is none.
+        Rejected: This key has another contribution to the same round, which is not to be replaced.
         SigningError: The key cannot be used, or it is not the one that it was begun with.
     """
     listener, home = listener or Silent(), home or default_home()
@@ -228,16 +239,19 @@ def resume(  # noqa: PLR0913 - one parameter an option
     run = runs.resume()
     signer = own_signer(home, key, interactive=interactive)
     check_key(run.plan, signer)
-    for name, text in before_sending(runs.sent(), run.plan, signer):
-        listener.stage(name, text)
     snapshot = manager.pull()
+    wanted = Options(dry_run=dry_run, replace=replace)
+    before = first_look(manager.replica, snapshot, runs, run, wanted)
+    for name, text in (*before_sending(runs.sent(), run.plan, signer), *said_of(before)):
+        listener.stage(name, text)
     listener.stage("sync", f"{_whence(snapshot)}; resuming from round {run.plan.base_round}")
     tokenizer = run.tokenizer.read_bytes() if run.tokenizer.exists() else None
     task = able_to_read(load_task(snapshot.state, tokenizer), lambda: open_weights(run.base))
     task = _told_of(task, listener)
     account = Account(home, snapshot.state.config.hub.id)
     shared = (manager.replica, snapshot, task, run, listener, signer)
-    work = _Work(*shared, account, privacy_budget)
+    withdrawn = before.id if before and replace else ""
+    work = _Work(*shared, account, privacy_budget, replace, withdrawn)
     return _finish(work, dry_run)
 
 
@@ -291,7 +305,11 @@ def _finish(work: _Work, dry_run: bool) -> Outcome:
         signature = signature_of(work.run.signature, contribution, work.signer)
         forge = forge_of(work.replica)
         to = pushing_to(forge, work.replica)
-        sent = submit(work.replica, work.state, contribution, signature, work.run.delta, to)
+        place = (work.run.plan.key, contribution.round, contribution.id)
+        before = earlier_one(work.replica, work.state, to, *place)
+        old = make_way(before, replace=work.replace)
+        shared = (work.replica, work.state, contribution, signature, work.run.delta, to)
+        sent = submit(*shared, withdraw=old)
         _remember(work, contribution)
         work.run.mark_sent()
     url, problem = propose(forge, contribution)
@@ -447,7 +465,7 @@ def _encode(work: _Work, delta: Weights, number: int, base: str, **fields: Any) 
 def _carry(work: _Work) -> Weights | None:
     """What earlier contributions could not say, unless it would break a promise of privacy."""
     feedback = Feedback(work.replica.folder / "feedback")
-    base = feedback.base(merged_test(work.replica, work.state))
+    base = feedback.base(_merged(work))
     if work.run.plan.is_private and not feedback.is_private(base):
         work.listener.stage(
             "privacy", "what the codec could not say of earlier contributions without --dp is left"
@@ -456,15 +474,20 @@ def _carry(work: _Work) -> Weights | None:
     return feedback.load(base)
 
 
+def _merged(work: _Work) -> Merged:
+    """Whether a contribution became part of a round: what is withdrawn never will."""
+    test = merged_test(work.replica, work.state)
+    return lambda entry, number: False if entry == work.withdrawn else test(entry, number)
+
+
 def _fit_to_present(work: _Work, contribution: Contribution) -> tuple[Contribution, str]:
     """Rebase a contribution whose base has become too old; without retraining."""
     age = work.state.newest.round - contribution.round
     if age <= 0:
         return contribution, ""
-    limit = work.config.delta.max_staleness
     if is_merged(work.replica, work.state, contribution):
         return contribution, ""
-    if age <= limit:
+    if lands_on(work.state, contribution.round) == contribution.round:
         return contribution, f"the hub moved {age} round(s) on{_discount(work.config, age)}"
     return _rebase(work, contribution, age)
 
@@ -496,7 +519,7 @@ def _rebase(work: _Work, contribution: Contribution, age: int) -> tuple[Contribu
 
 def _remember(work: _Work, contribution: Contribution) -> None:
     feedback = Feedback(work.replica.folder / "feedback")
-    before = feedback.base(merged_test(work.replica, work.state))
+    before = feedback.base(_merged(work))
     if work.run.carry.exists() and before != contribution.id:
         carry, private = open_weights(work.run.carry), work.run.plan.is_private
         feedback.sent(contribution.id, contribution.round, carry, before, private=private)

@@ -10,7 +10,7 @@ from moshi_sdk.runs import RunPlan
 
 
 def before_sending(sent: Sequence[RunPlan], plan: RunPlan, signer: Signer) -> list[tuple[str, str]]:
-    """What a contributor should know first: what cannot be undone, what the hub will not take.
+    """What a contributor should know first: what cannot be undone, what nothing covers.
 
     Args:
         sent: Plans of what has left this machine for this hub.
@@ -18,7 +18,7 @@ def before_sending(sent: Sequence[RunPlan], plan: RunPlan, signer: Signer) -> li
         signer: Who will sign it.
 
     Returns:
-        Names of stages (``public``, ``privacy``, ``again``) and texts.
+        Names of stages (``public``, ``privacy``) and texts.
     """
     said = []
     if not sent:
@@ -29,10 +29,6 @@ def before_sending(sent: Sequence[RunPlan], plan: RunPlan, signer: Signer) -> li
     if plan.is_private and not all(other.is_private for other in sent):
         text = "earlier ones were sent without --dp: what they told, no accounting covers"
         said.append(("privacy", text))
-    place, others = (plan.base_round, plan.key), [other for other in sent if other != plan]
-    if any((other.base_round, other.key) == place for other in others):
-        text = f"you have sent another one on round {place[0]}; a hub takes one per key and round"
-        said.append(("again", text))
     return said
 
 

@@ -45,6 +45,8 @@ class Options:
     contributor: str = "anonymous"
     max_bytes: int | None = None
     dry_run: bool = False
+    replace: bool = False
+    """Withdraw what this key has open on the same round; without it, that is an error."""
     privacy: PrivacyOptions | None = None
     key: Path | None = None
     """The contributor's own SSH key; None uses the one that moshi-fl made for them."""

@@ -188,9 +188,13 @@ class Runs:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
+    def of(self, plan: RunPlan) -> Run:
+        """The run of this plan, whether it has begun or not."""
+        return Run(self._folder / sha256_bytes(dump(plan))[:16], plan)
+
     def start(self, plan: RunPlan, snapshot: Snapshot) -> Run:
         """The run of this plan: the one that is already there, or a new one."""
-        run = Run(self._folder / sha256_bytes(dump(plan))[:16], plan)
+        run = self.of(plan)
         with run.at_work():
             self._sweep()
             if not (run.folder / "run.json").exists():

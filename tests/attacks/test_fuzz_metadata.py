@@ -16,7 +16,8 @@ from moshi_fl.errors import MoshiError
 from moshi_fl.history import SIGNED_FILES
 from moshi_fl.signed.client import Offer, verify
 from moshi_fl.signed.files import SNAPSHOT, TARGETS, TIMESTAMP
-from moshi_hub.rotation import change_root, keep, open_bench
+from moshi_hub.rootchange import keep
+from moshi_hub.rotation import change_root, open_bench
 from tests.support.simulator import HubSimulator
 
 ODD: list[Any] = [

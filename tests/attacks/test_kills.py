@@ -106,6 +106,25 @@ def test_a_contribution_killed_at_every_write_in_turn_gets_there(scene: Scene) -
     assert scene.leftovers() == []
 
 
+def test_a_replacement_killed_anywhere_leaves_exactly_one(scene: Scene) -> None:
+    scene.make_identity()
+    assert scene.contribute().status == 0
+    scene.keep()
+    how = ("--seed", "8", "--replace")
+    whole = scene.contribute(*how, trace=True)
+    assert whole.status == 0, whole.err
+    refs = scene.hub.refs()
+    for moment in range(push_of(whole) - 1, len(whole.events) + 1):
+        scene.reset()
+        assert scene.contribute(*how, kill_at=moment).was_killed
+        assert len([ref for ref in scene.hub.refs() if "/contribute/" in ref]) == 1
+        again = scene.contribute(*how)
+        assert again.status == 0, again.err
+        assert again.json["contribution"] == whole.json["contribution"]
+        assert scene.hub.refs() == refs
+        assert scene.leftovers() == []
+
+
 @pytest.mark.parametrize("delay", [0.002, 0.01, 0.03])
 def test_a_contribution_killed_while_it_is_sent_arrives_once(scene: Scene, delay: float) -> None:
     scene.make_identity()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from moshi_fl.errors import Exit
 from moshi_fl.records import Contribution
 from moshi_fl.strategies import find_strategy
 from moshi_fl.weights import weights_digest
@@ -14,6 +15,7 @@ from moshi_sdk.audit import Auditor
 from moshi_sdk.sync import SyncManager
 from tests.support.children import Nursery
 from tests.support.http_hub import serve
+from tests.support.keys import key_file
 from tests.support.simulator import HubSimulator, write_corpus
 
 CROWD = 20
@@ -69,11 +71,45 @@ def test_two_contributors_of_one_machine_train_side_by_side(
     data = write_corpus(tmp_path / "data")
     argv = ["moshi-fl", "contribute", "--hub", hub.url, "--data", data, "--json"]
     argv += ["--steps", "2", "--batch-size", "2", "--contributor", "ann"]
-    both = [commands.start(*argv, "--seed", str(n), home=tmp_path / "ann") for n in (1, 2)]
+    keys = [key_file(name) for name in ("ann", "bob")]
+    both = [commands.start(*argv, "--key", key, home=tmp_path / "ann") for key in keys]
     for child in both:
         ended = child.wait()
         assert ended.status == 0, ended.err
     assert len([ref for ref in hub.refs() if "/contribute/" in ref]) == 2
+
+
+def test_two_of_one_key_at_once_are_one_or_the_gate_refuses_the_second(
+    hub: HubSimulator, commands: Nursery, tmp_path: Path
+) -> None:
+    data = write_corpus(tmp_path / "data")
+    argv = ["moshi-fl", "contribute", "--hub", hub.url, "--data", data, "--json"]
+    argv += ["--steps", "2", "--batch-size", "2", "--key", key_file("ann")]
+    both = [commands.start(*argv, "--seed", str(n), home=tmp_path / str(n)) for n in (1, 2)]
+    ended = [child.wait() for child in both]
+    assert 0 in {one.status for one in ended}
+    for one in ended:
+        assert one.status in {0, Exit.REJECTED}, one.err
+        assert not one.status or "a hub takes one per key and round" in one.err
+    assert len([verdict for verdict in hub.look().verdicts if verdict.accepted]) == 1
+
+
+def test_two_that_replace_the_same_at_once_leave_one(
+    hub: HubSimulator, commands: Nursery, tmp_path: Path
+) -> None:
+    data = write_corpus(tmp_path / "data")
+    argv = ["moshi-fl", "contribute", "--hub", hub.url, "--data", data, "--json"]
+    argv += ["--steps", "2", "--batch-size", "2", "--key", key_file("ann")]
+    first = commands.run(*argv, home=tmp_path / "0").json["contribution"]
+    how = ("--replace", "--seed")
+    both = [commands.start(*argv, *how, str(n), home=tmp_path / str(n)) for n in (1, 2)]
+    ended = [child.wait() for child in both]
+    sent = {one.json["contribution"] for one in ended if one.status == 0}
+    for one in ended:
+        assert not one.status or "nothing was pushed" in one.err or "one per key" in one.err
+    (accepted,) = (v.contribution.id for v in hub.look().verdicts if v.accepted)
+    assert accepted in sent
+    assert first not in [ref.rpartition("/")[2] for ref in hub.refs()]
 
 
 def test_contributions_that_arrive_while_a_merge_publishes_wait_for_the_next(

@@ -337,7 +337,8 @@ def test_trust_that_was_written_by_half_recovers(hub: HubSimulator) -> None:
 def test_an_online_thief_can_freeze_but_not_forge_and_rotation_ends_it(hub: HubSimulator) -> None:
     """Fast-forward: the thief confirms the present state under an enormous version."""
     from moshi_fl.replica import Replica
-    from moshi_hub.rotation import change_root, open_bench, replace
+    from moshi_hub.rootchange import replace
+    from moshi_hub.rotation import change_root, open_bench
 
     desk = thief(hub, "online", mine=False)
     far = json.loads(desk.metadata[TIMESTAMP])

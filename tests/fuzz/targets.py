@@ -23,6 +23,7 @@ from moshi_fl.codec.delta import Delta, delta_bytes, encode_delta, max_delta_byt
 from moshi_fl.errors import MoshiError
 from moshi_fl.history import (
     DELTA_FILE,
+    MAX_CONTRIBUTION_BYTES,
     contribution_branch,
     contribution_path,
     signature_path,
@@ -44,8 +45,8 @@ from moshi_fl.sshsig import armour, parse_key, parse_signature
 from moshi_fl.store import TreeEntry
 from moshi_fl.tokenizer import CharVocabulary
 from moshi_fl.weights import MAX_HEADER_BYTES, Weights, parse_header, serialize, sha256_bytes
-from moshi_hub.merge import rules_of, settings_on
-from moshi_hub.verify import MAX_CONTRIBUTION_BYTES, REASONS, Rules, Submission, verify
+from moshi_hub.opened import rules_of, settings_on
+from moshi_hub.verify import REASONS, Rules, Submission, verify
 from tests.fuzz import mutate, speech, ssh
 from tests.fuzz.examples import example, records_below
 from tests.support.simulator import HubSimulator, random_delta

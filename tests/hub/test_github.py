@@ -109,6 +109,35 @@ def test_a_round_from_forks(github: FakeGitHub, call: Call, tmp_path: Path) -> N
     assert [entry["state"] for entry in seen["contributions"]] == ["in round 1"], said
 
 
+def test_a_second_one_of_a_key_from_its_fork_is_refused_and_can_take_the_firsts_place(
+    github: FakeGitHub, call: Call, tmp_path: Path
+) -> None:
+    assert call("carol", "moshi-hub", "init", f"{github.web}/hub/model.git", "--no-github")[0] == 0
+    path = fork(github, "ann", tmp_path)
+    words = ("moshi-fl", "contribute", "--data", write_corpus(tmp_path / "data"), *LITTLE)
+    assert call("ann", *words)[0] == 0
+    first = github.pulls[0]["head"]
+    status, _, said = call("ann", *words, "--seed", "2")
+    assert (status, "one per key and round" in said) == (3, True), said
+    # She hides the first while she sends another, and puts it back: both have pull requests.
+    branch = git(path, "for-each-ref", "--format=%(refname)", "refs/heads/contribute").strip()
+    git(path, "update-ref", "-d", branch)
+    assert call("ann", *words, "--seed", "2")[0] == 0
+    git(path, "update-ref", branch, first["sha"])
+    verdicts = []
+    for pull in github.pulls:
+        out = tmp_path / "verdict.json"
+        head = ("--head", pull["head"]["sha"])
+        assert call("carol", "moshi-hub", "verify", *head, "--out", out)[0] == 0
+        gate = load(out.read_bytes(), GateResult, name="verdict.json")
+        verdicts.append([finding.code for finding in gate.findings])
+        out.unlink()
+    assert sorted(verdicts) == [[], ["one-per-round"]]
+    assert call("ann", *words, "--seed", "3", "--replace")[0] == 0
+    left = git(path, "for-each-ref", "refs/heads/contribute").splitlines()
+    assert len(left) == 1
+
+
 def test_the_gate_takes_back_nothing_that_evaluators_said(
     github: FakeGitHub, call: Call, tmp_path: Path
 ) -> None:

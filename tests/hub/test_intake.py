@@ -12,7 +12,7 @@ from moshi_fl.records import Contribution, Intake, dump
 from moshi_fl.replica import Replica
 from moshi_fl.store import ANY, Author, RefUpdate
 from moshi_hub.intake import INTAKE_FILE, LOCAL_FILE, first_seen, in_order, publish_intake
-from moshi_hub.merge import look
+from moshi_hub.opened import look
 from tests.attacks.test_signatures import stolen
 from tests.support.simulator import HubSimulator
 

@@ -15,9 +15,11 @@ import msgspec
 import pytest
 
 from moshi_fl.errors import ConfigError, HubError, UntrustedHub
-from moshi_fl.history import MAIN
+from moshi_fl.history import MAIN, accepted_signature_path
+from moshi_fl.records import dump
 from moshi_fl.replica import Replica
 from moshi_fl.signed.files import TIMESTAMP, fingerprint
+from moshi_fl.signing import CONTRIBUTION_NAMESPACE
 from moshi_fl.store import ANY, Author, PushRejected, RefUpdate
 from moshi_hub.cli import main
 from moshi_hub.create import Plan, create
@@ -27,8 +29,10 @@ from moshi_hub.merge import publish_round
 from moshi_hub.metadata import TooFewSignatures
 from moshi_hub.publish import commit_latest, latest_files
 from moshi_hub.review import sign_round
-from moshi_hub.rotation import change_root, keep, open_bench, refresh
+from moshi_hub.rootchange import keep
+from moshi_hub.rotation import change_root, open_bench, refresh
 from tests.support.hubs import git
+from tests.support.keys import signature_by
 from tests.support.simulator import HubSimulator, small_preset
 
 Run = Callable[..., Any]
@@ -181,8 +185,8 @@ def lie(hub: HubSimulator, change: Callable[[Any], Any]) -> None:
     branch, ref = "refs/heads/round/1", "refs/moshi/next/1"
     repo.fetch({branch: "refs/x/branch", ref: "refs/x/next"})
     from moshi_fl.history import Refs
-    from moshi_fl.records import dump
-    from moshi_hub.publish import author, fetch_proposed
+    from moshi_hub.proposed import fetch_proposed
+    from moshi_hub.publish import author
 
     proposed = fetch_proposed(repo, Refs("refs/moshi/"), 1)
     record = change(proposed.manifest.newest)
@@ -214,6 +218,34 @@ def test_nobody_signs_what_they_recompute_otherwise(
     hub.merge(publish=False)
     lie(hub, lambda record: msgspec.structs.replace(record, **fields))
     with pytest.raises(UntrustedHub, match=words):
+        sign_round(hub.maintainer("second"))
+
+
+def test_nobody_signs_a_round_in_which_a_key_counts_twice(
+    hub: HubSimulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = hub.sync("ann")
+    hub.contribute("ann", on=base, seed=1)
+    hub.merge()
+    hub.contribute("ann", on=base, seed=2)
+    with monkeypatch.context() as patch:
+        patch.setattr("moshi_hub.opened.known_keys", lambda *_: {})
+        hub.merge(publish=False)
+    with pytest.raises(UntrustedHub, match=r"a second one of the key SHA256:.*: round 1 has"):
+        sign_round(hub.maintainer("second"))
+
+
+def test_nobody_signs_what_its_contributor_has_not(hub: HubSimulator) -> None:
+    record = hub.contribute("ann")
+    hub.merge(publish=False)
+    repo, branch = hub.replica.repo, "refs/heads/round/1"
+    forged = signature_by("eve", dump(record), CONTRIBUTION_NAMESPACE)
+    path = accepted_signature_path(1, record.id)
+    tree = repo.tree({path: repo.put(forged.encode())}, base=hub.refs()[branch])
+    eve = Author("eve", "eve@x")
+    commit = repo.commit(tree, parents=(hub.main(),), message="x\n", author=eve, when=1)
+    repo.push([RefUpdate(branch, commit, ANY)])
+    with pytest.raises(UntrustedHub, match="is not signed by its key"):
         sign_round(hub.maintainer("second"))
 
 

@@ -19,20 +19,13 @@ from moshi_fl.forge import BareGit
 from moshi_fl.history import contribution_branch
 from moshi_fl.records import Contribution, dump, load
 from moshi_fl.replica import Replica
-from moshi_fl.store import HubRepo, RefUpdate
+from moshi_fl.store import ANY, Author, HubRepo, RefUpdate
 from moshi_fl.text import markdown
 from moshi_fl.upstream import Origin
 from moshi_hub.announce import tell_results
 from moshi_hub.comment import one_line, results_text
-from moshi_hub.heldout import (
-    POOL_KEY,
-    import_pool,
-    open_sealed_pool,
-    pool_path,
-    retire_pool,
-    seal_pool,
-    store_pool,
-)
+from moshi_hub.heldout import import_pool, pool_path, retire_pool, store_pool
+from moshi_hub.intake import publish_intake
 from moshi_hub.keys import VARIABLES, KeyStore, private_pem
 from moshi_hub.local import ANCHOR, ANCHOR_KEY, key_folder, local_signer
 from moshi_hub.metadata import keys_of
@@ -47,11 +40,12 @@ from moshi_hub.results import (
     read_results,
     verdict_of,
 )
+from moshi_hub.sealed import POOL_KEY, open_sealed_pool, seal_pool
 from moshi_hub.verify import REASONS
 from tests.fuzz.examples import example
 from tests.support.hubs import git
 from tests.support.measurements import measurement
-from tests.support.simulator import HubSimulator, write_corpus
+from tests.support.simulator import HubSimulator, random_delta, write_corpus
 
 HOSTILE = "<script>x</script>|`a`\n# @carol #1 www.example.org ![x](y) **b**" * 20
 HEAD = "a" * 40
@@ -81,6 +75,62 @@ def test_a_commit_is_judged_by_itself(hub: HubSimulator, entry: Contribution) ->
     with pinned(hub.replica, head_of(hub, entry)) as one:
         assert one.verdict.accepted
         assert [c.id for c in one.found.accepted] == [entry.id]
+
+
+def code_at(hub: HubSimulator, entry: Contribution, who: str = "job") -> str:
+    with pinned(hub.person(who), head_of(hub, entry)) as one:
+        assert len(one.found.verdicts) == 1
+        return one.verdict.findings[0].code if one.verdict.findings else ""
+
+
+def on_record(hub: HubSimulator) -> None:
+    found = hub.look()
+    names = found.snapshot.state.refs
+    publish_intake(hub.replica, names, found.arrivals.intake, Author("m", "m@x"))
+
+
+def test_a_commit_is_judged_beside_what_its_key_has_open(hub: HubSimulator) -> None:
+    """Every job says the same of the same hub, whatever its machine has seen; so does a merge."""
+    first = hub.contribute("ann")
+    on_record(hub)
+    second, other = hub.contribute("ann", seed=2), hub.contribute("bob", seed=3)
+    elsewhere = hub.contribute("ann", seed=4, round=0, base="0" * 64)
+    for who in ("one", "two"):
+        codes = [code_at(hub, entry, who) for entry in (first, second, other, elsewhere)]
+        assert codes == ["", "one-per-round", "", "unknown-base"]
+    assert {v.contribution.id for v in hub.look().verdicts if v.accepted} == {first.id, other.id}
+    hub.replica.repo.push([RefUpdate(contribution_branch(0, first.id), None, ANY)])  # withdrawn
+    assert code_at(hub, second) == ""
+
+
+def test_of_two_of_a_key_at_the_same_time_every_job_refuses_the_same(hub: HubSimulator) -> None:
+    both = sorted((hub.contribute("ann", seed=n) for n in (1, 2)), key=lambda entry: entry.id)
+    for who in ("one", "two"):
+        assert [code_at(hub, entry, who) for entry in both] == ["", "one-per-round"]
+    assert hub.codes() == ["one-per-round"]
+    (refused,) = (v for v in hub.look().verdicts if not v.accepted)
+    assert f"has contributed {both[0].id} to round 0: withdraw one, or wait" in (
+        refused.findings[0].message
+    )
+
+
+def test_what_a_key_has_not_signed_or_the_gate_refuses_takes_nobodys_place(
+    hub: HubSimulator,
+) -> None:
+    """What is not Ann's, or no contribution at all, is there before what she sends."""
+    base = hub.sync().load()
+    large = hub.contribute("ann", delta=random_delta(base, 1, scale=1e4))
+    false = msgspec.structs.replace(large, num_examples=2)
+    hub.push_record(false, key="eve")
+    hub.push_record(msgspec.structs.replace(false, num_examples=3), data=b"\x00{")
+    noise = {"noise": os.urandom(3 << 20)}
+    hub.push_record(msgspec.structs.replace(false, num_examples=4), key="ann", extra=noise)
+    git(hub.path, "update-ref", "refs/heads/contribute/0/x", hub.main())
+    git(hub.path, "update-ref", f"refs/heads/contribute/0/{'0' * 32}", hub.main())
+    on_record(hub)
+    honest = hub.contribute("ann", seed=2)
+    assert code_at(hub, honest) == ""
+    assert hub.verdicts()[honest.id].accepted
 
 
 def test_another_branch_at_the_same_commit_does_not_take_its_verdict(

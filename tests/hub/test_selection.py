@@ -17,6 +17,7 @@ from moshi_fl.errors import ConfigError, HubError
 from moshi_fl.records import Weighting
 from moshi_fl.rules import Claim, round_weights
 from moshi_fl.strategies import find_strategy
+from moshi_hub import choice
 from moshi_hub import merge as merging
 from moshi_hub.merge import publish_round
 from moshi_hub.selection import Candidate, one_per_owner, select, without_copies
@@ -294,7 +295,7 @@ def test_a_running_norm_that_does_not_follow_is_found(
     hub: HubSimulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.contribute("ann")
-    monkeypatch.setattr(merging, "strategy_options", lambda *_: {"running_norm": 1e-6})
+    monkeypatch.setattr(choice, "strategy_options", lambda *_: {"running_norm": 1e-6})
     hub.merge()
     (finding,) = audit(hub)
     assert finding.identical is False

@@ -15,31 +15,24 @@ import pytest
 from moshi_fl.codec import get_codec
 from moshi_fl.codec.delta import Delta
 from moshi_fl.errors import CorruptRecord, HubError, MoshiError, UntrustedHub
-from moshi_fl.records import Round
+from moshi_fl.records import Round, dump
 from moshi_fl.replica import Replica
 from moshi_fl.rules import shapes_of
-from moshi_fl.signing import fingerprint
+from moshi_fl.signing import CONTRIBUTION_NAMESPACE, fingerprint
 from moshi_fl.snapshot import encode_step
-from moshi_fl.store import NOREPLY, Author, RefUpdate
+from moshi_fl.store import Author, RefUpdate
 from moshi_fl.strategies import find_strategy
 from moshi_fl.tokenizer import CharVocabulary
 from moshi_fl.upstream import Origin, origin_of
 from moshi_fl.weights import count_parameters, open_weights, sha256_bytes, weights_digest
 from moshi_hub import taking, upward
-from moshi_hub.bridge import Bridge, Passed
+from moshi_hub.bridge import Bridge
 from moshi_hub.cli import main as hub_command
 from moshi_hub.heldout import evaluator_for, store_pool
 from moshi_hub.keys import passphrase_from_environment
 from moshi_hub.local import ANCHOR, key_folder, local_signer
-from moshi_hub.merge import (
-    Options,
-    Outcome,
-    findings_on,
-    look,
-    merge,
-    publish_round,
-    push_round,
-)
+from moshi_hub.merge import Options, Outcome, findings_on, merge, publish_round, push_round
+from moshi_hub.opened import look
 from moshi_hub.pending import NothingToMerge
 from moshi_hub.propose import Proposal, draft, keyframe_files
 from moshi_hub.review import sign_round
@@ -48,6 +41,7 @@ from moshi_sdk.audit import Auditor, Finding
 from moshi_sdk.cli import main as sdk_command
 from tests.support.children import Ended, Nursery
 from tests.support.http_hub import Faults, serve
+from tests.support.keys import signature_by, signer_of
 from tests.support.simulator import HubSimulator, random_delta, write_corpus
 
 
@@ -714,23 +708,126 @@ def test_a_delta_that_is_not_as_it_was_made_is_not_sent_and_can_be_made_anew(
     assert up(region, upstream).passed.last == 1
 
 
-def test_what_was_sent_is_never_forgotten_for_something_earlier(
+def ready(region: HubSimulator, upstream: HubSimulator) -> Bridge:
+    """A machine that has prepared what is unsent, and was killed then."""
+    bridge = bridge_of(region, upstream)
+    key = local_signer(region.home, bridge.below.state.config.hub.id, ANCHOR).public_key
+    upward._prepare(bridge, key, lambda _: None)
+    return bridge
+
+
+def claimed(region: HubSimulator, upstream: HubSimulator) -> Bridge:
+    """A machine that has said on the hub what it sends, and was killed then."""
+    bridge = ready(region, upstream)
+    signer = local_signer(region.home, bridge.below.state.config.hub.id, ANCHOR)
+    upward._claim(bridge, upward._at_hand(bridge), signer)
+    return bridge
+
+
+def elsewhere(region: HubSimulator, upstream: HubSimulator, home: Path) -> Upward | None:
+    """Another machine of the region sends."""
+    if not home.exists():
+        another_machine(region, home)
+    replicas = (Replica(hub.url, home) for hub in (region, upstream))
+    return send(Bridge(*replicas), home, lambda _: None)
+
+
+def test_of_two_machines_that_prepare_at_once_one_sends(
+    tmp_path: Path, region: HubSimulator, upstream: HubSimulator
+) -> None:
+    region.rounds(1)
+    slow = ready(region, upstream)
+    assert slow.told.waiting is None  # it has looked, and then another one is faster
+    region.rounds(1)
+    sent = elsewhere(region, upstream, tmp_path / "other")
+    signer = local_signer(region.home, slow.below.state.config.hub.id, ANCHOR)
+    with pytest.raises(HubError, match="another machine sends this hub's rounds"):
+        upward._claim(slow, upward._at_hand(slow), signer)
+    assert up(region, upstream) is None
+    (verdict,) = upstream.look().verdicts
+    assert verdict.contribution == sent.contribution
+
+
+def test_what_waits_is_sent_by_whoever_comes_next(
+    tmp_path: Path, region: HubSimulator, upstream: HubSimulator
+) -> None:
+    region.rounds(1)
+    left = claimed(region, upstream).told.waiting
+    region.rounds(1)
+    there = elsewhere(region, upstream, tmp_path / "other")
+    assert (there.contribution, there.passed) == (left.contribution, left.passed)
+    assert up(region, upstream) is None  # noted as sent, by the other
+    upstream.merge()
+    rest = up(region, upstream)
+    assert (rest.passed.first, rest.passed.last) == (1, 2)
+
+
+def test_a_machine_that_wakes_up_late_sends_nothing_again(
+    tmp_path: Path, region: HubSimulator, upstream: HubSimulator
+) -> None:
+    """It has claimed, and slept while others sent that, and the next, and the other hub merged."""
+    region.rounds(1)
+    sleeper = claimed(region, upstream)
+    assert sleeper.above.round == 0
+    elsewhere(region, upstream, tmp_path / "other")
+    upstream.merge()
+    region.rounds(1)
+    elsewhere(region, upstream, tmp_path / "other")
+    upstream.merge()
+    key = sleeper.told.waiting.contribution.key
+    with pytest.raises(HubError, match="another machine sends"):
+        upward._deliver(sleeper, key)
+    assert upstream.codes() == ["replay"] or upstream.codes() == []
+    assert [v for v in upstream.look().verdicts if v.accepted] == []
+    assert bridge_of(region, upstream).first_unsent() == 2
+
+
+def test_what_has_waited_for_too_long_is_made_anew_with_all_its_rounds(
     region: HubSimulator, upstream: HubSimulator
 ) -> None:
-    region.rounds(2)
-    late, early = bridge_of(region, upstream), bridge_of(region, upstream)
-    assert early.passed() is None
-    upstream_id = upstream.sync().state.config.hub.id
-    sent = [
-        Passed(upstream=upstream_id, id=digit * 32, round=0, first=0, last=last)
-        for digit, last in (("a", 1), ("b", 2))
-    ]
-    author = Author("region", NOREPLY)
-    late.folder.mkdir(parents=True)
-    late.keep(sent[1], author)
-    with pytest.raises(HubError, match="sent the rounds up to 2 meanwhile"):
-        early.keep(sent[0], author)
-    assert bridge_of(region, upstream)._ask()[1] == sent[1]
+    region.rounds(1)
+    old = claimed(region, upstream).told.waiting
+    upstream.rounds(3)  # its base is too old for the other hub now
+    region.rounds(1)
+    sent = up(region, upstream)
+    assert (sent.passed.first, sent.passed.last) == (0, 2)
+    assert sent.contribution.id != old.contribution.id
+    assert [v.contribution.id for v in upstream.look().verdicts if v.accepted] == [sent.passed.id]
+
+
+@pytest.mark.parametrize("planted", ["foreign", "unsigned", "garbage", "changed"])
+def test_what_somebody_planted_is_not_sent(
+    region: HubSimulator, upstream: HubSimulator, planted: str
+) -> None:
+    region.rounds(1)
+    bridge = claimed(region, upstream)
+    told, repo, ref = bridge.told, region.replica.repo, "refs/moshi/upward"
+    waiting, folder = told.waiting, bridge.folder / "work"
+    signature, delta = ((folder / n).read_bytes() for n in ("record.sig", "delta.safetensors"))
+    data = b"{"
+    if planted != "garbage":
+        entry = waiting.contribution
+        if planted == "foreign":
+            entry = msgspec.structs.replace(entry, key=signer_of("eve").public_key)
+        if planted == "unsigned":
+            entry = msgspec.structs.replace(entry, num_examples=1 << 40)
+        delta = delta + b" " if planted == "changed" else delta
+        passed = msgspec.structs.replace(waiting.passed, id=entry.id)
+        data = dump(msgspec.structs.replace(waiting, passed=passed, contribution=entry))
+        if planted == "foreign":
+            signature = signature_by("eve", dump(entry), CONTRIBUTION_NAMESPACE).encode()
+    files = {"prepared.json": data, "record.sig": signature, "delta.safetensors": delta}
+    tree = repo.tree({name: repo.put(content) for name, content in files.items()})
+    commit = repo.commit(tree, message="x\n", author=Author("eve", "e@x"), when=0)
+    repo.push([RefUpdate(ref, commit, told.commit)])
+    shutil.rmtree(folder)
+    before = upstream.refs()
+    with pytest.raises(MoshiError):
+        up(region, upstream)
+    assert upstream.refs() == before
+    repo.push([RefUpdate(ref, None, commit)])  # as the message says
+    assert up(region, upstream).contribution.key == waiting.contribution.key
+    assert len(upstream.look().verdicts) == 1
 
 
 # The command, and its deaths.
@@ -741,6 +838,15 @@ class Scene:
 
     def __init__(self, upstream: HubSimulator, region: HubSimulator, commands: Nursery) -> None:
         self.upstream, self.region, self.commands = upstream, region, commands
+
+    def keep(self, folder: Path) -> None:
+        for hub in (self.upstream, self.region):
+            shutil.copytree(hub.folder, folder / hub.folder.name)
+
+    def put_back(self, folder: Path) -> None:
+        for hub in (self.upstream, self.region):
+            shutil.rmtree(hub.folder)
+            shutil.copytree(folder / hub.folder.name, hub.folder)
 
     def upward(self, **how: object) -> Ended:
         words = ("moshi-hub", "upward", "--publish", "--hub", self.region.url)
@@ -767,6 +873,60 @@ def test_an_upward_run_killed_at_every_write_in_turn_sends_once_and_takes_once(
     assert len(outcome.built.record.contributions) == 1
     left = [path.name for path in region.replica.folder.glob("upward/*/*")]
     assert "work" not in left
+
+
+@pytest.mark.slow
+def test_a_machine_killed_at_any_moment_while_another_sends_counts_no_round_twice_or_never(
+    tmp_path: Path, region: HubSimulator, upstream: HubSimulator, commands: Nursery
+) -> None:
+    """At each write of an upward run after which anything has left it; then another machine sends.
+
+    In between, the other hub makes a round of what has come, and the region makes another round.
+    """
+    region.rounds(1)
+    local_signer(region.home, region.sync().state.config.hub.id, ANCHOR)  # both machines have it
+    scene, start = Scene(upstream, region, commands), upstream.sync().load()
+    start = {name: array.copy() for name, array in start.items()}
+    scene.keep(tmp_path / "kept")
+    events = scene.upward(trace=True).events
+    pushes = [n for n, event in enumerate(events, 1) if event.startswith("git push")]
+    assert len(pushes) == 3  # it is claimed, sent, noted
+    came = []
+    for moment in range(pushes[0], len(events) + 1):
+        scene.put_back(tmp_path / "kept")
+        shutil.rmtree(tmp_path / "other", ignore_errors=True)
+        assert scene.upward(kill_at=moment).was_killed
+        came.append(bool(upstream.look().verdicts))
+        if came[-1]:
+            upstream.merge()
+        region.rounds(1)
+        for _ in range(2):
+            elsewhere(region, upstream, tmp_path / "other")
+            if upstream.look().verdicts:
+                upstream.merge()
+        assert up(region, upstream) is None
+        weights = upstream.sync("checker").load()
+        for name, value in changes(region, 0, 2).items():
+            np.testing.assert_allclose(weights[name] - start[name], value, atol=1e-6)
+    assert came == sorted(came)
+    assert came.count(True) == len(events) - pushes[1]
+
+
+def test_two_machines_at_the_same_moment_send_once(
+    tmp_path: Path, region: HubSimulator, upstream: HubSimulator, commands: Nursery
+) -> None:
+    local_signer(region.home, region.sync().state.config.hub.id, ANCHOR)
+    region.rounds(1)
+    homes = [region.home, another_machine(region, tmp_path / "other")]
+    words = ("moshi-hub", "upward", "--publish", "--hub", region.url)
+    words += ("--upstream", upstream.url, "--json")
+    both = [commands.start(*words, home=home) for home in homes]
+    ended = [child.wait() for child in both]
+    assert 0 in {one.status for one in ended}
+    for one in ended:
+        assert not one.status or "another machine sends this hub's rounds" in one.err
+    assert len(upstream.look().verdicts) == 1
+    assert bridge_of(region, upstream).first_unsent() == 1
 
 
 def test_the_command_sends_and_takes_and_then_has_nothing_to_do(

@@ -183,6 +183,7 @@ def test_from_a_contribution_to_a_published_round(world: World) -> None:
     assert "| 3 of 3 |" in said
     assert said.count("| Linux") == 3
     assert "Merged" not in said
+    assert runs[2].machines == ["gate", "evaluate", "evaluate", "evaluate"]
     assert runs[3].summary.strip() in said
     assert "Accepted** by the gate" in runs[4].summary  # it came late, and took nothing back
     assert world.labels(pull) == ["accepted"]
@@ -325,7 +326,7 @@ def test_a_branch_that_moved_before_it_was_measured_is_refused(world: World) -> 
     measured = world.actions.run("evaluate", "workflow_run", {"workflow_run": facts_of(judged)})
     assert measured.conclusion == "failure"
     assert measured.said.count(f"no open contribution has the head {old[:12]}") == 3
-    assert measured.artifacts == {}
+    assert list(measured.artifacts) == ["verdict"]
     night = world.actions.run("merge", "schedule", NIGHT)
     assert "Nothing to merge: 0 contribution(s)" in night.said, night.said
     assert world.said(pull) == []
@@ -374,6 +375,30 @@ def test_a_pull_requests_own_workflow_of_the_same_name_is_not_believed(
     runs = world.actions.follow(forged)[1:]
     assert runs
     assert {run.conclusion for run in runs} == {"skipped"}
+
+
+def test_no_evaluator_starts_for_what_the_gate_has_rejected(world: World) -> None:
+    pull = world.offer("bob", "contribute/0/rejected")
+    runs = world.actions.contribution(pull)
+    assert names(runs) == WHOLE, "\n".join(run.said for run in runs)
+    evaluate, early, late = runs[2:]
+    assert evaluate.machines == ["gate"]
+    assert list(evaluate.artifacts) == ["verdict"]
+    assert early.said == late.said  # the same is said once more, in the same place
+    (said,) = world.said(pull)
+    assert "`wrong-branch`" in said
+    assert world.states(pull) == ["failure"]
+
+
+@pytest.mark.parametrize(
+    "verdict", [b"", b"[]", b"{}", b'{"findings": 0}', b"accepted=True\n", b"[" * 5000]
+)
+def test_no_evaluator_starts_on_what_is_no_verdict(world: World, verdict: bytes) -> None:
+    pull = world.offer("bob", "contribute/0/odd")
+    judged = follow_to_verify(world, submitted(world, pull), pull)
+    (judged.artifacts["verdict"] / "verdict.json").write_bytes(verdict)
+    found = world.actions.run("evaluate", "workflow_run", {"workflow_run": facts_of(judged)})
+    assert found.machines == ["gate"]
 
 
 def test_a_forged_result_is_refused_in_one_sentence(world: World) -> None:

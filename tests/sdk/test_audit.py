@@ -206,6 +206,27 @@ def test_a_contribution_made_up_in_somebodys_name_is_found(
     assert "made with another key than the record names" in finding.problem
 
 
+@pytest.mark.parametrize("where", ["in one round", "in two rounds"])
+def test_a_key_that_counts_twice_is_found(
+    hub: HubSimulator, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """A merger who favours somebody takes what the gate, or selection, would have refused."""
+    base = hub.sync("ann")
+    hub.contribute("bob" if where == "in one round" else "ann", on=base, seed=1)
+    hub.merge()
+    hub.contribute("ann", on=base, seed=2)
+    if where == "in one round":
+        hub.contribute("ann", seed=3)
+        monkeypatch.setattr("moshi_hub.selection.one_per_owner", lambda some: (list(some), {}))
+    else:
+        monkeypatch.setattr("moshi_hub.opened.known_keys", lambda *_: {})
+    hub.merge()
+    for findings in (audit(hub), audit(hub, 2)):
+        assert findings[-1].identical is False
+        assert "is a second one of the key SHA256:" in findings[-1].problem
+    assert audit(hub)[0].identical
+
+
 def test_an_audit_without_ssh_keygen_is_no_verdict(hub: HubSimulator, monkeypatch) -> None:
     hub.rounds(1)
     with monkeypatch.context() as patch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from moshi_fl.feedback import Feedback
 from moshi_fl.history import accepted_signature_path, check_signature
 from moshi_fl.records import Contribution, dump
 from moshi_fl.signing import Signer, fingerprint
+from moshi_fl.store import ANY, RefUpdate
 from moshi_fl.train import Progress
 from moshi_fl.weights import open_weights
 from moshi_sdk.cli import main
@@ -254,7 +256,7 @@ def test_no_usable_data_is_one_clear_error(hub: HubSimulator, tmp_path: Path) ->
 
 
 def test_plans_that_differ_are_different_runs(hub: HubSimulator, corpus: Path) -> None:
-    first, second = send(hub, corpus, seed=1), send(hub, corpus, seed=2)
+    first, second = (send(hub, corpus, seed=seed, dry_run=True) for seed in (1, 2))
     assert first.id != second.id
     assert len(list(runs_of(hub, hub.folder / "ann"))) == 2
 
@@ -381,12 +383,121 @@ def test_before_the_first_is_sent_it_is_said_that_it_stays_for_ever(
     assert second.about("public") == second.about("again") == []
 
 
-def test_a_second_one_on_the_same_round_is_warned_of(hub: HubSimulator, corpus: Path) -> None:
-    home, hearing = hub.folder / "ann", Hearing()
-    contribute(hub.url, [corpus], Options(seed=1), home=home)
-    contribute(hub.url, [corpus], Options(seed=2), home=home, listener=hearing)
+# One contribution per key and round.
+
+
+def open_ids(hub: HubSimulator) -> list[str]:
+    return [ref.rpartition("/")[2] for ref in hub.refs() if "/contribute/" in ref]
+
+
+def test_a_second_one_on_the_same_round_is_refused_before_it_trains(
+    hub: HubSimulator, corpus: Path
+) -> None:
+    home = hub.folder / "ann"
+    first = contribute(hub.url, [corpus], Options(seed=1), home=home).contribution
+    refs, stopper = hub.refs(), Stopper(1)
+    with pytest.raises(Rejected, match="one per key and round") as refused:
+        contribute(hub.url, [corpus], Options(seed=2), home=home, listener=stopper)
+    assert first.id[:12] in str(refused.value)
+    assert "--replace" in refused.value.hint
+    assert (hub.refs(), stopper.steps) == (refs, [])
+    assert len(list(runs_of(hub, home))) == 1  # nothing is left that --resume would go on with
+    assert contribute(hub.url, [corpus], Options(seed=1), home=home).sent.again
+    dry, hearing = Options(seed=2, dry_run=True), Hearing()
+    contribute(hub.url, [corpus], dry, home=home, listener=hearing)
     assert "one per key and round" in hearing.about("again")[0]
-    assert hub.codes() == ["one-per-round"]
+    hub.merge()
+    assert contribute(hub.url, [corpus], Options(seed=2), home=home).sent
+
+
+def test_a_second_machine_with_the_same_key_is_refused_too(hub: HubSimulator, corpus: Path) -> None:
+    key = key_file("ann")
+    for name in ("bob", "eve"):
+        hub.contribute(name, seed=len(name))
+    contribute(hub.url, [corpus], Options(seed=1, key=key), home=hub.folder / "desk")
+    with pytest.raises(Rejected, match="is open already"):
+        contribute(hub.url, [corpus], Options(seed=2, key=key), home=hub.folder / "laptop")
+    assert len(open_ids(hub)) == 3
+
+
+def test_the_second_takes_the_place_of_the_first_in_one_step(
+    hub: HubSimulator, corpus: Path
+) -> None:
+    home = hub.folder / "ann"
+    first = contribute(hub.url, [corpus], Options(seed=1), home=home).contribution
+    hub.look()
+    again = Options(seed=2, replace=True)
+    second = contribute(hub.url, [corpus], again, home=home).contribution
+    assert open_ids(hub) == [second.id]
+    assert first.delta.ref not in hub.refs()
+    assert hub.codes() == []
+    assert [entry.id for entry in hub.merge().built.record.contributions] == [second.id]
+
+
+def test_what_was_withdrawn_by_hand_stands_in_nobodys_way(hub: HubSimulator, corpus: Path) -> None:
+    home = hub.folder / "ann"
+    first = contribute(hub.url, [corpus], Options(seed=1), home=home)
+    hub.replica.repo.push([RefUpdate(first.sent.branch, None, ANY)])
+    assert contribute(hub.url, [corpus], Options(seed=2), home=home).sent
+    assert hub.codes() == []
+
+
+def test_what_a_round_has_taken_cannot_be_replaced(hub: HubSimulator, corpus: Path) -> None:
+    home = hub.folder / "ann"
+    send(hub, corpus, dry_run=True, seed=2)
+    contribute(hub.url, [corpus], Options(seed=1), home=home)
+    hub.merge()
+    refs = hub.refs()
+    with pytest.raises(Rejected, match="is in round 1 already") as refused:
+        resume(hub.url, home=home, replace=True)
+    assert "--discard" in refused.value.hint
+    assert hub.refs() == refs
+
+
+def test_who_sends_while_another_machine_does_is_told_and_keeps_the_work(
+    hub: HubSimulator, corpus: Path
+) -> None:
+    key, desk, laptop = key_file("ann"), hub.folder / "desk", hub.folder / "laptop"
+
+    class Meanwhile(Stopper):
+        def stage(self, name: str, text: str) -> None:
+            if name == "encode":
+                contribute(hub.url, [corpus], Options(seed=1, key=key), home=desk)
+
+    late = Options(seed=2, key=key)
+    with pytest.raises(Rejected, match="is open already"):
+        contribute(hub.url, [corpus], late, home=laptop, listener=Meanwhile(0))
+    assert len(open_ids(hub)) == 1
+    sent = resume(hub.url, home=laptop, key=key, replace=True)
+    assert open_ids(hub) == [sent.contribution.id]
+
+
+def test_nobody_stands_in_the_way_of_anothers_key(hub: HubSimulator, corpus: Path) -> None:
+    """Records that name Ann's key without her signature, garbage, and far too large a branch."""
+    ann, home = key_file("ann"), hub.folder / "home"
+    theirs = hub.contribute("eve")
+    false = msgspec.structs.replace(theirs, key=Signer(ann).public_key)
+    hub.push_record(false, key="eve")
+    hub.push_record(msgspec.structs.replace(false, num_examples=2), data=b"{}")
+    hub.push_record(msgspec.structs.replace(false, num_examples=3), signature=b"")
+    elsewhere = msgspec.structs.replace(false, hub="f" * 16)
+    hub.push_record(elsewhere, key="ann")
+    assert contribute(hub.url, [corpus], Options(seed=1, key=ann), home=home).sent
+    hub.push_record(false, key="eve", extra={"noise": os.urandom(3 << 20)})
+    again = Options(seed=1, contributor="other", key=ann, replace=True)
+    assert contribute(hub.url, [corpus], again, home=home).sent
+
+
+def test_the_carry_of_what_was_replaced_is_not_used(tmp_path: Path) -> None:
+    hub = HubSimulator(tmp_path / "hub", delta={"codec": "topk"})
+    corpus, home = write_corpus(tmp_path / "code"), hub.folder / "ann"
+    contribute(hub.url, [corpus], Options(seed=1), home=home)
+    alone = hub.folder / "bob"
+    for where, how in ((home, {"replace": True}), (alone, {})):
+        options = Options(seed=2, contributor="ann", **how)
+        contribute(hub.url, [corpus], options, home=where)
+    deltas = [ref for ref in hub.refs() if "/delta/" in ref]
+    assert len(deltas) == 1  # bit for bit what it would have been without the first
 
 
 def test_the_command_shows_who_signs_before_anything_is_sent(

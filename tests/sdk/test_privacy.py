@@ -103,7 +103,7 @@ def test_without_dp_nothing_is_claimed_and_the_first_time_says_so(
     assert "without --dp no privacy is claimed" in hears.said("public")
     assert ledger(hub).runs == ()
     later = Hears()
-    send(hub, corpus, privacy=None, seed=2, listener=later)
+    send(hub, corpus, privacy=None, seed=2, replace=True, listener=later)
     assert later.said("public") == ""
 
 
@@ -225,7 +225,7 @@ def test_a_ledger_that_is_damaged_stops_everything_but_a_look(
     path = next((hub.folder / "ann" / "privacy").glob("*.json"))
     path.write_bytes(path.read_bytes().replace(b'"steps": 3', b'"steps":  3'))
     with pytest.raises(CorruptRecord, match="canonical"):
-        send(hub, corpus, seed=2)
+        send(hub, corpus, seed=2, replace=True)
     monkeypatch.setenv("MOSHI_FL_HOME", str(hub.folder / "ann"))
     assert main(["status", "--hub", hub.url]) == 0
     assert "nothing can be sent with --dp" in capsys.readouterr().err

@@ -40,6 +40,7 @@ class Run:
         artifacts: Name to the folder with its files.
         said: What the shell steps printed.
         summary: What they wrote to the job summary.
+        machines: The key of its job, for each machine that was started.
     """
 
     number: int
@@ -49,6 +50,7 @@ class Run:
     artifacts: dict[str, Path] = field(default_factory=dict)
     said: str = ""
     summary: str = ""
+    machines: list[str] = field(default_factory=list)
 
 
 class Actions:
@@ -99,7 +101,11 @@ class Actions:
         run = Run(len(self.runs) + 1, name, event_name)
         self.runs.append(run)
         document = yaml.load((WORKFLOWS / f"{name}.yml").read_text(), Loader=yaml.BaseLoader)
+        needs: dict[str, Any] = {}
         for key, job in document["jobs"].items():
+            needed = [job["needs"]] if isinstance(job.get("needs"), str) else job.get("needs", [])
+            if any(other not in needs for other in needed):
+                continue  # as GitHub does where one was skipped or has failed
             for number, matrix in enumerate(
                 job.get("strategy", {}).get("matrix", {}).get("include", [{}])
             ):
@@ -121,14 +127,21 @@ class Actions:
                     "secrets": self.secrets.get(str(job.get("environment", "")), {}),
                     "matrix": matrix,
                     "vars": {},
+                    "needs": needs,
+                    "steps": {},
                 }
                 if _condition(job.get("if", "'yes'"), context):
-                    self._job(run, job, context, self.folder / f"{run.number}-{key}-{number}")
+                    run.machines.append(key)
+                    work = self.folder / f"{run.number}-{key}-{number}"
+                    if self._job(run, job, context, work):
+                        said = job.get("outputs", {})
+                        outputs = {each: filled(value, context) for each, value in said.items()}
+                        needs = {**needs, key: {"outputs": outputs}}
         return run
 
     def _job(
         self, run: Run, job: Mapping[str, Any], context: Mapping[str, Any], work: Path
-    ) -> None:
+    ) -> bool:
         work.mkdir()
         if run.conclusion == "skipped":
             run.conclusion = "success"
@@ -137,7 +150,8 @@ class Actions:
                 self._action(run, step, context, work)
             elif not self._shell(run, step, context, work):
                 run.conclusion = "failure"
-                return
+                return False
+        return True
 
     def _action(
         self, run: Run, step: Mapping[str, Any], context: Mapping[str, Any], work: Path
@@ -147,7 +161,9 @@ class Actions:
         if name == "actions/upload-artifact":
             kept = self.folder / f"artifact-{run.number}-{given['name']}"
             source = work / given["path"]
-            assert source.exists(), given["path"]  # if-no-files-found: error
+            if not source.exists():
+                assert given["if-no-files-found"] == "warn", given["path"]
+                return
             assert given["overwrite"] == "true"  # else a run could not be run again
             kept.mkdir()
             files = sorted(source.iterdir()) if source.is_dir() else [source]
@@ -176,7 +192,8 @@ class Actions:
         assert "${{" not in step["run"]  # else GitHub would write a stranger's text into the script
         if step["run"] == INSTALL:
             return True  # what it installs is here
-        summary, script = work / "summary.md", work / "step.sh"
+        summary, script, outputs = (work / name for name in ("summary.md", "step.sh", "outputs"))
+        outputs.write_text("")
         script.write_text(step["run"] + "\n")
         kept = ("PYTHONPATH", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "LANG", "SYSTEMROOT")
         env = {name: os.environ[name] for name in kept if name in os.environ}
@@ -186,6 +203,7 @@ class Actions:
             "HOME": str(work / "home"),
             "CI": "true",
             "GITHUB_STEP_SUMMARY": str(summary),
+            "GITHUB_OUTPUT": str(outputs),
             "MOSHI_FL_GITHUB_API": self.github.url,
             **{name: filled(value, context) for name, value in step.get("env", {}).items()},
         }
@@ -202,6 +220,8 @@ class Actions:
             check=False,
         )
         run.said += done.stdout
+        found = dict(line.split("=", 1) for line in outputs.read_text().splitlines())
+        context["steps"][step.get("id", "")] = {"outputs": found}
         run.summary += summary.read_text(encoding="utf-8") if summary.exists() else ""
         return done.returncode == 0
 

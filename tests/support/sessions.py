@@ -41,13 +41,14 @@ from moshi_fl.session import (
 from moshi_fl.signing import ATTESTATION_NAMESPACE, EVALUATION_NAMESPACE
 from moshi_fl.weights import write_atomic
 from moshi_hub import evaluator as steps
+from moshi_hub.agenda import awaited, next_step
 from moshi_hub.board import RefBoard
-from moshi_hub.chair import Chair, awaited, next_step
+from moshi_hub.chair import Chair
 from moshi_hub.evaluation import board_for, chair_for, change_evaluators, desk_for
 from moshi_hub.heldout import pool_path, store_pool
 from moshi_hub.judging import Decided
 from moshi_hub.local import local_signer
-from moshi_hub.merge import OpenRound
+from moshi_hub.opened import OpenRound
 from tests.support.keys import signature_by, signer_of
 from tests.support.simulator import HubSimulator, write_corpus
 
@@ -157,7 +158,7 @@ class Court:
         return self.people[name]
 
     def _desk(self, replica: Replica):
-        from moshi_hub.merge import look
+        from moshi_hub.opened import look
 
         folder = Path(replica.folder) / "desk"
         if not folder.exists():

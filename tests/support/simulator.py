@@ -34,8 +34,9 @@ from moshi_fl.submit import DELTA_AUTHOR
 from moshi_fl.weights import Weights, sha256_bytes
 from moshi_hub.create import Plan, create
 from moshi_hub.keys import KeyStore
-from moshi_hub.merge import OpenRound, Options, Outcome, look, merge
+from moshi_hub.merge import Options, Outcome, merge
 from moshi_hub.metadata import Desk, utc_now
+from moshi_hub.opened import OpenRound, look
 from moshi_hub.regional import begin_from
 from moshi_hub.verify import Verdict
 from moshi_sdk.sync import SyncManager

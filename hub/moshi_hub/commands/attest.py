@@ -77,11 +77,11 @@ def _advance(console: Console, replica: Replica, key: Path | None) -> None:
     from moshi_fl.session import read_session
     from moshi_fl.signing import own_signer
     from moshi_fl.trusted import read_evaluators
+    from moshi_hub.agenda import next_step
     from moshi_hub.board import RefBoard
-    from moshi_hub.chair import next_step
     from moshi_hub.evaluation import desk_for
     from moshi_hub.host import evaluator
-    from moshi_hub.merge import look
+    from moshi_hub.opened import look
 
     signer = own_signer(ensure_home(), key.expanduser() if key else load_settings().own_key)
     with replica.workspace() as folder:
@@ -111,9 +111,9 @@ def _advance(console: Console, replica: Replica, key: Path | None) -> None:
 def _measure(console: Console, replica: Replica, verdict: Path, out: Path, seat: str) -> None:
     from moshi_fl.weights import write_atomic
     from moshi_hub.gauge import measurement
-    from moshi_hub.heldout import open_sealed_pool
     from moshi_hub.pinned import pinned
     from moshi_hub.results import read_gate
+    from moshi_hub.sealed import open_sealed_pool
 
     gate = read_gate(verdict)
     if gate.findings:
@@ -138,7 +138,7 @@ def _measure(console: Console, replica: Replica, verdict: Path, out: Path, seat:
 def _print(console: Console, replica: Replica, start: str) -> None:
     from moshi_hub.evaluation import named
     from moshi_hub.gauge import gauge
-    from moshi_hub.merge import look
+    from moshi_hub.opened import look
 
     with replica.workspace() as folder:
         found = look(replica, folder)

@@ -39,7 +39,7 @@ def evaluate(console: Console, hub: str | None, step: str | None, local: bool) -
     if local and step:
         raise click.UsageError("--local does all steps; leave out --step.")
     from moshi_hub.evaluation import run_locally
-    from moshi_hub.merge import look
+    from moshi_hub.opened import look
 
     replica = replica_for(hub)
     with replica.workspace() as folder:

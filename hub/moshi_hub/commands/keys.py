@@ -16,7 +16,8 @@ from moshi_hub.options import maintainer, passphrase_from, passphrase_option, re
 if TYPE_CHECKING:
     from moshi_fl.replica import Replica
     from moshi_hub.keys import KeyStore, StoredKey
-    from moshi_hub.rotation import Bench, Change, Changed, Waiting
+    from moshi_hub.rootchange import Change
+    from moshi_hub.rotation import Bench, Changed, Waiting
 
 ROLES = click.Choice(["root", "targets", "online"])
 
@@ -81,7 +82,8 @@ def list_(console: Console, hub: str | None, passphrase_env: str) -> None:
 
 
 def _show_waiting(console: Console, bench: Bench, waiting: Waiting) -> None:
-    from moshi_hub.rotation import describe, waiting_root
+    from moshi_hub.rootchange import describe
+    from moshi_hub.rotation import waiting_root
 
     try:
         root = waiting_root(bench, waiting)
@@ -221,11 +223,11 @@ def _stored(store: KeyStore, role: str, start: str | None) -> StoredKey:
 @output_options
 def add(console: Console, role: str, public: Path, hub: str | None, passphrase_env: str) -> None:
     """Let the key in a file PUBLIC sign for a role."""
-    from moshi_hub import rotation
+    from moshi_hub import rootchange
     from moshi_hub.keys import read_public
 
     key = read_public(public)
-    _change(console, _bench(hub, passphrase_env), rotation.add(key, role), key=key.keyid)
+    _change(console, _bench(hub, passphrase_env), rootchange.add(key, role), key=key.keyid)
 
 
 @keys.command()
@@ -238,9 +240,9 @@ def threshold(
     console: Console, role: str, count: int, hub: str | None, passphrase_env: str
 ) -> None:
     """Demand COUNT signatures of a role."""
-    from moshi_hub import rotation
+    from moshi_hub import rootchange
 
-    _change(console, _bench(hub, passphrase_env), rotation.threshold(role, count))
+    _change(console, _bench(hub, passphrase_env), rootchange.threshold(role, count))
 
 
 @keys.command()
@@ -253,7 +255,7 @@ def rotate(
     console: Console, role: str, key: str | None, hub: str | None, passphrase_env: str
 ) -> None:
     """Make a new key here and put it in the place of KEY, or of the role's only key."""
-    from moshi_hub import rotation
+    from moshi_hub import rootchange
     from moshi_hub.metadata import TUF_ROLES, keys_of
 
     bench = _bench(hub, passphrase_env)
@@ -265,7 +267,7 @@ def rotate(
             hint="moshi-hub keys list   (name one by the beginning of its id)",
         )
     signer = bench.desk.keys.create(role, bench.desk.keys.passphrase_for_new())
-    change = rotation.replace(old[0], signer.public_key, role)
+    change = rootchange.replace(old[0], signer.public_key, role)
     _change(console, bench, change, key=signer.public_key.keyid, instead_of=old[0])
 
 
@@ -276,11 +278,11 @@ def rotate(
 @output_options
 def revoke(console: Console, key: str, hub: str | None, passphrase_env: str) -> None:
     """Let the key whose id begins with KEY sign for nothing any more."""
-    from moshi_hub import rotation
+    from moshi_hub import rootchange
 
     bench = _bench(hub, passphrase_env)
-    found = rotation.find_key(bench.desk.root, key)
-    _change(console, bench, rotation.revoke(found.keyid), key=found.keyid)
+    found = rootchange.find_key(bench.desk.root, key)
+    _change(console, bench, rootchange.revoke(found.keyid), key=found.keyid)
 
 
 @keys.command()
@@ -289,9 +291,9 @@ def revoke(console: Console, key: str, hub: str | None, passphrase_env: str) -> 
 @output_options
 def renew(console: Console, hub: str | None, passphrase_env: str) -> None:
     """Sign root and targets again, unchanged, before they expire."""
-    from moshi_hub import rotation
+    from moshi_hub import rootchange
 
-    _change(console, _bench(hub, passphrase_env), rotation.keep)
+    _change(console, _bench(hub, passphrase_env), rootchange.keep)
 
 
 @keys.command()
@@ -300,7 +302,8 @@ def renew(console: Console, hub: str | None, passphrase_env: str) -> None:
 @output_options
 def sign(console: Console, hub: str | None, passphrase_env: str) -> None:
     """Add your signatures to a change of keys that waits for them."""
-    from moshi_hub.rotation import describe, sign_change, waiting_change, waiting_root
+    from moshi_hub.rootchange import describe
+    from moshi_hub.rotation import sign_change, waiting_change, waiting_root
 
     bench = _bench(hub, passphrase_env)
     if waiting := waiting_change(bench):

@@ -66,11 +66,12 @@ def merge(  # noqa: PLR0913 - one parameter an option
     """
     from moshi_hub.chair import MoreAttestations
     from moshi_hub.evaluation import gate_for
-    from moshi_hub.heldout import evaluator_for, open_sealed_pool, store_pool
+    from moshi_hub.heldout import evaluator_for, store_pool
     from moshi_hub.merge import Options, Outcome
     from moshi_hub.merge import merge as run
     from moshi_hub.pending import NothingToMerge
     from moshi_hub.samples import sampler
+    from moshi_hub.sealed import open_sealed_pool
 
     replica = replica_for(hub)
     if eval_data:

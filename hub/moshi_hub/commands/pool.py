@@ -119,7 +119,7 @@ def seal(console: Console, hub: str | None) -> None:
 
     With MOSHI_HUB_POOL_KEY set, that key is used again.
     """
-    from moshi_hub.heldout import POOL_KEY, seal_pool
+    from moshi_hub.sealed import POOL_KEY, seal_pool
 
     replica = replica_for(hub)
     state = replica.look()

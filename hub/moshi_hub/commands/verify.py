@@ -48,8 +48,8 @@ def verify(
 ) -> int:
     r"""Check open contributions against the hub's rules, without running any of them.
 
-    Without an ID, all of them. The status is 3 when one is rejected. With --head, one is judged by
-    itself: that it copies another open one, a merge will say.
+    Without an ID, all of them. The status is 3 when one is rejected. With --head, one is judged
+    beside what its repository has open by the same key: that it copies another's, a merge will say.
 
     \b
     Examples:
@@ -86,7 +86,7 @@ def _judge_all(
 ) -> int:
     from moshi_hub.announce import announce
     from moshi_hub.intake import publish_intake
-    from moshi_hub.merge import look
+    from moshi_hub.opened import look
     from moshi_hub.publish import author
 
     with replica.workspace() as folder:

@@ -88,6 +88,11 @@ DP = {"dp_clip": "max_gradient_norm", "dp_noise": "noise_multiplier", "dp_delta"
     help="Most epsilon for all contributions to this hub (8).",
 )
 @click.option("--dry-run", is_flag=True, help="Train and show what would be sent; send nothing.")
+@click.option(
+    "--replace",
+    is_flag=True,
+    help="Withdraw what your key has open on the same round, and send this.",
+)
 @click.option("--resume", is_flag=True, help="Continue the last unfinished contribution.")
 @click.option("--discard", is_flag=True, help="Drop the last unfinished contribution.")
 @root_option
@@ -99,13 +104,15 @@ def contribute(console: Console, resume: bool, discard: bool, dry_run: bool, **f
     The source tree is read with respect for .gitignore; binaries, vendored and oversized files and
     whatever looks like a secret stay out. Only the delta and a small public record with its
     signature leave this machine. Interrupted work continues with --resume; doing the same twice
-    sends it once.
+    sends it once. A hub takes one contribution per key and round: another one is refused before it
+    trains, unless it is to --replace the first.
 
     \b
     Examples:
       moshi-fl contribute --hub ./hub.git --data ~/code --dry-run
       moshi-fl contribute --hub https://git.example.org/hub.git --data ~/code --minutes 10
       moshi-fl contribute --resume
+      moshi-fl contribute --data ~/code --data ~/notes --replace
       moshi-fl contribute --discard
     """
     if resume and discard:
@@ -137,6 +144,7 @@ def contribute(console: Console, resume: bool, discard: bool, dry_run: bool, **f
                 interactive=sys.stdin.isatty(),
                 root=flags["root"],
                 policy=Policy(min_attestations=settings.min_attestations),
+                replace=flags["replace"],
                 **({"privacy_budget": flags["dp_budget"]} if flags["dp_budget"] else {}),
             )
         else:
@@ -177,6 +185,7 @@ def _options(flags: dict[str, Any], settings: Any, dry_run: bool) -> Any:
         "trains",
         "seed",
         "max_bytes",
+        "replace",
     )
     return Options(
         **{name: flags[name] for name in names},
