@@ -11,7 +11,7 @@ from moshi_fl.aggregate import get_strategy
 from moshi_fl.errors import ConfigError, HubError, MoshiError
 from moshi_fl.history import HUB_FILE, SIGNED_FILES, HubState, read_latest, round_branch
 from moshi_fl.hubfile import MAX_HUBFILE_BYTES, HubConfig, parse_hubfile
-from moshi_fl.records import Contribution, Intake, Round, Strategy
+from moshi_fl.records import Contribution, Intake, Round, Strategy, dump
 from moshi_fl.replica import Replica, Snapshot
 from moshi_fl.restore import StrategyFinder
 from moshi_fl.rules import owner_of, shapes_of, strategy_options
@@ -22,6 +22,7 @@ from moshi_hub.announce import announce, announce_past, propose_round
 from moshi_hub.cleanup import clean_up, settle
 from moshi_hub.collect import judge, known_deltas, known_keys, make_rules
 from moshi_hub.drift import drifts
+from moshi_hub.figures import FIGURES_FILE, Explainer
 from moshi_hub.intake import Arrivals, arrivals
 from moshi_hub.judging import Decided, held, without_gain
 from moshi_hub.keys import KeyStore, Passphrase, passphrase_from_environment
@@ -31,6 +32,7 @@ from moshi_hub.offers import Offers, open_offers
 from moshi_hub.pending import NothingToMerge, decided_before, record_arrivals, refuse_again
 from moshi_hub.propose import Evaluator, Proposal, propose
 from moshi_hub.publish import (
+    REPORT_FILE,
     Built,
     author,
     build_round,
@@ -174,6 +176,7 @@ def merge(
     passphrase: Passphrase = passphrase_from_environment,
     gate: Gate | None = None,
     sampler: Sampler | None = None,
+    explainer: Explainer | None = None,
 ) -> Outcome:
     """Merge the open contributions into the next round.
 
@@ -185,6 +188,7 @@ def merge(
         passphrase: Gives the passphrase of a key that has one.
         gate: Gives the verdicts on the open contributions; None takes all that pass ``look``.
         sampler: Lets the model speak before and after, for the report.
+        explainer: Tells more of it than its loss, before and after.
 
     Raises:
         HubError: Too few contributions; someone else published first; or the keys here do not
@@ -230,7 +234,7 @@ def merge(
         proposal = replace(proposal, decided=decided, left_out=tuple(sorted(absent)))
         if options.dry_run:
             return _outcome(found, proposal, None, waiting)
-        findings = findings_on(replica, found, proposal, waiting, sampler)
+        findings = findings_on(replica, found, proposal, waiting, sampler, explainer)
         outcome = push_round(replica, found, findings, options, passphrase)
         return replace(outcome, leftovers=" ".join(filter(None, [left, outcome.leftovers])))
 
@@ -368,20 +372,20 @@ def findings_on(
     proposal: Proposal,
     waiting: Sequence[Contribution],
     sampler: Sampler | None,
+    explainer: Explainer | None = None,
 ) -> Findings:
     """What a maintainer should know of a round before publishing it."""
     state, base = found.snapshot.state, found.snapshot.load()
     settled = {*proposal.contributions, *(entry.id for entry in waiting)}
-    samples = Samples()
-    if sampler:
-        before, after = (base, state.tokenizer), (proposal.weights, proposal.tokenizer)
-        samples = sampler(proposal.config, before, after)
+    before, after = (base, state.tokenizer), (proposal.weights, proposal.tokenizer)
+    samples = sampler(proposal.config, before, after) if sampler else Samples()
     return Findings(
         proposal=proposal,
         verdicts=found.verdicts,
         waiting=waiting,
         excluded=[entry for entry in found.accepted if entry.id not in settled],
         trained=found.trained,
+        figures=explainer(proposal.config, before, after) if explainer else None,
         drift=drifts(base, proposal.weights),
         samples=samples,
         address="" if is_local(replica.url) else replica.repo.shown_url,
@@ -404,9 +408,11 @@ def push_round(
         metadata = desk.propose(files, number)
         return desk.publish(metadata[TARGETS]) if options.publish else metadata
 
-    report = round_report(findings)
+    texts = {REPORT_FILE: round_report(findings).encode()}
+    if findings.figures:
+        texts[FIGURES_FILE] = dump(findings.figures)
     by = author(options.name)
-    built = build_round(repo, state, found.main, proposal, report, by, found.signatures, sign)
+    built = build_round(repo, state, found.main, proposal, texts, by, found.signatures, sign)
     present = repo.remote_refs(f"{state.refs.prefix}*", round_branch(built.record.round))
     if not options.publish:
         push_proposed(repo, state, built, present)
