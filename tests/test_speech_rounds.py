@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,11 @@ def test_a_whole_round_of_the_tiny_preset(
     merged = call("maintainer", "moshi-hub", "merge", "--hub", hub, "--publish")
     assert merged["contributions"] == 3
     assert merged["held_out_after"] < merged["held_out_before"] - 0.5
+    report = git(hub, "show", "main:rounds/0001/report.md")
+    assert re.search(r"\| text perplexity \| [\d.,]+ \| [\d.,]+ \|\n", report)
+    call("maintainer", "moshi-hub", "report", "--hub", hub, "--out", tmp_path / "site")
+    page = (tmp_path / "site" / "rounds" / "0001.html").read_text()
+    assert all(f'<th scope="row">{name}</th>' in page for name in ("text perplexity", "codebook 4"))
     measured = call(
         "maintainer", "moshi-hub", "pool", "measure", "--hub", hub, "--plot",
         tmp_path / "codebooks.svg",

@@ -96,16 +96,19 @@ def _blocks(old: Array, new: Array) -> Iterator[tuple[NDArray[np.float64], NDArr
 
 
 def table(layers: Sequence[Drift], rows: int) -> str:
-    """A folded table of them, in Markdown; empty where there are none."""
+    """A folded table of those that moved, in Markdown; empty where there are none at all."""
     if not layers:
         return ""
+    moved = [entry for entry in layers if entry.change]
     what = f"Drift by layer; all weights move by {whole(layers).relative:.3%} of their norm"
     lines = [
         f"| {markdown(entry.layer)} | {entry.parameters:,} | {entry.change:.4g} "
         f"| {entry.relative:.3%} |"
-        for entry in layers[:rows]
+        for entry in moved[:rows]
     ]
-    more = [f"\n… and {len(layers) - rows} more."] if len(layers) > rows else []
+    more = [f"\n… and {len(moved) - rows} more."] if len(moved) > rows else []
+    still = len(layers) - len(moved)
+    more += [f"\n{still} other layers did not move."] if still else []
     return "\n".join(
         [
             f"<details><summary>{what}</summary>\n",

@@ -10,7 +10,7 @@ from moshi_fl.aggregate import get_strategy
 from moshi_fl.errors import HubError, MoshiError
 from moshi_fl.history import SIGNED_FILES, HubState, read_latest, round_branch
 from moshi_fl.hubfile import HubConfig
-from moshi_fl.records import Contribution, Round
+from moshi_fl.records import Contribution, Round, dump
 from moshi_fl.replica import Replica
 from moshi_fl.restore import StrategyFinder
 from moshi_fl.signed.files import TARGETS
@@ -19,13 +19,14 @@ from moshi_hub.announce import announce, announce_past, propose_round
 from moshi_hub.choice import choose, kept, select_from, strategy_of
 from moshi_hub.cleanup import clean_up, settle
 from moshi_hub.drift import drifts
+from moshi_hub.figures import FIGURES_FILE, Explainer
 from moshi_hub.judging import Decided, held, without_gain
 from moshi_hub.keys import KeyStore, Passphrase, passphrase_from_environment
 from moshi_hub.metadata import Desk, utc_now
 from moshi_hub.opened import OpenRound, look
 from moshi_hub.pending import decided_before, record_arrivals, refuse_again
 from moshi_hub.propose import Evaluator, Proposal, propose
-from moshi_hub.proposed import fetch_proposed
+from moshi_hub.proposed import REPORT_FILE, fetch_proposed
 from moshi_hub.publish import (
     Built,
     author,
@@ -82,6 +83,7 @@ def merge(
     passphrase: Passphrase = passphrase_from_environment,
     gate: Gate | None = None,
     sampler: Sampler | None = None,
+    explainer: Explainer | None = None,
 ) -> Outcome:
     """Merge the open contributions into the next round.
 
@@ -93,6 +95,7 @@ def merge(
         passphrase: Gives the passphrase of a key that has one.
         gate: Gives the verdicts on the open contributions; None takes all that pass ``look``.
         sampler: Lets the model speak before and after, for the report.
+        explainer: Tells more of it than its loss, before and after.
 
     Raises:
         HubError: Too few contributions; someone else published first; or the keys here do not
@@ -138,7 +141,7 @@ def merge(
         proposal = replace(proposal, decided=decided, left_out=tuple(sorted(absent)))
         if options.dry_run:
             return _outcome(found, proposal, None, waiting)
-        findings = findings_on(replica, found, proposal, waiting, sampler)
+        findings = findings_on(replica, found, proposal, waiting, sampler, explainer)
         outcome = push_round(replica, found, findings, options, passphrase)
         return replace(outcome, leftovers=" ".join(filter(None, [left, outcome.leftovers])))
 
@@ -184,20 +187,20 @@ def findings_on(
     proposal: Proposal,
     waiting: Sequence[Contribution],
     sampler: Sampler | None,
+    explainer: Explainer | None = None,
 ) -> Findings:
     """What a maintainer should know of a round before publishing it."""
     state, base = found.snapshot.state, found.snapshot.load()
     settled = {*proposal.contributions, *(entry.id for entry in waiting)}
-    samples = Samples()
-    if sampler:
-        before, after = (base, state.tokenizer), (proposal.weights, proposal.tokenizer)
-        samples = sampler(proposal.config, before, after)
+    before, after = (base, state.tokenizer), (proposal.weights, proposal.tokenizer)
+    samples = sampler(proposal.config, before, after) if sampler else Samples()
     return Findings(
         proposal=proposal,
         verdicts=found.verdicts,
         waiting=waiting,
         excluded=[entry for entry in found.accepted if entry.id not in settled],
         trained=found.trained,
+        figures=explainer(proposal.config, before, after) if explainer else None,
         drift=drifts(base, proposal.weights),
         samples=samples,
         address="" if is_local(replica.url) else replica.repo.shown_url,
@@ -220,9 +223,11 @@ def push_round(
         metadata = desk.propose(files, number)
         return desk.publish(metadata[TARGETS]) if options.publish else metadata
 
-    report = round_report(findings)
+    texts = {REPORT_FILE: round_report(findings).encode()}
+    if findings.figures:
+        texts[FIGURES_FILE] = dump(findings.figures)
     by = author(options.name)
-    built = build_round(repo, state, found.main, proposal, report, by, found.signatures, sign)
+    built = build_round(repo, state, found.main, proposal, texts, by, found.signatures, sign)
     present = repo.remote_refs(f"{state.refs.prefix}*", round_branch(built.record.round))
     if not options.publish:
         push_proposed(repo, state, built, present)

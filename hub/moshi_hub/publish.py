@@ -40,7 +40,7 @@ from moshi_fl.upstream import origin_of
 from moshi_fl.weights import sha256_file
 from moshi_hub.judging import Decided, with_anchor
 from moshi_hub.propose import Proposal
-from moshi_hub.proposed import ACCEPTED, LEFT_OUT, REPORT_FILE, Proposed, has_round
+from moshi_hub.proposed import ACCEPTED, LEFT_OUT, Proposed, has_round
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def build_round(
     state: HubState,
     main: str,
     proposal: Proposal,
-    report: str,
+    texts: Mapping[str, bytes],
     by: Author,
     signatures: Mapping[str, bytes],
     sign: Sign,
@@ -81,7 +81,7 @@ def build_round(
         state: The hub as it stands.
         main: Commit that the round is built on.
         proposal: The round.
-        report: What a maintainer reads, in Markdown; ``report.md`` beside the record.
+        texts: What is for people, by name: ``report.md`` and the like, beside the record.
         by: Who makes the commits.
         signatures: Signature of each contribution's record, by id.
         sign: Makes the signed metadata.
@@ -99,9 +99,9 @@ def build_round(
     latest = commit_latest(repo, manifest, {**signed, **sign(signed, record.round)}, by)
     files = {
         round_path(record.round): dump(record),
-        f"{round_folder(record.round)}/{REPORT_FILE}": report.encode(),
         ledger_path(record.round): dump(ledger),
     }
+    files |= {f"{round_folder(record.round)}/{name}": data for name, data in texts.items()}
     for contribution_id, contribution in proposal.contributions.items():
         files[accepted_path(record.round, contribution_id)] = dump(contribution)
         signature = signatures[contribution_id]

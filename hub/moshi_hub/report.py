@@ -16,8 +16,9 @@ from moshi_fl.ledger import ledger_of
 from moshi_fl.records import Contribution, Growth, Round
 from moshi_fl.text import Size, markdown
 from moshi_fl.upstream import origin_of
-from moshi_hub import disputes, drift, samples
+from moshi_hub import disputes, drift, figures, samples
 from moshi_hub.disputes import cut
+from moshi_hub.figures import RoundFigures
 from moshi_hub.propose import Proposal
 from moshi_hub.verify import Verdict
 
@@ -38,6 +39,7 @@ class Findings:
         verdicts: What the gate said of every open contribution.
         waiting: Accepted contributions that the round leaves for the next.
         excluded: Accepted contributions that the maintainer leaves out.
+        figures: What the family can tell of the round beside its loss.
         trained: What of the model each contribution changes, by id.
         drift: How far each layer moves.
         samples: What the model says before and after.
@@ -48,6 +50,7 @@ class Findings:
     verdicts: Sequence[Verdict]
     waiting: Sequence[Contribution] = ()
     excluded: Sequence[Contribution] = ()
+    figures: RoundFigures | None = None
     trained: Mapping[str, str] = field(default_factory=dict)
     drift: Sequence[drift.Drift] = ()
     samples: samples.Samples = samples.NOTHING
@@ -66,6 +69,7 @@ def round_report(found: Findings, rows: int = MAX_ROWS) -> str:
     parts = [
         f"# Round {proposal.record.round}\n",
         _summary(proposal.record),
+        figures.shown(found.figures),
         _accepted(proposal, found.trained, rows),
         disputes.disputes(proposal.decided, taken, rows),
         _listed("Left out by the maintainer", found.excluded, rows),

@@ -373,7 +373,7 @@ def _measure(work: _Work, corpus: Corpus, base: Weights, trained: Weights, devic
     work.listener.stage("measure", said)
     told = [name for name in before.figures if name in after.figures]
     if told:
-        found = {name: Change(before.figures[name], after.figures[name]) for name in told}
+        found = {n: Change(round(before.figures[n], 6), round(after.figures[n], 6)) for n in told}
         changes = (f"{n} {Figure(c.before)} -> {Figure(c.after)}" for n, c in found.items())
         work.listener.stage("measure", "; ".join(changes))
         work.run.keep_figures(found)

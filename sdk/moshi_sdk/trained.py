@@ -11,7 +11,7 @@ from moshi_fl.subwords import Subwords, start_of
 from moshi_fl.weights import Weights
 
 
-def load_trained(folder: Path, tokenizer: Path | None) -> tuple[Task, Weights]:
+def load_trained(folder: Path, tokenizer: Path | None = None) -> tuple[Task, Weights]:
     """Model and weights of a trainer's ``best`` or ``final`` folder, or of an import.
 
     Args:

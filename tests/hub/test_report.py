@@ -128,7 +128,11 @@ def test_a_report_says_what_was_trained_whatever_is_installed_here(hub: HubSimul
     outcome = hub.merge(publish=False)
     said = f"all: {len(some)} of {len(weights)} tensors"
     assert outcome.open_round.trained == {entry.id: said}
-    assert f"| {said} |" in report_on(hub, 1, "round/1")
+    report = report_on(hub, 1, "round/1")
+    assert f"| {said} |" in report
+    assert "| blocks.0 |" in report
+    assert "| blocks.1 |" not in report
+    assert re.search(r"^\d other layers did not move\.$", report, re.MULTILINE)
     elsewhere = msgspec.structs.replace(hub.sync().state.config, model={"family": "unheard-of"})
     assert trained_parts(elsewhere, b"", {"x": tuple(some), "y": ()}) == {
         "x": f"{len(some)} tensors"

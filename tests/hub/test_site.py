@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from moshi_fl.records import dump
 from moshi_hub.cli import main
+from moshi_hub.figures import RoundFigures, read_figures, shown
 from tests.support.hubs import git
 from tests.support.simulator import HubSimulator
 
@@ -146,3 +148,26 @@ def test_a_browser_shows_it_in_light_and_in_dark(
         assert shot.stat().st_size > 10_000
         shots.append(shot.read_bytes())
     assert shots[0] != shots[1]
+
+
+def test_figures_of_a_round_are_taken_for_a_strangers() -> None:
+    """They lie on main, where whoever may push can put anything."""
+    before = {"text perplexity": 819.6, "codebook 1": 5.551}
+    record = RoundFigures(before=before, after={"text perplexity": 12450.2})
+    good = dump(record)
+    found = read_figures(good)
+    assert found is not None
+    assert [tuple(map(str, row)) for row in found.changes] == [
+        ("codebook 1", "5.55", "None"),
+        ("text perplexity", "820", "12,450"),
+    ]
+    assert "| codebook 1 | 5.55 | - |" in shown(found)
+    for bad in (
+        b"",
+        good.replace(b"codebook 1", b"<script>"),
+        good.replace(b"5.551", b"NaN"),
+        good.replace(b"figures", b"verdict"),
+        dump(RoundFigures(before={f"x{n}": 1.0 for n in range(201)}, after={})),
+        good + b" " * (1 << 16),
+    ):
+        assert read_figures(bad) is None

@@ -9,6 +9,7 @@ import tracemalloc
 import wave
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -251,6 +252,28 @@ def test_an_imported_release_speaks_without_a_hub(
     assert fl_main([*words, "--hub", "somewhere"]) == 2
     assert fl_main(words) == 1
     assert "is there already" in capsys.readouterr().err
+
+
+def test_the_guides_programs_converse_with_an_imported_release(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As they stand there, one after the other; what was fused is told of there, too."""
+    release = write_release(tmp_path / "release")
+    assert fl_main(["import-checkpoint", str(release), "--out", str(tmp_path / "moshiko")]) == 0
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    guide = (Path(__file__).parents[2] / "sdk" / "README.md").read_text(encoding="utf-8")
+    section = guide.partition("### speak\n")[2].partition("\n### ")[0]
+    programs = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {"__name__": "guide"}
+    for program in programs:
+        exec(compile(program, "sdk/README.md", "exec"), names)
+    assert len(programs) == 2
+    assert names["reply"].sound.shape == (2, FRAME)
+    assert all(float(figure) > 0 for figure in capsys.readouterr().out.split())
+    left = [name for name, _ in names["module"].named_parameters() if "lora" in name]
+    assert left == []
+    assert any("lora" in name for name in names["weights"])
 
 
 def test_a_model_that_only_writes_says_so(

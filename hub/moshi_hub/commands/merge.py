@@ -66,6 +66,7 @@ def merge(  # noqa: PLR0913 - one parameter an option
     """
     from moshi_hub.chair import MoreAttestations
     from moshi_hub.evaluation import gate_for
+    from moshi_hub.figures import explainer
     from moshi_hub.heldout import evaluator_for, store_pool
     from moshi_hub.merge import Options, Outcome
     from moshi_hub.merge import merge as run
@@ -88,6 +89,7 @@ def merge(  # noqa: PLR0913 - one parameter an option
             passphrase=passphrase_from(passphrase_env),
             gate=gate_for(replica, ensure_home(), _measured(console)),
             sampler=sampler(prompt),
+            explainer=explainer(replica),
         )
     except (NothingToMerge, MoreAttestations) as error:
         if not if_ready:

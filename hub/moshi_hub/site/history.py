@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moshi_fl.evidence import MICRO, Credit, Evaluators, Verdicts
 from moshi_fl.history import HubState, read_contributions, round_path
@@ -13,6 +13,7 @@ from moshi_fl.replica import Replica
 from moshi_fl.rules import owner_of
 from moshi_fl.trusted import read_evaluators, read_ledger, read_verdicts
 from moshi_fl.upstream import Origin, origin_of
+from moshi_hub.figures import MAX_FIGURES_BYTES, RoundFigures, figures_path, read_figures
 from moshi_hub.trust import Reputation, reputations, status
 
 ROUND_FILES = "rounds/*/round.json"
@@ -56,6 +57,8 @@ class Entry:
     parts: tuple[Part, ...] = ()
     commit: str = ""
     """The commit that brought it to main."""
+    figures: RoundFigures | None = None
+    """What whoever made it has measured beside its loss."""
 
     @property
     def origin(self) -> Origin | None:
@@ -149,19 +152,34 @@ def gather(replica: Replica, url: str = "") -> History:
     main = replica.fetch_main()
     rounds = replica.chain(state, 0)
     commits = replica.repo.added(main, ROUND_FILES)
+    figures = _figures(replica, main, rounds)
     listed = read_evaluators(replica.repo, main)
     return History(
         name=state.config.hub.name,
         hub=state.config.hub.id,
         model=_model_of(state),
         url=url.rstrip("/"),
-        entries=tuple(_entry(replica, main, record, commits) for record in rounds),
+        entries=tuple(
+            replace(_entry(replica, main, record, commits), figures=figures.get(record.round))
+            for record in rounds
+        ),
         evaluators=_jurors(listed, read_verdicts(replica.repo, main, rounds)) if listed else (),
     )
 
 
 def _model_of(state: HubState) -> str:
     return f"{state.config.family}, {state.newest.parameters:,} parameters"
+
+
+def _figures(
+    replica: Replica, main: str, rounds: Sequence[Round]
+) -> dict[int, RoundFigures | None]:
+    """Of the rounds that have them on main, by number."""
+    there = replica.repo.added(main, figures_path(0).replace("0000", "*"))
+    having = [record.round for record in rounds if figures_path(record.round) in there]
+    paths = [figures_path(number) for number in having]
+    texts = replica.repo.read_many(main, paths, limit=MAX_FIGURES_BYTES)
+    return {number: read_figures(text) for number, text in zip(having, texts, strict=True)}
 
 
 def _entry(replica: Replica, main: str, record: Round, commits: Mapping[str, str]) -> Entry:
