@@ -127,15 +127,14 @@ class Ttt(StreamingModule):
     def forward(self, x: Tensor) -> Tensor:
         """``x``: (B, T, C), the same back."""
         self.check_batch(x)
-        B, T, _ = x.shape
+        B, T, C = x.shape
         y = self._whole(x) if self._state is None else self._piece(x)  # (N, T, D)
         if T > 1:
             y = y.view(B, -1, T, y.shape[2]).transpose(1, 2)
-        y = y.reshape(x.shape).to(x.dtype)
-        y = self.post_norm(y)
+        y = self.post_norm(y.reshape(B * T, C).to(x.dtype))
         if self.config.use_gate:
-            y = gelu(self.g_proj(x)) * y
-        y = cast("Tensor", self.o_proj(y))
+            y = gelu(self.g_proj(x.reshape(B * T, C))) * y
+        y = cast("Tensor", self.o_proj(y)).view(x.shape)
         return y * self.alpha.tanh() if self.config.alpha is not None else y
 
     def project(self, x: Tensor, position: Tensor, recent: Tensor | None = None) -> Projected:
@@ -235,8 +234,9 @@ class Ttt(StreamingModule):
         if full.is_cuda or full.any():  # a GPU is not asked: it would have to be waited for
             rates = state.causal[-1] * state.rates.view(len(q), -1)
             new = learnt(state.fast, state.steps, rates)
-            first = self.first_weights(len(q) // H)
-            state.replace(drawn_back(new, first, self.config.forget), full)
+            if self.config.forget:
+                new = drawn_back(new, self.first_weights(len(q) // H), self.config.forget)
+            state.replace(new, full)
         return y
 
 
