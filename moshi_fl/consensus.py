@@ -1,45 +1,27 @@
-"""How evaluators are drawn, when they agree, and what follows: pure functions, exact arithmetic.
+"""When evaluators agree, and what follows: pure functions, exact arithmetic.
 
 Every decision is made on integers, so that an auditor on another machine decides the same.
-``moshi_fl.evidence`` has the records, ``moshi_fl.session`` puts them in order.
+``moshi_fl.evidence`` has the records, ``moshi_fl.session`` puts them in order, and
+``moshi_fl.verdicts`` asks here for each submission.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moshi_fl.evidence import (
-    LARGEST_LOSS,
-    MICRO,
-    Assignment,
-    Outcome,
-    Precision,
-    Ruling,
-    Seat,
-    Submission,
-)
-from moshi_fl.records import dump
-from moshi_fl.signing import fingerprint
+from moshi_fl.draw import Sequences, score
+from moshi_fl.evidence import LARGEST_LOSS, MICRO, Outcome, Precision, Ruling
 
-ESCALATED = 6
-"""External evaluators of a disputed submission, those of the first stage included: n = 7."""
 ESCALATED_QUORUM = 4
 """How many of them must agree with the anchor: 5 of 7."""
-PROBATION_SEATS = 2
 PRIVATE_CHECKS = 2
 """Private sequences of each result that the referee measures again."""
-
-NONCE_DOMAIN = b"moshi-fl-nonce-v1\n"
-SEED_DOMAIN = b"moshi-fl-seed-v1\n"
 
 Losses = NDArray[np.int64]
 Referee = Callable[[str, int], Ruling | None]
@@ -101,161 +83,6 @@ def gain(before: Losses, after: Losses) -> Gain:
     else:
         outcome = "neutral" if signal < noise else "reject"
     return Gain(total // m, math.isqrt(spread // ((m - 1) * m * m)), outcome)
-
-
-def counts(pool: int, sequences: int, private: int) -> tuple[int, int]:
-    """Shared and private sequences that a pool of this size has room for.
-
-    Beside the shared ones at least twice as many are left as an evaluator gets for itself, so
-    that no two evaluators get the same.
-    """
-    own = min(private, pool // 4)
-    return min(sequences, pool - 2 * own), own
-
-
-# The Merkle tree of the submissions (RFC 6962, section 2.1).
-
-
-def leaf(submission: Submission) -> bytes:
-    """Hash of a leaf."""
-    return hashlib.sha256(b"\0" + dump(submission)).digest()
-
-
-def merkle_root(leaves: Sequence[bytes]) -> bytes:
-    """Root of the tree over these leaf hashes, in their order."""
-    if not leaves:
-        return hashlib.sha256(b"").digest()
-    if len(leaves) == 1:
-        return leaves[0]
-    split = _split(len(leaves))
-    return _node(merkle_root(leaves[:split]), merkle_root(leaves[split:]))
-
-
-def merkle_proof(leaves: Sequence[bytes], index: int) -> list[bytes]:
-    """What it takes to get from a leaf to the root: hashes of siblings, from the leaf up."""
-    if len(leaves) <= 1:
-        return []
-    split = _split(len(leaves))
-    if index < split:
-        return [*merkle_proof(leaves[:split], index), merkle_root(leaves[split:])]
-    return [*merkle_proof(leaves[split:], index - split), merkle_root(leaves[:split])]
-
-
-def is_included(found: bytes, index: int, size: int, proof: Sequence[bytes], root: bytes) -> bool:
-    """Whether a proof leads from a leaf at this place, of so many, to the root."""
-    if not 0 <= index < size:
-        return False
-    sides: list[bool] = []
-    while size > 1:
-        split = _split(size)
-        sides.append(index < split)
-        index, size = (index, split) if index < split else (index - split, size - split)
-    if len(sides) != len(proof):
-        return False
-    for is_left, sibling in zip(reversed(sides), proof, strict=True):
-        found = _node(found, sibling) if is_left else _node(sibling, found)
-    return found == root
-
-
-def _split(size: int) -> int:
-    return 1 << ((size - 1).bit_length() - 1)
-
-
-def _node(left: bytes, right: bytes) -> bytes:
-    return hashlib.sha256(b"\1" + left + right).digest()
-
-
-# Seed and draw.
-
-
-def nonce_commitment(key: str, nonce: str) -> str:
-    """What an evaluator publishes before its nonce; bound to its key, so nobody can repeat it."""
-    return hashlib.sha256(NONCE_DOMAIN + key.encode() + b"\n" + bytes.fromhex(nonce)).hexdigest()
-
-
-def seed_of(closing: str, nonces: Iterable[str]) -> str:
-    """``SHA-256(domain | digest of the closing | xor of the nonces)``, all in hex."""
-    mixed = bytes(32)
-    for nonce in nonces:
-        mixed = bytes(a ^ b for a, b in zip(mixed, bytes.fromhex(nonce), strict=True))
-    return hashlib.sha256(SEED_DOMAIN + bytes.fromhex(closing) + mixed).hexdigest()
-
-
-def score(seed: str, *words: object) -> bytes:
-    """HMAC-SHA-256 under the seed of words joined by ``|``: what all draws are ordered by."""
-    message = "|".join(map(str, words)).encode()
-    return hmac.digest(bytes.fromhex(seed), message, "sha256")
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """Which sequences of the pool a session uses."""
-
-    pool: int
-    shared: tuple[int, ...]
-    seed: str
-    private_count: int
-
-    def private(self, evaluator: str) -> tuple[int, ...]:
-        """An evaluator's own sequences, ascending; shared with nobody but by chance."""
-        return _private(self, evaluator)
-
-
-@lru_cache(maxsize=1024)
-def _private(sequences: Sequences, evaluator: str) -> tuple[int, ...]:
-    shared = set(sequences.shared)
-    rest = [i for i in range(sequences.pool) if i not in shared]
-    chosen = sorted(rest, key=lambda i: score(sequences.seed, "private", evaluator, i))
-    return tuple(sorted(chosen[: sequences.private_count]))
-
-
-@lru_cache(maxsize=64)
-def draw_sequences(seed: str, pool: int, sequences: int, private: int) -> Sequences:
-    """The sequences of a session, known to nobody before the draw."""
-    order = sorted(range(pool), key=lambda i: score(seed, "shared", i))
-    return Sequences(pool, tuple(sorted(order[:sequences])), seed, private)
-
-
-def ranking(
-    seed: str, submission: Submission, seats: Sequence[Seat], owners: Mapping[str, str]
-) -> list[Seat]:
-    """Who may evaluate a submission, lowest score first: of each owner one, never its own.
-
-    ``owners``: owner of each key that has a seat, whether it takes part or not.
-    """
-    own = {owners.get(submission.key), fingerprint(submission.key)}
-    ordered = sorted(seats, key=lambda seat: score(seed, "assign", submission.id, seat.id))
-    taken: set[str] = set()
-    found = []
-    for seat in ordered:
-        if seat.key != submission.key and seat.owner not in own | taken:
-            taken.add(seat.owner)
-            found.append(seat)
-    return found
-
-
-def assign(
-    seed: str,
-    submission: Submission,
-    seats: Sequence[Seat],
-    owners: Mapping[str, str],
-    *,
-    quorum: int,
-    stage: int,
-) -> Assignment:
-    """Who evaluates a submission in a stage; ``seats`` are those who revealed their nonces."""
-    counting = ranking(seed, submission, [seat for seat in seats if seat.counts], owners)
-    chosen = counting[:quorum] if stage == 1 else counting[quorum:ESCALATED]
-    learning = ranking(seed, submission, [seat for seat in seats if not seat.counts], owners)
-    learning = [] if stage > 1 else learning[:PROBATION_SEATS]
-    return Assignment(
-        submission=submission.id,
-        evaluators=tuple(seat.id for seat in chosen),
-        probation=tuple(seat.id for seat in learning),
-    )
-
-
-# Agreement and decision.
 
 
 @dataclass(frozen=True)

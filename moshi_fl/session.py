@@ -1,4 +1,4 @@
-"""An evaluation session as its records tell it: read, checked against one another, and decided.
+"""An evaluation session as its records tell it: read, and checked against one another.
 
 A *board* maps the name of a step (``opening``, ``nonce/ID``, ``sealing/1``…) to a signed record;
 wherever it lies. What the hub says must be right, or the session is refused. What an evaluator says
@@ -8,26 +8,12 @@ and ``Session.ignored`` says why.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import TypeVar
 
-from moshi_fl.consensus import (
-    Case,
-    Decision,
-    Measured,
-    Referee,
-    Sequences,
-    assign,
-    decide,
-    draw_sequences,
-    leaf,
-    merge_rulings,
-    merkle_root,
-    nonce_commitment,
-    seed_of,
-)
+from moshi_fl.draw import Sequences, assign, draw_sequences, nonce_commitment, seed_of
 from moshi_fl.errors import CorruptRecord, UntrustedHub
 from moshi_fl.evidence import (
     MAX_ATTESTATION_BYTES,
@@ -36,21 +22,18 @@ from moshi_fl.evidence import (
     AttestationCommitment,
     Closing,
     Draw,
-    Judged,
     NonceCommitment,
     NonceReveal,
     Opening,
-    Ruling,
     Sealing,
     Seat,
     Submission,
-    Tally,
     Verdicts,
     evaluator_id,
-    unpack,
 )
 from moshi_fl.history import signature_beside
-from moshi_fl.records import Location, Record, digest, load
+from moshi_fl.merkle import leaf, merkle_root
+from moshi_fl.records import Record, digest, load
 from moshi_fl.signing import ATTESTATION_NAMESPACE, EVALUATION_NAMESPACE, verify_signature
 
 MAX_STEP_BYTES = 4 << 20
@@ -195,7 +178,7 @@ def read_session(board: Board, *, opening: Opening | None = None) -> Session:
             _read_stage(board, session, stage)
     verdicts = _hub_record(board, "verdicts", Verdicts, session.opening.anchor)
     if verdicts and verdicts.opening != digest(session.opening):
-        raise _broken("verdicts", "they are those of another session")
+        raise broken("verdicts", "they are those of another session")
     session.verdicts = verdicts
     return session
 
@@ -214,7 +197,7 @@ def _read_draw(board: Board, session: Session) -> None:
         who: entry for who, entry in session.commitments.items() if digest(entry) in in_time
     }
     if len(session.commitments) < len(in_time):
-        raise _broken("closing", "it names a commitment that is not there")
+        raise broken("closing", "it names a commitment that is not there")
     reveals = _theirs(board, session, "nonce", NonceReveal)
     for who, entry in _following(session, reveals, "closing", digest(closing)).items():
         commitment = session.commitments.get(who)
@@ -234,31 +217,31 @@ def _read_draw(board: Board, session: Session) -> None:
 
 def _check_closing(closing: Closing, opening: Opening) -> None:
     if closing.opening != digest(opening):
-        raise _broken("closing", "it closes another session")
+        raise broken("closing", "it closes another session")
     ids = [submission.id for submission in closing.submissions]
     if ids != sorted(set(ids)):
-        raise _broken("closing", "its submissions are not in order")
+        raise broken("closing", "its submissions are not in order")
     if merkle_root([leaf(entry) for entry in closing.submissions]).hex() != closing.root:
-        raise _broken("closing", "its root is not that of its submissions")
+        raise broken("closing", "its root is not that of its submissions")
 
 
 def _check_draw(session: Session, draw: Draw, stage: int) -> None:
     closing = session.closing
     if closing is None or draw.closing != digest(closing) or draw.stage != stage:
-        raise _broken(f"draw/{stage}", "it belongs to another session or stage")
+        raise broken(f"draw/{stage}", "it belongs to another session or stage")
     revealed = {digest(entry): who for who, entry in session.reveals.items()}
     if set(draw.reveals) - set(revealed):
-        raise _broken(f"draw/{stage}", "it counts a nonce that is not there")
+        raise broken(f"draw/{stage}", "it counts a nonce that is not there")
     if stage > 1 and draw.reveals != session.draws[1].reveals:
-        raise _broken(f"draw/{stage}", "its nonces are not those of the first")
+        raise broken(f"draw/{stage}", "its nonces are not those of the first")
     who = sorted(revealed[entry] for entry in draw.reveals)
     session.reveals = {name: session.reveals[name] for name in who}
     if draw.seed != draw_seed(closing, session.reveals):
-        raise _broken(f"draw/{stage}", "its seed does not follow from the nonces")
+        raise broken(f"draw/{stage}", "its seed does not follow from the nonces")
     wanted = {entry.submission for entry in draw.assignments}
     chosen = [entry for entry in closing.submissions if stage == 1 or entry.id in wanted]
     if draw.assignments != draw_assignments(session, draw.seed, chosen, stage):
-        raise _broken(f"draw/{stage}", "its assignments do not follow from the seed")
+        raise broken(f"draw/{stage}", "its assignments do not follow from the seed")
 
 
 def draw_seed(closing: Closing, reveals: Mapping[str, NonceReveal]) -> str:
@@ -287,11 +270,11 @@ def _read_stage(board: Board, session: Session, stage: int) -> None:
     if sealing is None:
         return
     if sealing.draw != draw:
-        raise _broken(f"sealing/{stage}", "it seals another draw")
+        raise broken(f"sealing/{stage}", "it seals another draw")
     session.sealings[stage] = sealing
     sealed = session.sealed(stage)
     if len(sealed) < len(set(sealing.commitments)):
-        raise _broken(f"sealing/{stage}", "it names a commitment that is not there")
+        raise broken(f"sealing/{stage}", "it names a commitment that is not there")
     found = _theirs(board, session, f"attestation/{stage}", Attestation)
     for who, entry in _following(session, found, "draw", draw).items():
         name = f"attestation/{stage}/{who}"
@@ -312,7 +295,7 @@ def _hub_record(board: Board, name: str, kind: type[R], anchor: str | None) -> R
         key = anchor or str(getattr(record, "anchor", ""))
         _verify(signed, key, EVALUATION_NAMESPACE)
     except CorruptRecord as error:
-        raise _broken(name, str(error).rstrip(".")) from error
+        raise broken(name, str(error).rstrip(".")) from error
     return record
 
 
@@ -355,163 +338,6 @@ def _following(session: Session, found: dict[str, E], link: str, wanted: str) ->
     return kept
 
 
-def _broken(name: str, what: str) -> UntrustedHub:
+def broken(name: str, what: str) -> UntrustedHub:
+    """What the hub says of a step is not so."""
     return UntrustedHub(f"the hub's evaluation contradicts itself: {name}: {what}.")
-
-
-# Deciding.
-
-
-def measurements(session: Session, submission: str) -> dict[str, Measured]:
-    """What each evaluator says of a submission, over all stages; unusable results count as none."""
-    found = {}
-    sequences = session.sequences
-    for stage, attestations in session.attestations.items():
-        for who, entry in attestations.items():
-            if submission not in session.assigned(stage, who):
-                continue
-            try:
-                measured = _measured(session, sequences, stage, who, entry, submission)
-            except CorruptRecord as error:
-                session.ignored[f"attestation/{stage}/{who}"] = str(error)
-                continue
-            if measured:
-                found[who] = measured
-    return found
-
-
-def _measured(
-    session: Session,
-    sequences: Sequences,
-    stage: int,
-    who: str,
-    entry: Attestation,
-    submission: str,
-) -> Measured | None:
-    result = next((r for r in entry.results if r.submission == submission), None)
-    if result is None:
-        return None
-    base = next((b for b in entry.bases if b.round == result.base_round), None)
-    if base is None:
-        raise CorruptRecord(f"there are no losses of round {result.base_round}.")
-    shared, own = len(sequences.shared), sequences.private(who)
-    name = f"attestation of {who}"
-    before = unpack(base.private, len(own), name=name).tolist()
-    after = unpack(result.private, len(own), name=name).tolist()
-    return Measured(
-        evaluator=who,
-        counts=who in session.seats and session.seats[who].counts,
-        before=unpack(base.shared, shared, name=name),
-        after=unpack(result.shared, shared, name=name),
-        private=dict(zip(own, zip(before, after, strict=True), strict=True)),
-        sealing=digest(session.sealings[stage]),
-    )
-
-
-def case_of(session: Session, submission: str) -> Case:
-    """A submission as it stands after the newest stage that concerned it."""
-    found = measurements(session, submission)
-    stage = max(
-        (
-            n
-            for n, d in session.draws.items()
-            if any(a.submission == submission for a in d.assignments)
-        ),
-        default=1,
-    )
-    return Case(
-        submission=submission,
-        stage=stage,
-        quorum=session.opening.quorum,
-        precision=session.opening.precision,
-        sequences=session.sequences,
-        anchor=found.pop(session.anchor, None),
-        externals=tuple(found[who] for who in sorted(found)),
-    )
-
-
-def decide_all(session: Session, referee: Referee) -> dict[str, Decision]:
-    """A decision for each submission, by id."""
-    assert session.closing is not None
-    return {
-        entry.id: decide(case_of(session, entry.id), referee)
-        for entry in session.closing.submissions
-    }
-
-
-def to_escalate(session: Session, decisions: Mapping[str, Decision]) -> list[Submission]:
-    """Undecided submissions for which more evaluators can be drawn."""
-    assert session.closing is not None
-    if session.stage != 1:
-        return []
-    undecided = [s for s in session.closing.submissions if decisions[s.id].outcome is None]
-    drawn = draw_assignments(session, session.seed, undecided, 2)
-    return [s for s, entry in zip(undecided, drawn, strict=True) if entry.evaluators]
-
-
-def verdicts_of(
-    session: Session, decisions: Mapping[str, Decision], evidence: Location
-) -> Verdicts:
-    """The record that ends a session; what is undecided now is for the maintainer to decide."""
-    opening = session.opening
-    return Verdicts(
-        hub=opening.hub,
-        round=opening.round,
-        opening=digest(opening),
-        mode=opening.mode,
-        anchor=opening.anchor,
-        judged=tuple(_judged(name, decisions[name]) for name in sorted(decisions)),
-        rulings=merge_rulings(decisions.values()),
-        tallies=_tallies(session, list(decisions.values())),
-        evidence=evidence,
-    )
-
-
-def _judged(submission: str, decision: Decision) -> Judged:
-    return Judged(
-        submission=submission,
-        outcome=decision.outcome or "disputed",
-        gain=decision.gain.mean if decision.gain else 0,
-        standard_error=decision.gain.standard_error if decision.gain else 0,
-        attesters=decision.agreeing,
-        reason=decision.reason,
-    )
-
-
-def _tallies(session: Session, decisions: Sequence[Decision]) -> tuple[Tally, ...]:
-    """For each evaluator: verdicts that confirm it; a session with a proven lie confirms none."""
-    found = []
-    for who, seat in sorted(session.seats.items()):
-        lied = any(who in decision.liars for decision in decisions)
-        confirmed = 0 if lied else sum(who in decision.confirmed for decision in decisions)
-        if lied or confirmed:
-            found.append(Tally(key=seat.key, confirmed=confirmed, lies=int(lied)))
-    return tuple(found)
-
-
-def recorded_referee(rulings: Iterable[Ruling]) -> Referee:
-    """The referee as the verdicts recorded it."""
-    known = {(ruling.submission, ruling.sequence): ruling for ruling in rulings}
-    return lambda submission, sequence: known.get((submission, sequence))
-
-
-def check_verdicts(verdicts: Verdicts, board: Board) -> Session:
-    """Derive verdicts again from their evidence.
-
-    Nothing here needs the sealed pool: only the referee's rulings are taken as recorded. Whoever
-    has the pool, once it is published, can measure those too.
-
-    Raises:
-        UntrustedHub: The evidence is not that of these verdicts, or gives others.
-    """
-    session = read_session({name: entry for name, entry in board.items() if name != "verdicts"})
-    if session.opening.anchor != verdicts.anchor:
-        raise _broken("verdicts", "the evidence has another anchor")
-    if session.closing is None or 1 not in session.sealings:
-        raise _broken("verdicts", "the evidence is that of an unfinished session")
-    decisions = decide_all(session, recorded_referee(verdicts.rulings))
-    if to_escalate(session, decisions):
-        raise _broken("verdicts", "more evaluators could have been drawn for a disputed submission")
-    if verdicts_of(session, decisions, verdicts.evidence) != verdicts:
-        raise _broken("verdicts", "they do not follow from the evidence")
-    return session

@@ -15,9 +15,10 @@ from moshi_fl.history import EVALUATORS_FILE, ledger_path, signature_beside, ver
 from moshi_fl.ledger import check_ledger
 from moshi_fl.records import Contribution, Record, Round, digest, load
 from moshi_fl.restore import fetch_locations
-from moshi_fl.session import MAX_STEP_BYTES, Session, Signed, board_of, check_verdicts
+from moshi_fl.session import MAX_STEP_BYTES, Session, Signed, board_of
 from moshi_fl.signing import EVALUATION_NAMESPACE, MAX_SIGNATURE_BYTES, verify_signature
 from moshi_fl.store import HubRepo
+from moshi_fl.verdicts import check_verdicts
 from moshi_fl.weights import sha256_bytes
 
 R = TypeVar("R", bound=Record)

@@ -13,8 +13,10 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moshi_fl.consensus import assign, gain, leaf, merkle_root
+from moshi_fl.consensus import gain
+from moshi_fl.draw import assign
 from moshi_fl.evidence import Seat, Submission
+from moshi_fl.merkle import leaf, merkle_root
 from moshi_fl.records import dump
 from tests.support.keys import signer_of
 

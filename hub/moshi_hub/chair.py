@@ -9,26 +9,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from moshi_fl.consensus import counts, leaf, merkle_root
+from moshi_fl.draw import counts
 from moshi_fl.errors import ConfigError, DataError, Exit, HubError
 from moshi_fl.evidence import Closing, Draw, Mode, Opening, Sealing, Seat, Submission
 from moshi_fl.history import Refs
+from moshi_fl.merkle import leaf, merkle_root
 from moshi_fl.records import Contribution, File, Location, Record, Round, digest, dump
 from moshi_fl.session import (
     Session,
     Signed,
     board_of,
-    check_verdicts,
-    decide_all,
     draw_assignments,
     draw_seed,
     evidence_files,
     read_session,
-    to_escalate,
-    verdicts_of,
 )
 from moshi_fl.signing import EVALUATION_NAMESPACE, Signer
 from moshi_fl.store import NOREPLY, Author, HubRepo
+from moshi_fl.verdicts import check_verdicts, decide_all, to_escalate, verdicts_of
 from moshi_fl.weights import sha256_bytes
 from moshi_hub.agenda import counted, next_step
 from moshi_hub.board import Board

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from moshi_fl.consensus import gain
 from moshi_fl.evidence import MICRO, Judged, Verdicts
-from moshi_fl.session import Session, measurements
+from moshi_fl.session import Session
 from moshi_fl.signing import fingerprint
 from moshi_fl.text import markdown
+from moshi_fl.verdicts import measurements
 from moshi_hub.judging import Decided
 
 HOW = (

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from moshi_fl.consensus import nonce_commitment
+from moshi_fl.draw import nonce_commitment
 from moshi_fl.errors import ConfigError, UntrustedHub
 from moshi_fl.evidence import (
     MAX_ATTESTATION_BYTES,

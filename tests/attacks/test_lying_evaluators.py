@@ -8,7 +8,8 @@ import msgspec
 import pytest
 
 from moshi_fl.evidence import Attestation, evaluator_id, pack, unpack
-from moshi_fl.session import board_of, check_verdicts
+from moshi_fl.session import board_of
+from moshi_fl.verdicts import check_verdicts
 from moshi_hub.trust import reputations, status
 from tests.support.keys import signer_of
 from tests.support.sessions import Court, shifted

@@ -17,23 +17,15 @@ from moshi_fl.consensus import (
     Case,
     Measured,
     agree,
-    assign,
-    counts,
     decide,
-    draw_sequences,
     gain,
-    is_included,
-    leaf,
-    merkle_proof,
-    merkle_root,
-    nonce_commitment,
     private_checks,
     quantise,
-    ranking,
-    seed_of,
 )
+from moshi_fl.draw import assign, counts, draw_sequences, nonce_commitment, ranking, seed_of
 from moshi_fl.errors import CorruptRecord
 from moshi_fl.evidence import LARGEST_LOSS, Ruling, Seat, Submission, pack, unpack
+from moshi_fl.merkle import is_included, leaf, merkle_proof, merkle_root
 from tests.support.keys import signer_of
 
 SEED = hashlib.sha256(b"seed").hexdigest()

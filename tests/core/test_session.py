@@ -13,15 +13,8 @@ from moshi_fl import evidence
 from moshi_fl.errors import MoshiError, UntrustedHub
 from moshi_fl.evidence import Closing, Draw, Opening, Sealing, Verdicts, evaluator_id
 from moshi_fl.records import Record, load
-from moshi_fl.session import (
-    Signed,
-    board_of,
-    check_verdicts,
-    decide_all,
-    evidence_files,
-    measurements,
-    read_session,
-)
+from moshi_fl.session import Signed, board_of, evidence_files, read_session
+from moshi_fl.verdicts import check_verdicts, decide_all, measurements
 from tests.support.keys import signer_of
 from tests.support.sessions import Paper
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from moshi_fl.consensus import leaf, merkle_root, nonce_commitment, seed_of
+from moshi_fl.draw import nonce_commitment, seed_of
 from moshi_fl.evidence import (
     Attestation,
     AttestationCommitment,
@@ -28,17 +28,12 @@ from moshi_fl.evidence import (
     evaluator_id,
     pack,
 )
+from moshi_fl.merkle import leaf, merkle_root
 from moshi_fl.records import Contribution, Location, Record, digest, dump
 from moshi_fl.replica import Replica
-from moshi_fl.session import (
-    Session,
-    Signed,
-    decide_all,
-    draw_assignments,
-    read_session,
-    verdicts_of,
-)
+from moshi_fl.session import Session, Signed, draw_assignments, read_session
 from moshi_fl.signing import ATTESTATION_NAMESPACE, EVALUATION_NAMESPACE
+from moshi_fl.verdicts import decide_all, verdicts_of
 from moshi_fl.weights import write_atomic
 from moshi_hub import evaluator as steps
 from moshi_hub.agenda import awaited, next_step
