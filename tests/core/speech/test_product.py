@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from moshi_fl.models.speech.product import Linear, Product, linear
+from moshi_fl.models.speech.product import HAS_ONEDNN, Linear, Product, linear
 
 # Rows and widths on both sides of every limit.
 SHAPES = [(rows, width) for rows in (1, 2, 3, 8, 9) for width in (24, 512, 520, 1536, 1544)]
@@ -64,3 +64,30 @@ def test_other_numbers_than_float32_are_left_to_pytorch() -> None:
     for dtype in (torch.bfloat16, torch.float64):
         module, x = Linear(16, 4, bias=False).to(dtype), torch.randn(2, 16).to(dtype)
         assert torch.equal(module(x), nn.functional.linear(x, module.weight))
+
+
+@pytest.mark.parametrize("frozen", ["nothing", "weight", "input"])
+def test_many_rows_have_the_gradients_of_a_linear_layer(frozen: str) -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(20, 4, 24)[:, 1:3]  # with gaps between them
+    weight, aim = torch.randn(10, 24), torch.randn(20, 2, 10)
+    found = []
+    for multiply in (linear, nn.functional.linear):
+        x, w = (
+            tensor.clone().requires_grad_(frozen != name)
+            for name, tensor in (("input", rows), ("weight", weight))
+        )
+        y = multiply(x, w)
+        (y * aim).sum().backward()
+        found.append((y, x.grad, w.grad))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.skipif(not HAS_ONEDNN, reason="this build of PyTorch has no such product")
+def test_many_rows_say_that_they_have_no_second_derivative() -> None:
+    x = torch.randn(40, 8, requires_grad=True)
+    y = linear(x, torch.randn(4, 8)).square().sum()
+    (first,) = torch.autograd.grad(y, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
