@@ -482,10 +482,25 @@ def test_nobody_stands_in_the_way_of_anothers_key(hub: HubSimulator, corpus: Pat
     hub.push_record(msgspec.structs.replace(false, num_examples=3), signature=b"")
     elsewhere = msgspec.structs.replace(false, hub="f" * 16)
     hub.push_record(elsewhere, key="ann")
-    assert contribute(hub.url, [corpus], Options(seed=1, key=ann), home=home).sent
+    first = contribute(hub.url, [corpus], Options(seed=1, key=ann), home=home)
     hub.push_record(false, key="eve", extra={"noise": os.urandom(3 << 20)})
-    again = Options(seed=1, contributor="other", key=ann, replace=True)
-    assert contribute(hub.url, [corpus], again, home=home).sent
+    others = set(open_ids(hub)) - {first.contribution.id}
+    again = Options(seed=2, key=ann)
+    with pytest.raises(Rejected, match="is open already"):
+        contribute(hub.url, [corpus], again, home=home)
+    second = contribute(hub.url, [corpus], replace(again, replace=True), home=home)
+    assert set(open_ids(hub)) == others | {second.contribution.id}
+
+
+def test_who_replaces_their_own_takes_no_delta_from_others(hub: HubSimulator, corpus: Path) -> None:
+    """Equal work lies on one ref, whoever has sent it."""
+    home = hub.folder / "ann"
+    first = contribute(hub.url, [corpus], Options(seed=1), home=home).contribution
+    theirs = msgspec.structs.replace(first, key=signer_of("eve").public_key)
+    hub.push_record(theirs, key="eve")
+    second = contribute(hub.url, [corpus], Options(seed=2, replace=True), home=home).contribution
+    assert sorted(open_ids(hub)) == sorted([theirs.id, second.id])
+    assert hub.codes() == []
 
 
 def test_the_carry_of_what_was_replaced_is_not_used(tmp_path: Path) -> None:
