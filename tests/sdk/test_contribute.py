@@ -20,10 +20,12 @@ from moshi_fl.errors import (
     TrainingError,
 )
 from moshi_fl.feedback import Feedback
-from moshi_fl.history import accepted_signature_path, check_signature
+from moshi_fl.history import accepted_signature_path, check_signature, contribution_branch
 from moshi_fl.records import Contribution, dump
-from moshi_fl.signing import Signer, fingerprint
-from moshi_fl.store import ANY, RefUpdate
+from moshi_fl.replica import Replica
+from moshi_fl.signing import Signer, fingerprint, own_signer
+from moshi_fl.store import ANY, PushRejected, RefUpdate
+from moshi_fl.submit import signature_of, submit
 from moshi_fl.train import Progress
 from moshi_fl.weights import open_weights
 from moshi_sdk.cli import main
@@ -63,8 +65,6 @@ class Stopper:
 
 
 def runs_of(hub: HubSimulator, home: Path) -> Runs:
-    from moshi_fl.replica import Replica
-
     return Runs(Replica(hub.url, home).folder / "runs")
 
 
@@ -451,6 +451,23 @@ def test_what_a_round_has_taken_cannot_be_replaced(hub: HubSimulator, corpus: Pa
     with pytest.raises(Rejected, match="is in round 1 already") as refused:
         resume(hub.url, home=home, replace=True)
     assert "--discard" in refused.value.hint
+    assert hub.refs() == refs
+
+
+def test_what_a_round_takes_in_the_moment_of_its_replacement_is_not_replaced(
+    hub: HubSimulator, corpus: Path
+) -> None:
+    home = hub.folder / "ann"
+    second = send(hub, corpus, dry_run=True, seed=2)
+    first = send(hub, corpus, seed=1)
+    place = (contribution_branch(0, first.id), first.delta.ref)
+    seen = {ref: commit for ref, commit in hub.refs().items() if ref in place}
+    replica, run = Replica(hub.url, home), runs_of(hub, home).resume()
+    signature = signature_of(run.signature, second, own_signer(home, None))
+    hub.merge()
+    state, refs = replica.pull().state, hub.refs()
+    with pytest.raises(PushRejected, match="nothing was pushed"):
+        submit(replica, state, second, signature, run.delta, replica.repo, withdraw=seen)
     assert hub.refs() == refs
 
 
