@@ -18,7 +18,7 @@ import numpy as np
 
 from moshi_fl.codec import get_codec
 from moshi_fl.codec.delta import Delta, delta_bytes, encode_delta
-from moshi_fl.errors import BadSignature, HubError, UntrustedHub
+from moshi_fl.errors import CorruptRecord, HubError, UntrustedHub
 from moshi_fl.history import DELTA_FILE, check_signature
 from moshi_fl.hubfile import DeltaRules, VocabularyRules
 from moshi_fl.pull_request import forge_of, propose, pushing_to
@@ -242,14 +242,14 @@ def _checked(bridge: Bridge, key: str) -> Prepared:
     """
     waiting, folder = bridge.told.waiting, _work(bridge)
     assert waiting is not None
-    if _at_hand(bridge) != waiting:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        bridge.outbox.fetch(bridge.told, folder)
     try:
+        if _at_hand(bridge) != waiting:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            bridge.outbox.fetch(bridge.told, folder)
         check_signature(waiting.contribution, (folder / SIGNATURE_FILE).read_bytes())
         is_own = waiting.contribution.key == key and waiting.passed.id == waiting.contribution.id
-    except BadSignature:
+    except CorruptRecord:  # no signature of it, or files that are not there
         is_own = False
     if not is_own:
         shutil.rmtree(folder)

@@ -795,7 +795,7 @@ def test_what_has_waited_for_too_long_is_made_anew_with_all_its_rounds(
     assert [v.contribution.id for v in upstream.look().verdicts if v.accepted] == [sent.passed.id]
 
 
-@pytest.mark.parametrize("planted", ["foreign", "unsigned", "garbage", "changed"])
+@pytest.mark.parametrize("planted", ["foreign", "unsigned", "garbage", "changed", "empty"])
 def test_what_somebody_planted_is_not_sent(
     region: HubSimulator, upstream: HubSimulator, planted: str
 ) -> None:
@@ -811,6 +811,9 @@ def test_what_somebody_planted_is_not_sent(
             entry = msgspec.structs.replace(entry, key=signer_of("eve").public_key)
         if planted == "unsigned":
             entry = msgspec.structs.replace(entry, num_examples=1 << 40)
+        if planted == "empty":
+            nothing = msgspec.structs.replace(entry.delta, files=())
+            entry = msgspec.structs.replace(entry, delta=nothing)
         delta = delta + b" " if planted == "changed" else delta
         passed = msgspec.structs.replace(waiting.passed, id=entry.id)
         data = dump(msgspec.structs.replace(waiting, passed=passed, contribution=entry))
