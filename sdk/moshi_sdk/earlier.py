@@ -151,12 +151,13 @@ def _record(repo: HubRepo, commit: str, branch: str) -> Signed | None:
 
 def _is_by(key: str, record: Contribution, signature: bytes) -> bool:
     """Whether this key has signed it; others may call themselves so."""
+    if record.key != key:
+        return False
     try:
-        if record.key == key:
-            check_signature(record, signature)
-        return record.key == key
+        check_signature(record, signature)
     except BadSignature:
         return False
+    return True
 
 
 def make_way(found: Earlier | None, *, replace: bool) -> Mapping[str, str]:

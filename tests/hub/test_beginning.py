@@ -166,10 +166,15 @@ def test_a_hub_that_cannot_be_made_leaves_what_was_there(
 def test_a_hub_that_cannot_be_made_leaves_what_came_meanwhile(tmp_path: Path) -> None:
     """Two are made at a time in a folder that is new: one fails when the other is there."""
     ours, theirs = tmp_path / "hubs" / "our.git", tmp_path / "hubs" / "their.git"
-    with pytest.raises(Interrupted), left_as_found(HubRepo(tmp_path / "copy", str(ours)), ours):
-        create_hub(ours)
-        assert main(["init", str(theirs)]) == 0
-        raise Interrupted
+
+    def make_both() -> None:
+        with left_as_found(HubRepo(tmp_path / "copy", str(ours)), ours):
+            create_hub(ours)
+            assert main(["init", str(theirs)]) == 0
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        make_both()
     assert not ours.exists()
     assert "refs/heads/main" in git(theirs, "for-each-ref")
 
