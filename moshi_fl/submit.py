@@ -122,8 +122,9 @@ def submit(
         return Sent(branch, refs, len(record), contribution.delta.bytes, again=True)
     if not delta.exists():
         raise Rejected(
-            f"contribution {contribution.id[:12]} was sent before, and the hub did not take it.",
-            hint=f"{anew}   (another one; the hub's maintainer knows why)",
+            f"contribution {contribution.id[:12]} was sent before, and is open no more: "
+            "it was withdrawn, or the hub did not take it.",
+            hint=f"{anew}   (another one; why a hub did not take it, its maintainer knows)",
         )
     commit = delta_commit(repo, contribution.delta.ref, delta.read_bytes())
     if commit != contribution.delta.commit:

@@ -431,6 +431,9 @@ def test_the_second_takes_the_place_of_the_first_in_one_step(
     assert open_ids(hub) == [second.id]
     assert first.delta.ref not in hub.refs()
     assert hub.codes() == []
+    with pytest.raises(Rejected, match="it was withdrawn"):
+        contribute(hub.url, [corpus], Options(seed=1, replace=True), home=home)
+    assert open_ids(hub) == [second.id]
     assert [entry.id for entry in hub.merge().built.record.contributions] == [second.id]
 
 
