@@ -762,6 +762,20 @@ def test_what_waits_is_sent_by_whoever_comes_next(
     assert (rest.passed.first, rest.passed.last) == (1, 2)
 
 
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_what_waits_is_sent_whole_whatever_happened_to_it_here(
+    region: HubSimulator, upstream: HubSimulator, damage: str
+) -> None:
+    region.rounds(1)
+    bridge = claimed(region, upstream)
+    path = bridge.folder / "work" / "delta.safetensors"
+    path.unlink() if damage == "missing" else path.write_bytes(b"x")
+    sent = up(region, upstream)
+    assert sent.contribution == bridge.told.waiting.contribution
+    assert upstream.codes() == []
+    assert len(upstream.merge().built.record.contributions) == 1
+
+
 def test_a_machine_that_wakes_up_late_sends_nothing_again(
     tmp_path: Path, region: HubSimulator, upstream: HubSimulator
 ) -> None:
@@ -825,8 +839,9 @@ def test_what_somebody_planted_is_not_sent(
     repo.push([RefUpdate(ref, commit, told.commit)])
     shutil.rmtree(folder)
     before = upstream.refs()
-    with pytest.raises(MoshiError):
+    with pytest.raises(MoshiError) as refused:
         up(region, upstream)
+    assert planted == "garbage" or f"delete {ref}" in refused.value.hint
     assert upstream.refs() == before
     repo.push([RefUpdate(ref, None, commit)])  # as the message says
     assert up(region, upstream).contribution.key == waiting.contribution.key
