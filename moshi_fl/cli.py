@@ -212,6 +212,16 @@ def pairs(
     return found
 
 
+set_option = click.option(
+    "--set",
+    "model",
+    multiple=True,
+    callback=pairs,
+    metavar="KEY=VALUE",
+    help="A key of [model] to have otherwise than the preset; may be given several times.",
+)
+
+
 def _scalar(text: str) -> bool | int | float | str:
     if text in ("true", "false"):
         return text == "true"

@@ -108,20 +108,23 @@ def submit(
         withdraw: Refs of an earlier one, with their commits, that go in the same push.
 
     Raises:
-        HubError: The hub cannot be reached or refuses; the run stays and can be resumed.
+        HubError: The hub cannot be reached or refuses, or what is to be withdrawn has gone; the run
+            stays and can be resumed.
         Rejected: It was sent before, and the hub dropped it.
     """
     repo, number = to, contribution.round
     branch = contribution_branch(number, contribution.id)
     record = dump(contribution)
     refs = (branch, contribution.delta.ref)
-    present = repo.remote_refs(*refs)
+    old = {ref: oid for ref, oid in (withdraw or {}).items() if ref not in refs}
+    present = repo.remote_refs(*refs, *old)
     if branch in present or is_merged(replica, state, contribution):
         return Sent(branch, refs, len(record), contribution.delta.bytes, again=True)
     if not delta.exists():
         raise Rejected(
-            f"contribution {contribution.id[:12]} was sent before, and the hub did not take it.",
-            hint=f"{anew}   (another one; the hub's maintainer knows why)",
+            f"contribution {contribution.id[:12]} was sent before, and is open no more: "
+            "it was withdrawn, or the hub did not take it.",
+            hint=f"{anew}   (another one; why a hub did not take it, its maintainer knows)",
         )
     commit = delta_commit(repo, contribution.delta.ref, delta.read_bytes())
     if commit != contribution.delta.commit:
@@ -132,7 +135,7 @@ def submit(
         RefUpdate(branch, _record_commit(replica, contribution, signature.encode()), None),
         RefUpdate(contribution.delta.ref, commit, present.get(contribution.delta.ref)),
     ]
-    old = {ref: oid for ref, oid in (withdraw or {}).items() if ref not in refs}
+    _require_still_there(repo, old, present)
     updates += [RefUpdate(ref, None, oid) for ref, oid in old.items()]
     try:
         repo.push(updates)
@@ -141,6 +144,17 @@ def submit(
             raise
         return Sent(branch, refs, len(record), contribution.delta.bytes, again=True)
     return Sent(branch, refs, len(record), contribution.delta.bytes)
+
+
+def _require_still_there(repo: HubRepo, old: Mapping[str, str], present: Mapping[str, str]) -> None:
+    """What has gone meanwhile cannot be replaced: a push deletes what is there, if it is there."""
+    moved = tuple(ref for ref, oid in old.items() if present.get(ref) != oid)
+    if moved:
+        raise PushRejected(
+            f"{moved[0]} was taken or replaced on {repo.shown_url} meanwhile; nothing was pushed.",
+            refs=moved,
+            hint="moshi-fl contribute --resume   (says what became of it)",
+        )
 
 
 def _record_commit(replica: Replica, contribution: Contribution, signature: bytes) -> str:

@@ -45,15 +45,15 @@ class Percent(float):
 
 
 class Figure(float):
-    """A measured number, read with three digits: ``0.23``, ``17.4``, ``12,450``."""
+    """A measured number, read with three digits: ``0.23``, ``17.4``, ``12,450``, ``1.2e+40``."""
 
     def __str__(self) -> str:
-        value = float(self)
+        value, size = float(self), abs(self)
         if not math.isfinite(value):
             return str(value)
-        if abs(value) >= 1000:
-            return f"{value:,.0f}"
-        return f"{value:.3g}" if 0 < abs(value) < 0.1 else _three_digits(value)
+        if size >= 1e9 or 0 < size < 0.1:  # such as the perplexity of a model that went astray
+            return f"{value:.3g}"
+        return f"{value:,.0f}" if size >= 1000 else _three_digits(value)
 
 
 class Duration(float):

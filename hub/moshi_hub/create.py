@@ -6,7 +6,7 @@ import json
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
@@ -127,7 +127,7 @@ def create(plan: Plan, home: Path, preset: Preset | None = None) -> Snapshot:
         require_weights_of(task, begun.weights)
     folder = Path(plan.url.removeprefix("file://")).expanduser() if is_local(plan.url) else None
     replica = Replica(plan.url, home)
-    with _left_as_found(replica.repo, folder):
+    with left_as_found(replica.repo, folder):
         if folder:
             create_hub(folder)
         _refuse_used(replica.repo)
@@ -176,16 +176,20 @@ def _with_tokenizer(name: str, preset: Preset, tokenizer: bytes) -> Preset:
 
 
 @contextmanager
-def _left_as_found(repo: HubRepo, folder: Path | None) -> Iterator[None]:
-    """Take away what was made in a hub's folder if the block fails and nothing was published."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()] if folder else []
+def left_as_found(repo: HubRepo, folder: Path | None) -> Iterator[None]:
+    """Take away what the block made in a hub's folder if it fails and nothing was published."""
+    around = (folder, *folder.parents) if folder else ()
+    made = [path for path in around if not (path.exists() or path.is_symlink())]
     was_empty = folder is not None and folder.is_dir() and not any(folder.iterdir())
     try:
         yield
     except BaseException:
         if folder and (made or was_empty) and not _published(repo):
-            for path in made[-1:] if made else folder.iterdir():
+            for path in folder.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            with suppress(OSError):  # somebody else has put something beside it meanwhile
+                for path in made:
+                    path.rmdir()
         raise
 
 

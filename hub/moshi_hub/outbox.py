@@ -113,7 +113,7 @@ class Outbox:
         """Bring what waits into a folder; that it is there is seen by ``prepared.json``."""
         assert told.commit is not None
         assert told.waiting is not None
-        limit = told.waiting.contribution.delta.files[0].bytes
+        limit = told.waiting.contribution.delta.bytes
         for name, most in ((SIGNATURE_FILE, MAX_SIGNATURE_BYTES), (DELTA_FILE, limit)):
             write_atomic(folder / name, self.repo.read(told.commit, name, limit=most))
         write_atomic(folder / PREPARED_FILE, dump(told.waiting))

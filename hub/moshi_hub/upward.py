@@ -18,7 +18,7 @@ import numpy as np
 
 from moshi_fl.codec import get_codec
 from moshi_fl.codec.delta import Delta, delta_bytes, encode_delta
-from moshi_fl.errors import BadSignature, HubError, UntrustedHub
+from moshi_fl.errors import CorruptRecord, HubError, UntrustedHub
 from moshi_fl.history import DELTA_FILE, check_signature
 from moshi_fl.hubfile import DeltaRules, VocabularyRules
 from moshi_fl.pull_request import forge_of, propose, pushing_to
@@ -41,7 +41,7 @@ from moshi_fl.weights import (
     Weights,
     open_weights,
     save_weights,
-    sha256_bytes,
+    sha256_file,
     write_atomic,
 )
 from moshi_hub.bridge import Bridge
@@ -205,11 +205,16 @@ def _claim(bridge: Bridge, prepared: Prepared, signer: Signer) -> None:
     Raises:
         HubError: Another machine was faster, or the delta is not what was prepared.
     """
-    entry, path = prepared.contribution, _work(bridge) / DELTA_FILE
-    data = path.read_bytes() if path.exists() else b""
-    if sha256_bytes(data) != entry.delta.files[0].sha256:
+    entry, folder = prepared.contribution, _work(bridge)
+    if not _has_delta(folder, entry):
         raise HubError("the delta on disk is not the one in the record.", hint=_anew(bridge))
-    bridge.claim(prepared, signature_of(_work(bridge) / SIGNATURE_FILE, entry, signer), data)
+    signature = signature_of(folder / SIGNATURE_FILE, entry, signer)
+    bridge.claim(prepared, signature, (folder / DELTA_FILE).read_bytes())
+
+
+def _has_delta(folder: Path, entry: Contribution) -> bool:
+    path = folder / DELTA_FILE
+    return path.exists() and [sha256_file(path)] == [file.sha256 for file in entry.delta.files]
 
 
 def _anew(bridge: Bridge) -> str:
@@ -238,24 +243,25 @@ def _checked(bridge: Bridge, key: str) -> Prepared:
     """What waits, in the working folder, and by this hub's anchor.
 
     Raises:
-        UntrustedHub: It is signed by nobody, or by another key.
+        UntrustedHub: It is signed by nobody, or by another key, or it is not whole.
     """
     waiting, folder = bridge.told.waiting, _work(bridge)
     assert waiting is not None
-    if _at_hand(bridge) != waiting:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        bridge.outbox.fetch(bridge.told, folder)
+    entry = waiting.contribution
     try:
-        check_signature(waiting.contribution, (folder / SIGNATURE_FILE).read_bytes())
-        is_own = waiting.contribution.key == key and waiting.passed.id == waiting.contribution.id
-    except BadSignature:
+        if _at_hand(bridge) != waiting or not _has_delta(folder, entry):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            bridge.outbox.fetch(bridge.told, folder)
+        check_signature(entry, (folder / SIGNATURE_FILE).read_bytes())
+        is_own = (entry.key, entry.id) == (key, waiting.passed.id) and _has_delta(folder, entry)
+    except CorruptRecord:  # no signature of it, or files that are not there
         is_own = False
     if not is_own:
         shutil.rmtree(folder)
         ref = bridge.below.state.refs.upward
         raise UntrustedHub(
-            f"{ref} holds a contribution that this machine's anchor key has not signed.",
+            f"{ref} holds no contribution that this machine's anchor key has signed, whole.",
             hint=f"run it where that key is; or delete {ref}, if this hub did not make it",
         )
     return waiting

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moshi_fl.errors import ConfigError, CorruptRecord
 from moshi_fl.models.family import ReadsWithModel, Task, TrainsInParts
-from moshi_fl.text import suggestion
+from moshi_fl.text import shorten, suggestion
 from moshi_fl.weights import Weights
 
 Settings = TypeVar("Settings")
@@ -176,6 +176,11 @@ def device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
+def quoted(value: object) -> str:
+    """A setting, or the name of one, in an error: a stranger's may be of any length."""
+    return shorten(repr(value), 200)
+
+
 def require_known(table: Iterable[str], known: Iterable[str], *, name: str) -> None:
     """Whether a table has only keys that it may have.
 
@@ -185,7 +190,7 @@ def require_known(table: Iterable[str], known: Iterable[str], *, name: str) -> N
     known = set(known)
     for key in sorted(set(table) - known):
         ending = suggestion(key, known, listed=KEYS_LISTED)
-        raise ConfigError(f"{name}: unknown key {key!r}; {ending}")
+        raise ConfigError(f"{name}: unknown key {quoted(key)}; {ending}")
 
 
 def settings_from(kind: type[Settings], table: Mapping[str, Any], *, name: str) -> Settings:
@@ -216,7 +221,7 @@ def require_counts(config: object, keys: Iterable[str], *, name: str) -> None:
     for key in keys:
         value = getattr(config, key)
         if type(value) is not int or value < 1:
-            raise ConfigError(f"{name}: {key} = {value!r} must be a whole number above zero.")
+            raise ConfigError(f"{name}: {key} = {quoted(value)} must be a whole number above zero.")
         if value > MOST_COUNT:
             raise ConfigError(f"{name}: {key} = {value} must be at most {MOST_COUNT}.")
 
@@ -230,7 +235,9 @@ def require_fractions(config: object, keys: Iterable[str], *, name: str) -> None
     for key in keys:
         value = getattr(config, key)
         if type(value) not in {int, float} or not 0 <= value < 1:
-            raise ConfigError(f"{name}: {key} = {value!r} must be a number from 0 to below 1.")
+            raise ConfigError(
+                f"{name}: {key} = {quoted(value)} must be a number from 0 to below 1."
+            )
 
 
 def require_numbers(
@@ -246,4 +253,4 @@ def require_numbers(
         value = getattr(config, key)
         if type(value) not in {int, float} or not least <= value <= HUGE:
             rule = f"must be a number from {least:g} to {HUGE:g}"
-            raise ConfigError(f"{name}: {key} = {value!r} {rule}.")
+            raise ConfigError(f"{name}: {key} = {quoted(value)} {rule}.")

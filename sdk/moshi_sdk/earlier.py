@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from moshi_fl.errors import BadSignature, CorruptRecord, HubError, Rejected
 from moshi_fl.history import (
+    MAIN,
     MAX_CONTRIBUTION_BYTES,
     HubState,
     branch_place,
@@ -27,7 +28,8 @@ from moshi_fl.store import HubRepo
 from moshi_sdk.planning import Options
 from moshi_sdk.runs import Run, Runs
 
-MAX_LOOKED_AT = 400  # branches: their names stand on a command line
+MAX_OPEN = 2000  # branches that are looked at
+AT_ONCE = 400  # of them: their names stand on a command line
 BRANCH_BYTES = 1 << 15  # of a pack: trees, record and signature of one contribution
 
 
@@ -41,6 +43,7 @@ class Earlier:
         base_round: The round that both are made on.
         taken: The round that has taken it in; None while it is open.
         refs: Its refs on the hub, or the fork, with their commits; those of all, if there are more.
+            A delta that others name, too, is not among them.
     """
 
     id: str
@@ -95,45 +98,66 @@ def earlier_one(
     present = to.remote_refs()
     if own and contribution_branch(number, own) in present:
         return None
-    others = _open(replica, to, present, key, number)
-    others = [entry for entry in others if entry.hub == state.config.hub.id]
-    refs = [ref for one in others for ref in (contribution_branch(number, one.id), one.delta.ref)]
+    found = _open(replica, to, present, number)
+    is_ours = [_is_by(key, *entry) and entry[0].hub == state.config.hub.id for entry in found]
+    ours = [record for (record, _), own in zip(found, is_ours, strict=True) if own]
+    shared = {record.delta.ref for (record, _), own in zip(found, is_ours, strict=True) if not own}
+    refs = [contribution_branch(number, one.id) for one in ours]
+    refs += [one.delta.ref for one in ours if one.delta.ref not in shared]
     held = {ref: present[ref] for ref in refs if ref in present}
-    return Earlier(others[0].id, owner, number, refs=held) if others else None
+    return Earlier(ours[0].id, owner, number, refs=held) if ours else None
 
 
-def _open(
-    replica: Replica, to: HubRepo, present: Mapping[str, str], key: str, number: int
-) -> list[Contribution]:
-    """Open contributions to a round that this key has signed; others may call themselves so."""
-    ids = [place[1] for ref in present if (place := branch_place(ref)) and place[0] == number]
-    branches = {contribution_branch(number, entry): entry for entry in sorted(ids)[:MAX_LOOKED_AT]}
-    local = {branch: f"refs/moshi-fl/earlier/{entry}" for branch, entry in branches.items()}
-    expect = {branch: present[branch] for branch in branches}
-    if not branches:
-        return []
-    replica.fetch_main()  # they stand on it
+Signed = tuple[Contribution, bytes]
+"""A record, and what is said to be its signature."""
+
+
+def _open(replica: Replica, to: HubRepo, present: Mapping[str, str], number: int) -> list[Signed]:
+    """Records of the open contributions to a round, by whomever."""
+    branches = sorted(ref for ref in present if (place := branch_place(ref)) and place[0] == number)
+    if branches:
+        replica.fetch_main()  # they stand on it
+    parts = (branches[at : at + AT_ONCE] for at in range(0, min(len(branches), MAX_OPEN), AT_ONCE))
+    return [entry for part in parts for entry in _read(to, {ref: present[ref] for ref in part})]
+
+
+def _read(repo: HubRepo, branches: Mapping[str, str]) -> list[Signed]:
+    """What is on these; one that has gone, or that nobody can fetch, hides none of the others."""
+    local = {ref: ref.replace("refs/heads/", "refs/moshi-fl/earlier/", 1) for ref in branches}
     try:
-        to.fetch(local, max_bytes=(1 << 20) + len(local) * BRANCH_BYTES, expect=expect)
-        found = [_signed_by(key, to, expect[b], (number, entry)) for b, entry in branches.items()]
-    except HubError:  # a branch went in this moment, or one is far too large: the gate will say
-        return []
+        repo.fetch(local, max_bytes=(1 << 20) + len(local) * BRANCH_BYTES, expect=branches)
+        found = [_record(repo, commit, branch) for branch, commit in branches.items()]
+        return [entry for entry in found if entry]
+    except HubError:
+        repo.remote_refs(MAIN)  # fails, too, where that is the hub's or the network's doing
     finally:
-        to.delete_refs(*local.values())
-    return [entry for entry in found if entry]
+        repo.delete_refs(*local.values())
+    refs, half = list(branches), len(branches) // 2
+    parts = [refs[:half], refs[half:]] if half else []
+    return [entry for part in parts for entry in _read(repo, {ref: branches[ref] for ref in part})]
 
 
-def _signed_by(key: str, repo: HubRepo, commit: str, place: tuple[int, str]) -> Contribution | None:
+def _record(repo: HubRepo, commit: str, branch: str) -> Signed | None:
+    place = branch_place(branch)
+    assert place
     paths = [contribution_path(*place), signature_path(*place)]
     try:
         data, signature = repo.read_many(commit, paths, limit=MAX_CONTRIBUTION_BYTES)
         record = load(data, Contribution, name=paths[0])
-        if record.key == key and record.id == place[1]:
-            check_signature(record, signature)
-            return record
-    except (CorruptRecord, BadSignature):
-        pass
-    return None
+    except CorruptRecord:
+        return None
+    return (record, signature) if record.id == place[1] else None
+
+
+def _is_by(key: str, record: Contribution, signature: bytes) -> bool:
+    """Whether this key has signed it; others may call themselves so."""
+    if record.key != key:
+        return False
+    try:
+        check_signature(record, signature)
+    except BadSignature:
+        return False
+    return True
 
 
 def make_way(found: Earlier | None, *, replace: bool) -> Mapping[str, str]:

@@ -160,7 +160,7 @@ def test_what_the_hub_did_not_take_is_not_sent_again_unasked(scene: Scene) -> No
     git(scene.hub.path, "update-ref", "-d", sent.json["branch"])
     again = scene.contribute()
     assert again.status == 3
-    assert "was sent before, and the hub did not take it" in again.err
+    assert "was sent before, and is open no more" in again.err
     assert "--seed" in again.err
 
 

@@ -71,7 +71,7 @@ def test_durations_have_at_most_two_units(seconds, text):
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0.0, "0"), (0.0123456, "0.0123"), (0.5, "0.50"), (5.9041, "5.90"), (17.44, "17.4"),
-     (918.4, "918"), (12450.2, "12,450"), (80.0, "80"), (float("inf"), "inf")],
+     (918.4, "918"), (12450.2, "12,450"), (80.0, "80"), (1e300, "1e+300"), (float("inf"), "inf")],
 )  # fmt: skip
 def test_measured_numbers_have_three_digits(value: float, text: str) -> None:
     assert str(Figure(value)) == text

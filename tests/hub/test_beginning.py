@@ -14,12 +14,17 @@ from moshi_fl.errors import ConfigError, CorruptRecord, MoshiError
 from moshi_fl.models import get_family, get_preset
 from moshi_fl.models.folder import read_folder
 from moshi_fl.replica import Replica
+from moshi_fl.store import HubRepo, create_hub
 from moshi_fl.weights import save_weights, weights_digest, write_atomic
 from moshi_hub.cli import main
-from moshi_hub.create import Plan, create
-from tests.support.hubs import files_below
+from moshi_hub.create import Plan, create, left_as_found
+from tests.support.hubs import files_below, git
 
 SMALL = {"d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "max_seq_len": 16}
+
+
+class Interrupted(Exception):
+    """Whatever ends the making of a hub."""
 
 
 def write_model(folder: Path, **changes: Any) -> Path:
@@ -156,6 +161,22 @@ def test_a_hub_that_cannot_be_made_leaves_what_was_there(
         assert others_below(tmp_path) == before
     if found != "a hub":
         assert main(["init", str(hub)]) == 0
+
+
+def test_a_hub_that_cannot_be_made_leaves_what_came_meanwhile(tmp_path: Path) -> None:
+    """Two are made at a time in a folder that is new: one fails when the other is there."""
+    ours, theirs = tmp_path / "hubs" / "our.git", tmp_path / "hubs" / "their.git"
+
+    def make_both() -> None:
+        with left_as_found(HubRepo(tmp_path / "copy", str(ours)), ours):
+            create_hub(ours)
+            assert main(["init", str(theirs)]) == 0
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        make_both()
+    assert not ours.exists()
+    assert "refs/heads/main" in git(theirs, "for-each-ref")
 
 
 def test_a_part_that_the_model_has_not_is_no_recipe(tmp_path: Path) -> None:

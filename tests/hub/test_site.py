@@ -13,7 +13,7 @@ import pytest
 
 from moshi_fl.records import dump
 from moshi_hub.cli import main
-from moshi_hub.figures import RoundFigures, read_figures, shown
+from moshi_hub.figures import RoundFigures, figures_path, read_figures, shown
 from tests.support.hubs import git
 from tests.support.simulator import HubSimulator
 
@@ -119,6 +119,20 @@ def test_a_site_needs_no_address_of_the_repository(hub: HubSimulator, tmp_path: 
     assert main(["report", "--hub", hub.url, "--out", str(tmp_path / "site"), "--json"]) == 0
     page = Page(tmp_path / "site" / "rounds" / "0001.html")
     assert all(link.startswith(("#", "../", "0")) for link in page.links)
+
+
+@pytest.mark.parametrize("odd", ["too large", "a folder", "gone again"])
+def test_figures_that_are_no_file_of_figures_hold_up_no_page(
+    hub: HubSimulator, tmp_path: Path, odd: str
+) -> None:
+    hub.rounds(1)
+    path = figures_path(1)
+    name = f"{path}/nested" if odd == "a folder" else path
+    hub.commit({name: b" " * (1 << 17)})
+    if odd == "gone again":
+        hub.commit({}, remove=[path])
+    assert main(["report", "--hub", str(hub.path), "--out", str(tmp_path / "site")]) == 0
+    assert "Figures" not in (tmp_path / "site" / "rounds" / "0001.html").read_text()
 
 
 def test_a_regions_site_says_what_it_took(tmp_path: Path) -> None:

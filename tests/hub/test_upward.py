@@ -762,6 +762,20 @@ def test_what_waits_is_sent_by_whoever_comes_next(
     assert (rest.passed.first, rest.passed.last) == (1, 2)
 
 
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_what_waits_is_sent_whole_whatever_happened_to_it_here(
+    region: HubSimulator, upstream: HubSimulator, damage: str
+) -> None:
+    region.rounds(1)
+    bridge = claimed(region, upstream)
+    path = bridge.folder / "work" / "delta.safetensors"
+    path.unlink() if damage == "missing" else path.write_bytes(b"x")
+    sent = up(region, upstream)
+    assert sent.contribution == bridge.told.waiting.contribution
+    assert upstream.codes() == []
+    assert len(upstream.merge().built.record.contributions) == 1
+
+
 def test_a_machine_that_wakes_up_late_sends_nothing_again(
     tmp_path: Path, region: HubSimulator, upstream: HubSimulator
 ) -> None:
@@ -795,7 +809,7 @@ def test_what_has_waited_for_too_long_is_made_anew_with_all_its_rounds(
     assert [v.contribution.id for v in upstream.look().verdicts if v.accepted] == [sent.passed.id]
 
 
-@pytest.mark.parametrize("planted", ["foreign", "unsigned", "garbage", "changed"])
+@pytest.mark.parametrize("planted", ["foreign", "unsigned", "garbage", "changed", "empty"])
 def test_what_somebody_planted_is_not_sent(
     region: HubSimulator, upstream: HubSimulator, planted: str
 ) -> None:
@@ -811,6 +825,9 @@ def test_what_somebody_planted_is_not_sent(
             entry = msgspec.structs.replace(entry, key=signer_of("eve").public_key)
         if planted == "unsigned":
             entry = msgspec.structs.replace(entry, num_examples=1 << 40)
+        if planted == "empty":
+            nothing = msgspec.structs.replace(entry.delta, files=())
+            entry = msgspec.structs.replace(entry, delta=nothing)
         delta = delta + b" " if planted == "changed" else delta
         passed = msgspec.structs.replace(waiting.passed, id=entry.id)
         data = dump(msgspec.structs.replace(waiting, passed=passed, contribution=entry))
@@ -822,8 +839,9 @@ def test_what_somebody_planted_is_not_sent(
     repo.push([RefUpdate(ref, commit, told.commit)])
     shutil.rmtree(folder)
     before = upstream.refs()
-    with pytest.raises(MoshiError):
+    with pytest.raises(MoshiError) as refused:
         up(region, upstream)
+    assert planted == "garbage" or f"delete {ref}" in refused.value.hint
     assert upstream.refs() == before
     repo.push([RefUpdate(ref, None, commit)])  # as the message says
     assert up(region, upstream).contribution.key == waiting.contribution.key

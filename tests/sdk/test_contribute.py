@@ -20,10 +20,12 @@ from moshi_fl.errors import (
     TrainingError,
 )
 from moshi_fl.feedback import Feedback
-from moshi_fl.history import accepted_signature_path, check_signature
+from moshi_fl.history import accepted_signature_path, check_signature, contribution_branch
 from moshi_fl.records import Contribution, dump
-from moshi_fl.signing import Signer, fingerprint
-from moshi_fl.store import ANY, RefUpdate
+from moshi_fl.replica import Replica
+from moshi_fl.signing import Signer, fingerprint, own_signer
+from moshi_fl.store import ANY, PushRejected, RefUpdate
+from moshi_fl.submit import signature_of, submit
 from moshi_fl.train import Progress
 from moshi_fl.weights import open_weights
 from moshi_sdk.cli import main
@@ -63,8 +65,6 @@ class Stopper:
 
 
 def runs_of(hub: HubSimulator, home: Path) -> Runs:
-    from moshi_fl.replica import Replica
-
     return Runs(Replica(hub.url, home).folder / "runs")
 
 
@@ -431,6 +431,9 @@ def test_the_second_takes_the_place_of_the_first_in_one_step(
     assert open_ids(hub) == [second.id]
     assert first.delta.ref not in hub.refs()
     assert hub.codes() == []
+    with pytest.raises(Rejected, match="it was withdrawn"):
+        contribute(hub.url, [corpus], Options(seed=1, replace=True), home=home)
+    assert open_ids(hub) == [second.id]
     assert [entry.id for entry in hub.merge().built.record.contributions] == [second.id]
 
 
@@ -451,6 +454,23 @@ def test_what_a_round_has_taken_cannot_be_replaced(hub: HubSimulator, corpus: Pa
     with pytest.raises(Rejected, match="is in round 1 already") as refused:
         resume(hub.url, home=home, replace=True)
     assert "--discard" in refused.value.hint
+    assert hub.refs() == refs
+
+
+def test_what_a_round_takes_in_the_moment_of_its_replacement_is_not_replaced(
+    hub: HubSimulator, corpus: Path
+) -> None:
+    home = hub.folder / "ann"
+    second = send(hub, corpus, dry_run=True, seed=2)
+    first = send(hub, corpus, seed=1)
+    place = (contribution_branch(0, first.id), first.delta.ref)
+    seen = {ref: commit for ref, commit in hub.refs().items() if ref in place}
+    replica, run = Replica(hub.url, home), runs_of(hub, home).resume()
+    signature = signature_of(run.signature, second, own_signer(home, None))
+    hub.merge()
+    state, refs = replica.pull().state, hub.refs()
+    with pytest.raises(PushRejected, match="nothing was pushed"):
+        submit(replica, state, second, signature, run.delta, replica.repo, withdraw=seen)
     assert hub.refs() == refs
 
 
@@ -482,10 +502,25 @@ def test_nobody_stands_in_the_way_of_anothers_key(hub: HubSimulator, corpus: Pat
     hub.push_record(msgspec.structs.replace(false, num_examples=3), signature=b"")
     elsewhere = msgspec.structs.replace(false, hub="f" * 16)
     hub.push_record(elsewhere, key="ann")
-    assert contribute(hub.url, [corpus], Options(seed=1, key=ann), home=home).sent
+    first = contribute(hub.url, [corpus], Options(seed=1, key=ann), home=home)
     hub.push_record(false, key="eve", extra={"noise": os.urandom(3 << 20)})
-    again = Options(seed=1, contributor="other", key=ann, replace=True)
-    assert contribute(hub.url, [corpus], again, home=home).sent
+    others = set(open_ids(hub)) - {first.contribution.id}
+    again = Options(seed=2, key=ann)
+    with pytest.raises(Rejected, match="is open already"):
+        contribute(hub.url, [corpus], again, home=home)
+    second = contribute(hub.url, [corpus], replace(again, replace=True), home=home)
+    assert set(open_ids(hub)) == others | {second.contribution.id}
+
+
+def test_who_replaces_their_own_takes_no_delta_from_others(hub: HubSimulator, corpus: Path) -> None:
+    """Equal work lies on one ref, whoever has sent it."""
+    home = hub.folder / "ann"
+    first = contribute(hub.url, [corpus], Options(seed=1), home=home).contribution
+    theirs = msgspec.structs.replace(first, key=signer_of("eve").public_key)
+    hub.push_record(theirs, key="eve")
+    second = contribute(hub.url, [corpus], Options(seed=2, replace=True), home=home).contribution
+    assert sorted(open_ids(hub)) == sorted([theirs.id, second.id])
+    assert hub.codes() == []
 
 
 def test_the_carry_of_what_was_replaced_is_not_used(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -309,8 +309,12 @@ class HubSimulator:
         repo, main = self.replica.repo, self.replica.fetch_main()
         text = repo.read(main, "hub.toml", limit=1 << 18).decode()
         assert old in text
-        tree = repo.tree({"hub.toml": repo.put(text.replace(old, new).encode())}, base=main)
-        commit = repo.commit(
-            tree, parents=(main,), message="Settings\n", author=Author("m", "m@x"), when=0
-        )
+        self.commit({"hub.toml": text.replace(old, new).encode()})
+
+    def commit(self, files: Mapping[str, bytes], remove: Sequence[str] = ()) -> None:
+        """Somebody who may do so commits files to main, or removes some."""
+        repo, main, by = self.replica.repo, self.replica.fetch_main(), Author("m", "m@x")
+        blobs = {path: repo.put(data) for path, data in files.items()}
+        tree = repo.tree(blobs, base=main, remove=remove)
+        commit = repo.commit(tree, parents=(main,), message="A change\n", author=by, when=0)
         repo.push([RefUpdate(MAIN, commit, main)])

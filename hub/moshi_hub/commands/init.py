@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from moshi_fl.cli import output_options, pairs
+from moshi_fl.cli import output_options, set_option
 from moshi_fl.config import ensure_home, load_settings
 from moshi_fl.console import Console
 from moshi_fl.errors import ConfigError
@@ -24,14 +24,7 @@ from moshi_hub.options import maintainer
 @click.argument("hub", metavar="PATH|URL")
 @click.option("--family", default="char", show_default=True, help="Model family.")
 @click.option("--preset", default="tiny", show_default=True, help="Ready-made settings of it.")
-@click.option(
-    "--set",
-    "model",
-    multiple=True,
-    callback=pairs,
-    metavar="KEY=VALUE",
-    help="A key of [model] to have otherwise than the preset; may be given several times.",
-)
+@set_option
 @click.option(
     "--weights",
     "source",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from moshi_fl.errors import CorruptRecord
 from moshi_fl.evidence import MICRO, Credit, Evaluators, Verdicts
 from moshi_fl.history import HubState, read_contributions, round_path
 from moshi_fl.records import Contribution, Merged, Round
@@ -152,17 +153,13 @@ def gather(replica: Replica, url: str = "") -> History:
     main = replica.fetch_main()
     rounds = replica.chain(state, 0)
     commits = replica.repo.added(main, ROUND_FILES)
-    figures = _figures(replica, main, rounds)
     listed = read_evaluators(replica.repo, main)
     return History(
         name=state.config.hub.name,
         hub=state.config.hub.id,
         model=_model_of(state),
         url=url.rstrip("/"),
-        entries=tuple(
-            replace(_entry(replica, main, record, commits), figures=figures.get(record.round))
-            for record in rounds
-        ),
+        entries=tuple(_entry(replica, main, record, commits) for record in rounds),
         evaluators=_jurors(listed, read_verdicts(replica.repo, main, rounds)) if listed else (),
     )
 
@@ -171,15 +168,13 @@ def _model_of(state: HubState) -> str:
     return f"{state.config.family}, {state.newest.parameters:,} parameters"
 
 
-def _figures(
-    replica: Replica, main: str, rounds: Sequence[Round]
-) -> dict[int, RoundFigures | None]:
-    """Of the rounds that have them on main, by number."""
-    there = replica.repo.added(main, figures_path(0).replace("0000", "*"))
-    having = [record.round for record in rounds if figures_path(record.round) in there]
-    paths = [figures_path(number) for number in having]
-    texts = replica.repo.read_many(main, paths, limit=MAX_FIGURES_BYTES)
-    return {number: read_figures(text) for number, text in zip(having, texts, strict=True)}
+def _figures(replica: Replica, main: str, number: int) -> RoundFigures | None:
+    """What main has of a round; None where that is missing, or no such file."""
+    try:
+        data = replica.repo.read(main, figures_path(number), limit=MAX_FIGURES_BYTES)
+    except CorruptRecord:
+        return None
+    return read_figures(data)
 
 
 def _entry(replica: Replica, main: str, record: Round, commits: Mapping[str, str]) -> Entry:
@@ -191,7 +186,8 @@ def _entry(replica: Replica, main: str, record: Round, commits: Mapping[str, str
         Part(merged, contributions[merged.id], merged.weight / total, lines.get(merged.id))
         for merged in record.contributions
     )
-    return Entry(record, tuple(parts), commits.get(round_path(record.round), ""))
+    commit = commits.get(round_path(record.round), "")
+    return Entry(record, tuple(parts), commit, _figures(replica, main, record.round))
 
 
 def _jurors(listed: Evaluators, rounds: Sequence[Verdicts | None]) -> tuple[Juror, ...]:

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from moshi_fl.errors import ConfigError
 from moshi_fl.models.common import (
+    quoted,
     require_counts,
     require_fractions,
     require_known,
@@ -20,7 +21,6 @@ from moshi_fl.models.common import (
 from moshi_fl.models.speech.layers import NormName, PositionName
 from moshi_fl.models.speech.transformer import TransformerConfig
 from moshi_fl.models.speech.ttt_config import TttConfig
-from moshi_fl.text import shorten
 
 Gating = Literal["none", "silu"]
 TttMode = Literal["replace", "gated", "parallel"]
@@ -281,4 +281,4 @@ def _shown(values: object) -> object:
 
 def _require(truth: bool, key: str, value: object, rule: str) -> None:
     if not truth:
-        raise ConfigError(f"[model]: {key} = {shorten(repr(value), 200)} {rule}.")
+        raise ConfigError(f"[model]: {key} = {quoted(value)} {rule}.")

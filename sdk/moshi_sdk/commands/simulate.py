@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moshi_fl.cli import output_options, pairs
+from moshi_fl.cli import output_options, pairs, set_option
 from moshi_fl.config import ensure_home, load_settings
 from moshi_fl.console import Console
 from moshi_fl.errors import ConfigError
@@ -47,14 +47,7 @@ def _writable(ctx: click.Context, param: click.Parameter, path: Path | None) -> 
 @click.option("--hub", metavar="URL", help="Start from this hub's model and rules; send nothing.")
 @click.option("--family", help="Model family. [default: char]")
 @click.option("--preset", help="Ready-made settings of the family. [default: tiny]")
-@click.option(
-    "--set",
-    "model",
-    multiple=True,
-    callback=pairs,
-    metavar="KEY=VALUE",
-    help="A key of [model] to have otherwise than the preset; may be given several times.",
-)
+@set_option
 @click.option("--clients", type=click.IntRange(1), default=10, show_default=True, help="How many.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="How many.")
 @click.option(

@@ -312,6 +312,15 @@ def test_settings_that_cannot_be_are_named(changes: dict[str, Any], message: str
         LMConfig.from_kyutai(kyutai(**changes))
 
 
+@pytest.mark.parametrize(
+    "changes", [{"x" * 9999: 1}, {"dim": "x" * 9999}, {"layer_scale": "x" * 9999}]
+)
+def test_a_strangers_setting_is_quoted_in_part(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        LMConfig.from_kyutai(kyutai(**changes))
+    assert len(str(refused.value)) < 1000
+
+
 def test_gains_may_be_whole_numbers() -> None:
     model = lm_of(tiny(layer_scale=1, depformer_layer_scale=0, ttt_layers=1, ttt_alpha=0))
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
