@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -282,6 +283,37 @@ def test_a_run_that_cannot_succeed_is_discarded_and_the_one_before_it_is_back(
     assert resume(hub.url, home=home).contribution.id == good.contribution.id
     with pytest.raises(MoshiError, match="no unfinished contribution"):
         discard(hub.url, home=home)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    ["--steps 99999999999999999999", "--epochs 1e300", "--epochs inf", "--minutes nan", "--lr nan"],
+)
+def test_a_number_that_no_run_can_have_is_wrong_usage_and_begins_none(
+    hub: HubSimulator, corpus: Path, asked: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["contribute", "--hub", hub.url, "--data", str(corpus), *asked.split()]
+    assert main(args) == 2
+    assert asked.split(maxsplit=1)[0] in capsys.readouterr().err
+
+
+def test_a_plan_that_could_not_be_read_again_is_refused_before_it_begins(
+    hub: HubSimulator, corpus: Path
+) -> None:
+    dry = send(hub, corpus, dry_run=True)
+    with pytest.raises(MoshiError, match=r"training\.steps"):
+        send(hub, corpus, steps=2**60)
+    assert resume(hub.url, home=hub.folder / "ann").contribution.id == dry.id
+
+
+def test_a_damaged_plan_is_named_with_the_way_out(hub: HubSimulator, corpus: Path) -> None:
+    send(hub, corpus, dry_run=True)
+    home = hub.folder / "ann"
+    (plan,) = home.glob("hubs/*/runs/*/run.json")
+    plan.write_text("{}")
+    with pytest.raises(MoshiError, match=re.escape(str(plan))) as caught:
+        discard(hub.url, home=home)
+    assert str(plan.parent) in caught.value.hint
 
 
 def test_a_hubs_schedule_and_accumulation_decide_and_the_record_has_the_whole_batch(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moshi_fl.cli import output_options, pairs
+from moshi_fl.cli import Real, output_options, pairs
 from moshi_fl.config import ensure_home, load_settings
 from moshi_fl.console import Console
 from moshi_fl.errors import ConfigError
@@ -59,15 +59,13 @@ def _writable(ctx: click.Context, param: click.Parameter, path: Path | None) -> 
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="How many.")
 @click.option(
     "--fraction",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Real(0, 1, min_open=True),
     default=1.0,
     show_default=True,
     help="Share of the clients that take part in a round.",
 )
 @click.option("--steps", type=click.IntRange(1), help="Training steps per client and round.")
-@click.option(
-    "--lr", "learning_rate", type=click.FloatRange(0, min_open=True), help="Peak learning rate."
-)
+@click.option("--lr", "learning_rate", type=Real(0, min_open=True), help="Peak learning rate.")
 @click.option("--batch-size", type=click.IntRange(1), help="Windows per step.")
 @click.option(
     "--trains", metavar="PART", help="What of the model: all, or a part such as lora or ttt."
