@@ -153,8 +153,9 @@ def test_changed_data_cannot_be_resumed(hub: HubSimulator, corpus: Path) -> None
 def test_a_contribution_survives_an_unreachable_hub(hub: HubSimulator, corpus: Path) -> None:
     dry = send(hub, corpus, dry_run=True)
     hub.path.rename(hub.folder / "away")
-    with pytest.raises(HubError):
+    with pytest.raises(HubError) as caught:
         resume(hub.url, home=hub.folder / "ann")
+    assert "--resume sends it" in caught.value.hint
     (hub.folder / "away").rename(hub.path)
     assert resume(hub.url, home=hub.folder / "ann").contribution.id == dry.id
 
