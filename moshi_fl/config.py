@@ -83,7 +83,7 @@ class Settings:
     )
     data: tuple[str, ...] = _setting((), "files and folders to train on", _paths)
     device: str = _setting("auto", "auto, cpu, mps, cuda or cuda:N", _device)
-    precision: str = _setting("fp32", "fp32, bf16 or auto", _precision)
+    precision: str = _setting("fp32", "fp32, bf16 or auto; default: the hub's", _precision)
     threads: int = _setting(0, "CPU threads for training; 0 lets torch choose", _whole(0, 1024))
     min_attestations: int = _setting(
         0, "refuse rounds with fewer agreeing attestations of independent people", _whole(0, 100)
