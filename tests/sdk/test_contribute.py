@@ -454,7 +454,7 @@ def test_a_second_machine_with_the_same_key_is_refused_too(hub: HubSimulator, co
 
 
 def test_the_second_takes_the_place_of_the_first_in_one_step(
-    hub: HubSimulator, corpus: Path
+    hub: HubSimulator, corpus: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:
     home = hub.folder / "ann"
     first = contribute(hub.url, [corpus], Options(seed=1), home=home).contribution
@@ -465,6 +465,12 @@ def test_the_second_takes_the_place_of_the_first_in_one_step(
     assert first.delta.ref not in hub.refs()
     assert hub.codes() == []
     assert [entry.id for entry in hub.merge().built.record.contributions] == [second.id]
+    monkeypatch.setenv("MOSHI_FL_HOME", str(home))
+    assert main(["status", "--hub", hub.url, "--json"]) == 0
+    told = {
+        row["contribution"]: row for row in json.loads(capsys.readouterr().out)["contributions"]
+    }
+    assert told[first.id[:12]]["state"] == "replaced"
 
 
 def test_what_was_withdrawn_by_hand_stands_in_nobodys_way(hub: HubSimulator, corpus: Path) -> None:
