@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -137,6 +138,20 @@ def hub_option(function: F) -> F:
     return click.option(
         "--hub", metavar="URL", help="URL or path of the hub. [default: the setting 'hub']"
     )(function)
+
+
+def plot_option(help_text: str) -> Callable[[F], F]:
+    """``--plot``: a chart's file, refused before all the work if it could not be written."""
+
+    def fitting(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+        if path is not None and path.suffix.lower() != ".svg":
+            raise click.BadParameter("the chart is an SVG; let the name end in .svg.", ctx, param)
+        if path is not None and not path.parent.is_dir():
+            raise click.BadParameter(f"folder {str(path.parent)!r} does not exist.", ctx, param)
+        return path
+
+    kind = click.Path(dir_okay=False, writable=True, path_type=Path)
+    return click.option("--plot", type=kind, callback=fitting, metavar="FILE", help=help_text)
 
 
 def run(root: click.Command, args: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moshi_fl.cli import Real, output_options, pairs
+from moshi_fl.cli import Real, output_options, pairs, plot_option
 from moshi_fl.config import ensure_home, load_settings
 from moshi_fl.console import Console
 from moshi_fl.errors import ConfigError
@@ -28,13 +28,6 @@ COLUMNS = {
     "clients": "clients",
     "seconds": "time",
 }
-
-
-def _writable(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
-    """Refuse a file that cannot be written now, rather than after all the work."""
-    if path is not None and not path.parent.is_dir():
-        raise click.BadParameter(f"folder {str(path.parent)!r} does not exist.", ctx, param)
-    return path
 
 
 @click.command()
@@ -103,13 +96,7 @@ def _writable(ctx: click.Context, param: click.Parameter, path: Path | None) -> 
     show_default=True,
     help="Decides all that is drawn.",
 )
-@click.option(
-    "--plot",
-    type=click.Path(dir_okay=False, writable=True, path_type=Path),
-    callback=_writable,
-    metavar="FILE",
-    help="Write the losses as an SVG chart.",
-)
+@plot_option("Write the losses as an SVG chart.")
 @output_options
 def simulate(console: Console, plot: Path | None, **flags: Any) -> None:
     r"""Train one model with many virtual contributors in this process.
