@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moshi_fl import tomlfile
-from moshi_fl.errors import ConfigError
+from moshi_fl.errors import ConfigError, WrongOption
 from moshi_fl.text import nearest
 
 MAX_CONTRIBUTOR_LENGTH = 200  # what a record accepts
@@ -190,7 +190,8 @@ def _checked(name: str, value: object, origin: str) -> Any:
     try:
         return parse(value)
     except ValueError as error:
-        raise ConfigError(f"{origin}: {name} {error}, not {value!r}.") from error
+        kind = WrongOption if origin.startswith("--") else ConfigError
+        raise kind(f"{origin}: {name} {error}, not {value!r}.") from error
 
 
 def parser_of(name: str, origin: str = "") -> Callable[[Any], Any]:
