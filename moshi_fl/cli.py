@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import errno
 import importlib
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -89,6 +91,21 @@ def _help_without_command(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
+class Real(click.FloatRange):
+    """A finite number in a range: of nan, every comparison with a bound is silent."""
+
+    name = "float range"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """The number; what is none is wrong usage."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number.", param, ctx)
+        return number
+
+
 def output_options(function: F) -> F:
     """``--json`` and ``--quiet``; the function gets the console as its first argument."""
 
@@ -121,6 +138,20 @@ def hub_option(function: F) -> F:
     return click.option(
         "--hub", metavar="URL", help="URL or path of the hub. [default: the setting 'hub']"
     )(function)
+
+
+def plot_option(help_text: str) -> Callable[[F], F]:
+    """``--plot``: a chart's file, refused before all the work if it could not be written."""
+
+    def fitting(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+        if path is not None and path.suffix.lower() != ".svg":
+            raise click.BadParameter("the chart is an SVG; let the name end in .svg.", ctx, param)
+        if path is not None and not path.parent.is_dir():
+            raise click.BadParameter(f"folder {str(path.parent)!r} does not exist.", ctx, param)
+        return path
+
+    kind = click.Path(dir_okay=False, writable=True, path_type=Path)
+    return click.option("--plot", type=kind, callback=fitting, metavar="FILE", help=help_text)
 
 
 def run(root: click.Command, args: Sequence[str] | None = None) -> int:

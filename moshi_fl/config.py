@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moshi_fl import tomlfile
-from moshi_fl.errors import ConfigError
+from moshi_fl.errors import ConfigError, WrongOption
 from moshi_fl.text import nearest
 
 MAX_CONTRIBUTOR_LENGTH = 200  # what a record accepts
@@ -83,7 +83,7 @@ class Settings:
     )
     data: tuple[str, ...] = _setting((), "files and folders to train on", _paths)
     device: str = _setting("auto", "auto, cpu, mps, cuda or cuda:N", _device)
-    precision: str = _setting("fp32", "fp32, bf16 or auto", _precision)
+    precision: str = _setting("fp32", "fp32, bf16 or auto; default: the hub's", _precision)
     threads: int = _setting(0, "CPU threads for training; 0 lets torch choose", _whole(0, 1024))
     min_attestations: int = _setting(
         0, "refuse rounds with fewer agreeing attestations of independent people", _whole(0, 100)
@@ -190,7 +190,8 @@ def _checked(name: str, value: object, origin: str) -> Any:
     try:
         return parse(value)
     except ValueError as error:
-        raise ConfigError(f"{origin}: {name} {error}, not {value!r}.") from error
+        kind = WrongOption if origin.startswith("--") else ConfigError
+        raise kind(f"{origin}: {name} {error}, not {value!r}.") from error
 
 
 def parser_of(name: str, origin: str = "") -> Callable[[Any], Any]:

@@ -71,6 +71,8 @@ class Console:
             return
         if columns is None:
             columns = list(rows[0]) if rows else []
+        if not columns:
+            return  # no rows, and nobody said what they would have
         titles = columns if isinstance(columns, Mapping) else {c: words(c) for c in columns}
         titles = {key: clean(title) for key, title in titles.items()}
         for line in self._table_lines(rows, titles):

@@ -237,7 +237,7 @@ def _find(path: Path, walk: _Walk) -> Iterator[_Found]:
     elif root.exists():
         yield from walk.file(root, root.name)
     else:
-        raise DataError(f"{path} does not exist.", hint="--data takes files and folders.")
+        raise DataError(f"{path} does not exist.", hint="Give files or folders that are there.")
 
 
 def _ignores_above(root: Path) -> list[_Ignore]:
@@ -366,6 +366,6 @@ def _listed(paths: Sequence[Path]) -> str:
 
 def _why_nothing(left: LeftOut) -> str:
     if not left.counts:
-        return "The folder is empty; --data takes files and folders with source code."
+        return "The folder is empty; give files or folders with source code."
     reasons = told_left_out(left.counts, left.names)
-    return f"Left out: {reasons}. Give --data files or folders with source code."
+    return f"Left out: {reasons}. Give files or folders with source code."

@@ -71,6 +71,12 @@ class ConfigError(MoshiError):
     """A setting that cannot be used; names the key and, for files, the line."""
 
 
+class WrongOption(ConfigError):
+    """An option of the command line whose value cannot be used."""
+
+    exit_code = Exit.USAGE
+
+
 class DataError(MoshiError):
     """Training or evaluation data that cannot be used."""
 

@@ -125,7 +125,7 @@ def _three_digits(value: float) -> str:
 
 def human(value: object) -> str:
     """A fact as a person reads it; one line, safe to print."""
-    if value is None:
+    if value is None or value == "":
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"

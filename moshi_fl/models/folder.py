@@ -22,7 +22,7 @@ TOKENIZER_FILE = "tokenizer.model"
 RECIPE_FILE = "recipe.json"
 TABLES = ("training", "delta", "evaluation")
 MAX_CONFIG_BYTES = 1 << 20
-_SHOWN = 10
+_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,10 @@ def require_weights_of(task: Task, weights: Weights) -> None:
         problems = [f"{bad} holds a value that is not finite"]
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise CorruptRecord(f"the weights do not fit: {'; '.join(problems[:_SHOWN])}{more}.")
+        raise CorruptRecord(
+            f"the weights do not fit: {'; '.join(problems[:_SHOWN])}{more}.",
+            hint="Leave out what makes it another model, such as --set, or give another folder.",
+        )
 
 
 _HINT = "Give the trainer's out_dir/best or out_dir/final, or what moshi-fl import-checkpoint made."

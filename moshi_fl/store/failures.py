@@ -14,6 +14,10 @@ from moshi_fl.store.process import Result
 
 _NO_ROOM = 1 << 14  # bytes
 _LAST_WORDS = 600  # characters of Git's own words that are shown
+_BOILERPLATE = re.compile(  # which Git adds to whatever else it says of a hub
+    r"fatal: Could not read from remote repository\.|and the repository exists\.|"
+    r"Please make sure you have the correct access rights"
+)
 
 # The first pattern that is found decides; {hub} is the address without passwords.
 _TABLE: tuple[tuple[str, str, str], ...] = (
@@ -164,5 +168,8 @@ def _full(folder: Path) -> MoshiError:
 
 
 def _words(result: Result) -> str:
-    words = " | ".join(line.strip() for line in result.words.splitlines() if line.strip())
-    return f" Git said: {words[-_LAST_WORDS:]}" if words else ""
+    lines = [line for line in map(str.strip, result.words.splitlines()) if line]
+    told = [line for line in lines if not _BOILERPLATE.fullmatch(line)] or lines
+    words = " | ".join(told)[-_LAST_WORDS:]
+    ending = "" if words.endswith((".", "!", "?")) else "."
+    return f" Git said: {words}{ending}" if words else ""

@@ -6,7 +6,8 @@ train (in a Flower ``ClientApp``), measure, encode, sign, send.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -20,8 +21,9 @@ from moshi_fl.codec.delta import delta_bytes, encode_delta
 from moshi_fl.config import absolute
 from moshi_fl.config import home as default_home
 from moshi_fl.data import told_left_out
-from moshi_fl.errors import ConfigError, Rejected, TrainingError
+from moshi_fl.errors import ConfigError, HubError, Rejected, TrainingError
 from moshi_fl.feedback import Feedback, Merged
+from moshi_fl.forge.base import Forge
 from moshi_fl.history import HubState
 from moshi_fl.hubfile import HubConfig
 from moshi_fl.models.common import able_to_read, require_part, trained_part
@@ -304,16 +306,32 @@ def _finish(work: _Work, dry_run: bool) -> Outcome:
         made = replace(_outcome(work, contribution, summary), note=note)
         signature = signature_of(work.run.signature, contribution, work.signer)
         forge = forge_of(work.replica)
-        to = pushing_to(forge, work.replica)
-        place = (work.run.plan.key, contribution.round, contribution.id)
-        before = earlier_one(work.replica, work.state, to, *place)
-        old = make_way(before, replace=work.replace)
-        shared = (work.replica, work.state, contribution, signature, work.run.delta, to)
-        sent = submit(*shared, withdraw=old)
+        with _kept():
+            sent = _send(work, contribution, signature, forge)
         _remember(work, contribution)
         work.run.mark_sent()
     url, problem = propose(forge, contribution)
     return replace(made, sent=sent, url=url, problem=problem)
+
+
+def _send(work: _Work, contribution: Contribution, signature: str, forge: Forge) -> Sent:
+    to = pushing_to(forge, work.replica)
+    place = (work.run.plan.key, contribution.round, contribution.id)
+    before = earlier_one(work.replica, work.state, to, *place)
+    old = make_way(before, replace=work.replace)
+    shared = (work.replica, work.state, contribution, signature, work.run.delta, to)
+    return submit(*shared, withdraw=old)
+
+
+@contextmanager
+def _kept() -> Iterator[None]:
+    """Whoever has trained and cannot send is told that nothing is lost."""
+    try:
+        yield
+    except HubError as error:
+        ready = "Your contribution is ready and stays here; contribute --resume sends it."
+        error.hint = f"{error.hint} {ready}".lstrip()
+        raise
 
 
 def _outcome(work: _Work, contribution: Contribution, summary: DataSummary | None) -> Outcome:

@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, UnsetType
 
-from moshi_fl.errors import HubError, MoshiError
+from moshi_fl.errors import CorruptRecord, HubError, MoshiError
 from moshi_fl.records import (
     Contribution,
     Count,
@@ -193,7 +193,12 @@ class Runs:
         return Run(self._folder / sha256_bytes(dump(plan))[:16], plan)
 
     def start(self, plan: RunPlan, snapshot: Snapshot) -> Run:
-        """The run of this plan: the one that is already there, or a new one."""
+        """The run of this plan: the one that is already there, or a new one.
+
+        Raises:
+            CorruptRecord: It could not be read again, say because a number is too large.
+        """
+        load(dump(plan), RunPlan, name="what was asked for")
         run = self.of(plan)
         with run.at_work():
             self._sweep()
@@ -254,7 +259,15 @@ class Runs:
             self._folder.glob("*/run.json"), key=lambda path: path.stat().st_mtime, reverse=True
         )
         for path in plans:
-            yield Run(path.parent, load(path.read_bytes(), RunPlan, name="run.json"))
+            yield Run(path.parent, _plan_in(path))
+
+
+def _plan_in(path: Path) -> RunPlan:
+    try:
+        return load(path.read_bytes(), RunPlan, name=str(path))
+    except CorruptRecord as error:
+        hint = f"remove the folder {path.parent}: without its plan, that work cannot go on"
+        raise CorruptRecord(str(error), hint=hint) from error
 
 
 @contextmanager

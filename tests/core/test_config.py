@@ -19,7 +19,7 @@ from moshi_fl.config import (
     set_value,
     unset_value,
 )
-from moshi_fl.errors import ConfigError
+from moshi_fl.errors import ConfigError, Exit
 
 
 def write(text: str) -> Path:
@@ -225,6 +225,15 @@ def test_a_hub_in_a_folder_is_kept_with_its_whole_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert set_value("hub", ["./hub.git"]) == str(tmp_path / "hub.git")
     assert set_value("hub", ["git@example.org:hub.git"]) == "git@example.org:hub.git"
+
+
+def test_an_option_that_cannot_be_used_is_wrong_usage():
+    with pytest.raises(ConfigError, match="--device: device must be auto") as option:
+        load_settings(device="gpu")
+    write('device = "gpu"\n')
+    with pytest.raises(ConfigError) as line:
+        load_settings()
+    assert (option.value.exit_code, line.value.exit_code) == (Exit.USAGE, Exit.FAILED)
 
 
 def test_the_key_is_kept_with_its_whole_path_and_its_flag_has_a_short_name(tmp_path, monkeypatch):

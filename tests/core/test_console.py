@@ -83,6 +83,8 @@ def test_an_empty_table_still_has_its_heading():
     screen = Screen()
     screen.console.table([], ["round", "held_out"])
     assert screen.out == "round  held out\n"
+    screen.console.table([])
+    assert screen.out == "round  held out\n", "without columns there is nothing to head"
 
 
 def test_data_goes_to_stdout_and_words_to_stderr():

@@ -79,6 +79,7 @@ def test_a_secret_named_by_the_user_stays_out_all_the_same(tmp_path: Path) -> No
     with pytest.raises(DataError, match="No usable text") as caught:
         read_sources([tmp_path / ".env"])
     assert "1 looks like a secret by its name" in caught.value.hint
+    assert "--" not in caught.value.hint, "commands name it differently"
 
 
 def test_what_is_not_source_text_stays_out(tmp_path: Path) -> None:

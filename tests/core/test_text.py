@@ -104,6 +104,7 @@ def test_a_fact_stays_a_number_for_programs():
     ("value", "text"),
     [
         (None, "-"),
+        ("", "-"),
         (True, "yes"),
         (2.345678, "2.3457"),
         (1.5e-6, "1.5e-06"),

@@ -305,7 +305,9 @@ def test_settings_that_came_to_main_unsigned_are_named_before_they_are_signed(
     run("publish")
     hub.contribute("bob", seed=2)
     assert main(["merge", "--hub", hub.url, "--dry-run"]) == 0
-    assert "hub.toml is not" not in capsys.readouterr().err
+    words = capsys.readouterr().err
+    assert "hub.toml is not" not in words
+    assert "without --dry-run proposes it" in words
 
 
 # Changes of keys.

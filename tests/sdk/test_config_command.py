@@ -36,6 +36,12 @@ def test_settings_show_their_values_and_origins(call, monkeypatch):
     assert rows(call)["keep_rounds"]["value"] == 2
 
 
+def test_a_setting_that_the_hub_decides_has_no_value_of_its_own(call):
+    assert rows(call)["precision"]["value"] is None
+    call("config", "set", "precision", "fp32")
+    assert rows(call)["precision"]["value"] == "fp32"
+
+
 def test_a_setting_comes_and_goes(call):
     status, _, err = call("config", "set", "data", "code", "/notes")
     assert (status, err) == (0, "✓ Set data\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -152,8 +153,9 @@ def test_changed_data_cannot_be_resumed(hub: HubSimulator, corpus: Path) -> None
 def test_a_contribution_survives_an_unreachable_hub(hub: HubSimulator, corpus: Path) -> None:
     dry = send(hub, corpus, dry_run=True)
     hub.path.rename(hub.folder / "away")
-    with pytest.raises(HubError):
+    with pytest.raises(HubError) as caught:
         resume(hub.url, home=hub.folder / "ann")
+    assert "--resume sends it" in caught.value.hint
     (hub.folder / "away").rename(hub.path)
     assert resume(hub.url, home=hub.folder / "ann").contribution.id == dry.id
 
@@ -282,6 +284,37 @@ def test_a_run_that_cannot_succeed_is_discarded_and_the_one_before_it_is_back(
     assert resume(hub.url, home=home).contribution.id == good.contribution.id
     with pytest.raises(MoshiError, match="no unfinished contribution"):
         discard(hub.url, home=home)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    ["--steps 99999999999999999999", "--epochs 1e300", "--epochs inf", "--minutes nan", "--lr nan"],
+)
+def test_a_number_that_no_run_can_have_is_wrong_usage_and_begins_none(
+    hub: HubSimulator, corpus: Path, asked: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["contribute", "--hub", hub.url, "--data", str(corpus), *asked.split()]
+    assert main(args) == 2
+    assert asked.split(maxsplit=1)[0] in capsys.readouterr().err
+
+
+def test_a_plan_that_could_not_be_read_again_is_refused_before_it_begins(
+    hub: HubSimulator, corpus: Path
+) -> None:
+    dry = send(hub, corpus, dry_run=True)
+    with pytest.raises(MoshiError, match=r"training\.steps"):
+        send(hub, corpus, steps=2**60)
+    assert resume(hub.url, home=hub.folder / "ann").contribution.id == dry.id
+
+
+def test_a_damaged_plan_is_named_with_the_way_out(hub: HubSimulator, corpus: Path) -> None:
+    send(hub, corpus, dry_run=True)
+    home = hub.folder / "ann"
+    (plan,) = home.glob("hubs/*/runs/*/run.json")
+    plan.write_text("{}")
+    with pytest.raises(MoshiError, match=re.escape(str(plan))) as caught:
+        discard(hub.url, home=home)
+    assert str(plan.parent) in caught.value.hint
 
 
 def test_a_hubs_schedule_and_accumulation_decide_and_the_record_has_the_whole_batch(
@@ -421,7 +454,7 @@ def test_a_second_machine_with_the_same_key_is_refused_too(hub: HubSimulator, co
 
 
 def test_the_second_takes_the_place_of_the_first_in_one_step(
-    hub: HubSimulator, corpus: Path
+    hub: HubSimulator, corpus: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:
     home = hub.folder / "ann"
     first = contribute(hub.url, [corpus], Options(seed=1), home=home).contribution
@@ -435,6 +468,12 @@ def test_the_second_takes_the_place_of_the_first_in_one_step(
         contribute(hub.url, [corpus], Options(seed=1, replace=True), home=home)
     assert open_ids(hub) == [second.id]
     assert [entry.id for entry in hub.merge().built.record.contributions] == [second.id]
+    monkeypatch.setenv("MOSHI_FL_HOME", str(home))
+    assert main(["status", "--hub", hub.url, "--json"]) == 0
+    told = {
+        row["contribution"]: row for row in json.loads(capsys.readouterr().out)["contributions"]
+    }
+    assert told[first.id[:12]]["state"] == "replaced"
 
 
 def test_what_was_withdrawn_by_hand_stands_in_nobodys_way(hub: HubSimulator, corpus: Path) -> None:

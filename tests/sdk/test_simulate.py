@@ -245,6 +245,7 @@ def test_json_carries_rounds_clients_and_the_result(code, capsys):
         (("--data", "{code}", "--clients", "0"), 2, "--clients"),
         (("--data", "{code}", "--fraction", "0"), 2, "--fraction"),
         (("--data", "{code}", "--plot", "{code}/none/x.svg"), 2, "does not exist"),
+        (("--data", "{code}", "--plot", "{code}/x.png"), 2, "let the name end in .svg"),
         (("--data", "{code}", "--strategy-option", "trim"), 2, "not NAME=VALUE"),
         (("--data", "{code}", "--hub", "x", "--preset", "base"), 2, "--hub settles the model"),
         (("--data", "{code}", "--preset", "huge"), 1, "no preset 'huge'"),

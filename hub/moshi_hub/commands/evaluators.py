@@ -51,7 +51,7 @@ def _list(console: Console, hub: str | None) -> None:
     listed = read_evaluators(replica.repo, main)
     if listed is None:
         console.note("No evaluators are listed: this machine's own processes evaluate.")
-        console.table([], ["evaluator"], name="evaluators")
+        console.table([], name="evaluators")
         return
     known = known_reputations(replica.repo, main, state.newest)
     rows = []

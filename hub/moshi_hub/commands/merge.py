@@ -119,7 +119,9 @@ def merge(  # noqa: PLR0913 - one parameter an option
     if outcome.leftovers:
         done = "published, but not all is cleaned up" if publish else "proposed, but not shown"
         console.warn(f"the round is {done}: {outcome.leftovers}")
-    if not publish and not dry_run:
+    if dry_run:
+        console.hint("The same without --dry-run proposes it, or makes it current with --publish.")
+    elif not publish:
         where = f" --hub {shlex.quote(hub)}" if hub else ""
         console.hint(f"moshi-hub publish{where}   (after review: makes it the current round)")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from moshi_fl.cli import hub_option, output_options
+from moshi_fl.cli import hub_option, output_options, plot_option
 from moshi_fl.console import Console
 from moshi_fl.text import Figure, Size
 from moshi_hub.options import maintainer, replica_for
@@ -86,20 +86,13 @@ def import_(console: Console, hub: str | None, file: Path) -> None:
 @pool.command()
 @hub_option
 @click.option("--round", "number", type=click.IntRange(0), help="Measure this round.")
-@click.option(
-    "--plot",
-    type=click.Path(dir_okay=False, writable=True, path_type=Path),
-    metavar="FILE",
-    help="Draw what the family can tell of it and of the round before, as an SVG chart.",
-)
+@plot_option("Draw what the family can tell of it and of the round before, as an SVG chart.")
 @output_options
 def measure(console: Console, hub: str | None, number: int | None, plot: Path | None) -> None:
     """Measure a round on the pool: its loss, and what else its family can tell of a model."""
     from moshi_fl.weights import write_atomic
     from moshi_hub.heldout import chart_of, figures_of
 
-    if plot and plot.suffix.lower() != ".svg":
-        raise click.UsageError(f"--plot {plot}: the chart is an SVG; let the name end in .svg.")
     replica = replica_for(hub)
     snapshot = replica.pull(number)
     found = figures_of(replica, snapshot)

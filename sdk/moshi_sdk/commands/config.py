@@ -32,12 +32,19 @@ def _rows() -> list[dict[str, object]]:
     return [
         {
             "setting": name,
-            "value": _shown(name, getattr(settings, name)),
+            "value": _in_force(settings, name),
             "origin": settings.origin(name),
             "meaning": meaning,
         }
         for name, meaning in settings_file.SETTINGS.items()
     ]
+
+
+def _in_force(settings: settings_file.Settings, name: str) -> object:
+    """A setting's value; None where it is left to the hub's rules."""
+    if name == "precision" and settings.origin(name) == "default":
+        return None
+    return _shown(name, getattr(settings, name))
 
 
 def _shown(name: str, value: object) -> object:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moshi_fl.cli import hub_option, output_options
+from moshi_fl.cli import Real, hub_option, output_options
 from moshi_fl.config import ensure_home
 from moshi_fl.console import Console
 from moshi_fl.errors import ConfigError
@@ -39,6 +39,7 @@ LABELS = {
     "again": "Note",
 }
 DP = {"dp_clip": "max_gradient_norm", "dp_noise": "noise_multiplier", "dp_delta": "delta"}
+MOST = 10**7  # steps, minutes, epochs and windows of a step: more is a slip of the finger
 
 
 @click.command()
@@ -49,13 +50,11 @@ DP = {"dp_clip": "max_gradient_norm", "dp_noise": "noise_multiplier", "dp_delta"
     type=click.Path(),
     help="File or folder to train on; may be given several times. It never leaves this machine.",
 )
-@click.option("--steps", type=click.IntRange(1), help="Train so many steps.")
-@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Train so many minutes.")
-@click.option("--epochs", type=click.FloatRange(0, min_open=True), help="See the data so often.")
-@click.option(
-    "--lr", "learning_rate", type=click.FloatRange(0, min_open=True), help="Peak learning rate."
-)
-@click.option("--batch-size", type=click.IntRange(1), help="Windows per step.")
+@click.option("--steps", type=click.IntRange(1, MOST), help="Train so many steps.")
+@click.option("--minutes", type=Real(0, MOST, min_open=True), help="Train so many minutes.")
+@click.option("--epochs", type=Real(0, MOST, min_open=True), help="See the data so often.")
+@click.option("--lr", "learning_rate", type=Real(0, min_open=True), help="Peak learning rate.")
+@click.option("--batch-size", type=click.IntRange(1, MOST), help="Windows per step.")
 @click.option("--device", help="auto, cpu, mps, cuda or cuda:N.")
 @click.option(
     "--precision", type=click.Choice(["fp32", "bf16", "auto"]), help="Arithmetic of training."
@@ -73,18 +72,16 @@ DP = {"dp_clip": "max_gradient_norm", "dp_noise": "noise_multiplier", "dp_delta"
 )
 @click.option("--max-bytes", type=click.IntRange(1), help="Take at most so much data.")
 @click.option("--dp", is_flag=True, help="Train with differential privacy.")
-@click.option(
-    "--dp-clip", type=click.FloatRange(0, min_open=True), help="Largest gradient of a window (1)."
-)
-@click.option("--dp-noise", type=click.FloatRange(0.3), help="Noise, in units of --dp-clip (1).")
+@click.option("--dp-clip", type=Real(0, min_open=True), help="Largest gradient of a window (1).")
+@click.option("--dp-noise", type=Real(0.3), help="Noise, in units of --dp-clip (1).")
 @click.option(
     "--dp-delta",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=Real(0, 1, min_open=True, max_open=True),
     help="Chance with which the promise may fail (1e-5).",
 )
 @click.option(
     "--dp-budget",
-    type=click.FloatRange(0, min_open=True),
+    type=Real(0, min_open=True),
     help="Most epsilon for all contributions to this hub (8).",
 )
 @click.option("--dry-run", is_flag=True, help="Train and show what would be sent; send nothing.")

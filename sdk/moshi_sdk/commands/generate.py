@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moshi_fl.cli import output_options
+from moshi_fl.cli import Real, output_options
 from moshi_fl.console import Console
 from moshi_fl.errors import ConfigError
 from moshi_sdk.chosen import Choice, model_options
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("prompt", required=False)
 @click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True)
-@click.option("--temperature", type=click.FloatRange(0), default=0.7, show_default=True)
+@click.option("--temperature", type=Real(0), default=0.7, show_default=True)
 @click.option("--top-k", type=click.IntRange(1), help="Choose among this many tokens only.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Nucleus sampling.")
-@click.option("--min-p", type=click.FloatRange(0, 1), help="Least share of the likeliest one.")
+@click.option("--top-p", type=Real(0, 1, min_open=True), help="Nucleus sampling.")
+@click.option("--min-p", type=Real(0, 1), help="Least share of the likeliest one.")
 @click.option(
     "--repetition-penalty",
-    type=click.FloatRange(0, min_open=True),
+    type=Real(0, min_open=True),
     default=1.0,
     show_default=True,
     help="Above 1: less of what was said.",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moshi_fl.cli import output_options, pairs, set_option
+from moshi_fl.cli import Real, output_options, pairs, plot_option, set_option
 from moshi_fl.config import ensure_home, load_settings
 from moshi_fl.console import Console
 from moshi_fl.errors import ConfigError
@@ -30,13 +30,6 @@ COLUMNS = {
 }
 
 
-def _writable(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
-    """Refuse a file that cannot be written now, rather than after all the work."""
-    if path is not None and not path.parent.is_dir():
-        raise click.BadParameter(f"folder {str(path.parent)!r} does not exist.", ctx, param)
-    return path
-
-
 @click.command()
 @click.option(
     "--data",
@@ -52,15 +45,13 @@ def _writable(ctx: click.Context, param: click.Parameter, path: Path | None) -> 
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="How many.")
 @click.option(
     "--fraction",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Real(0, 1, min_open=True),
     default=1.0,
     show_default=True,
     help="Share of the clients that take part in a round.",
 )
 @click.option("--steps", type=click.IntRange(1), help="Training steps per client and round.")
-@click.option(
-    "--lr", "learning_rate", type=click.FloatRange(0, min_open=True), help="Peak learning rate."
-)
+@click.option("--lr", "learning_rate", type=Real(0, min_open=True), help="Peak learning rate.")
 @click.option("--batch-size", type=click.IntRange(1), help="Windows per step.")
 @click.option(
     "--trains", metavar="PART", help="What of the model: all, or a part such as lora or ttt."
@@ -98,13 +89,7 @@ def _writable(ctx: click.Context, param: click.Parameter, path: Path | None) -> 
     show_default=True,
     help="Decides all that is drawn.",
 )
-@click.option(
-    "--plot",
-    type=click.Path(dir_okay=False, writable=True, path_type=Path),
-    callback=_writable,
-    metavar="FILE",
-    help="Write the losses as an SVG chart.",
-)
+@plot_option("Write the losses as an SVG chart.")
 @output_options
 def simulate(console: Console, plot: Path | None, **flags: Any) -> None:
     r"""Train one model with many virtual contributors in this process.

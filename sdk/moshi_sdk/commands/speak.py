@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moshi_fl.cli import output_options
+from moshi_fl.cli import Real, output_options
 from moshi_fl.console import Console
 from moshi_fl.text import Duration, Figure
 from moshi_sdk.chosen import FILE, Choice, model_options
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--seconds",
-    type=click.FloatRange(0),
+    type=Real(0),
     default=0.0,
     show_default=True,
     help="Go on so long after the voice has ended.",
 )
 @click.option("--stereo", is_flag=True, help="Write both: the model left, the user right.")
-@click.option("--temperature", type=click.FloatRange(0), default=0.8, show_default=True)
+@click.option("--temperature", type=Real(0), default=0.8, show_default=True)
 @click.option("--top-k", type=click.IntRange(0), default=250, show_default=True, help="0: all.")
-@click.option("--text-temperature", type=click.FloatRange(0), default=0.7, show_default=True)
+@click.option("--text-temperature", type=Real(0), default=0.7, show_default=True)
 @click.option("--text-top-k", type=click.IntRange(0), default=25, show_default=True, help="0: all.")
 @click.option("--int8", is_flag=True, help="Weights in eight bits: faster, a little less exact.")
 @click.option("--seed", type=click.IntRange(0), help="Makes the reply repeatable.")

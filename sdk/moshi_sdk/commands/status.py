@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from moshi_fl.cli import hub_option, output_options
@@ -46,7 +48,11 @@ def status(console: Console, hub: str | None, offline: bool) -> None:
     resume = f"moshi-fl contribute{hub_flag(settings)} --resume"
     _show_privacy(console, snapshot)
     runs = _runs(manager.replica)
+    later = _followed(runs)
     rows = [_contribution(run, manager.replica, snapshot) for run in runs]
+    for run, row in zip(runs, rows, strict=True):
+        if row["state"] == "not taken" and run.folder in later:
+            row["state"] = "replaced"
     if rows:
         console.table(rows, name="contributions")
         _show_credit(console, manager.replica, snapshot, settings)
@@ -96,6 +102,21 @@ def _rounds(state: HubState) -> list[dict[str, object]]:
 
 def _runs(replica: Replica) -> list[Run]:
     return list(Runs(replica.folder / "runs"))[:SHOWN_ROUNDS]
+
+
+def _followed(runs: list[Run]) -> set[Path]:
+    """Folders of what was sent before something else of the same key to the same round."""
+    seen: set[tuple[str, int]] = set()
+    found = set()
+    for run in runs:  # the newest first
+        contribution = run.contribution()
+        if contribution is None or not run.is_sent:
+            continue
+        place = (contribution.key, contribution.round)
+        if place in seen:
+            found.add(run.folder)
+        seen.add(place)
+    return found
 
 
 def _contribution(run: Run, replica: Replica, snapshot: Snapshot) -> dict[str, object]:

@@ -256,5 +256,9 @@ def test_weights_of_another_model_are_no_beginning(release: Path, tmp_path: Path
     found = import_with(release, tmp_path / "out", lora_rank=2)
     assert found.tokenizer is not None
     other = get_family("speech").load({**found.model, "lora_rank": 3}, found.tokenizer)
-    with pytest.raises(CorruptRecord, match=r"lora_A.weight is float32 \[2, .*; and \d+ more"):
+    with pytest.raises(
+        CorruptRecord, match=r"lora_A.weight is float32 \[2, .*; and \d+ more"
+    ) as caught:
         require_weights_of(other, found.weights)
+    assert "--set" in caught.value.hint
+    assert len(str(caught.value)) < 500, "three of hundreds tell the story"
