@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from moshi_fl.cli import hub_option, output_options
@@ -48,11 +46,7 @@ def status(console: Console, hub: str | None, offline: bool) -> None:
     resume = f"moshi-fl contribute{hub_flag(settings)} --resume"
     _show_privacy(console, snapshot)
     runs = _runs(manager.replica)
-    later = _followed(runs)
-    rows = [_contribution(run, manager.replica, snapshot) for run in runs]
-    for run, row in zip(runs, rows, strict=True):
-        if row["state"] == "not taken" and run.folder in later:
-            row["state"] = "replaced"
+    rows = _contributions(runs, manager.replica, snapshot)
     if rows:
         console.table(rows, name="contributions")
         _show_credit(console, manager.replica, snapshot, settings)
@@ -104,22 +98,32 @@ def _runs(replica: Replica) -> list[Run]:
     return list(Runs(replica.folder / "runs"))[:SHOWN_ROUNDS]
 
 
-def _followed(runs: list[Run]) -> set[Path]:
-    """Folders of what was sent before something else of the same key to the same round."""
-    seen: set[tuple[str, int]] = set()
-    found = set()
-    for run in runs:  # the newest first
-        contribution = run.contribution()
-        if contribution is None or not run.is_sent:
-            continue
-        place = (contribution.key, contribution.round)
-        if place in seen:
-            found.add(run.folder)
-        seen.add(place)
-    return found
+Place = tuple[str, int] | None
+"""Key and round of a contribution: a hub takes one of each."""
 
 
-def _contribution(run: Run, replica: Replica, snapshot: Snapshot) -> dict[str, object]:
+def _place(run: Run) -> Place:
+    contribution = run.contribution()
+    return (contribution.key, contribution.round) if contribution else None
+
+
+def _contributions(
+    runs: list[Run], replica: Replica, snapshot: Snapshot
+) -> list[dict[str, object]]:
+    """A row for each, with what became of it."""
+    states = [_state(run, replica, snapshot) for run in runs]
+    filled = {
+        _place(run)
+        for run, state in zip(runs, states, strict=True)
+        if state == "open" or state.startswith("in round")
+    }
+    return [
+        _row(run, "replaced" if state == "not taken" and _place(run) in filled else state)
+        for run, state in zip(runs, states, strict=True)
+    ]
+
+
+def _row(run: Run, state: str) -> dict[str, object]:
     contribution = run.contribution()
     return {
         "contribution": contribution.id[:12] if contribution else "-",
@@ -127,7 +131,7 @@ def _contribution(run: Run, replica: Replica, snapshot: Snapshot) -> dict[str, o
         "trained": run.plan.part,
         "steps": run.plan.training.steps,
         "own_loss": contribution.metrics.held_out_after if contribution else None,
-        "state": _state(run, replica, snapshot),
+        "state": state,
     }
 
 
