@@ -8,7 +8,7 @@ from dataclasses import dataclass
 MONTH = 30 * 24  # hours
 KEPT = 64 / 4096  # of all weights, that a delta of topk touches
 EVALUATORS = 3  # processes of the hub's machine
-JOBS = 5  # that a pull request starts: signal, verify, is it accepted, evaluate, report
+JOBS = 5  # that a pull request starts: signal, verify, is it accepted, evaluate (on three), report
 STARTING = 45.0  # seconds before a job's own work begins: checkout, Python, install; assumed
 
 
@@ -107,7 +107,8 @@ def costs(plan: Plan, found: Measured, *, keep_rounds: int = 10) -> Costs:
     own, fixed = found.called("verify", "merge", "publish"), found.called("round")
     seconds = found.verify + found.evaluate + found.merge
     job = STARTING + found.verify
-    minutes = n * ((JOBS - 1) * math.ceil(job / 60) + math.ceil((STARTING + found.evaluate) / 60))
+    machine = STARTING + found.evaluate / EVALUATORS
+    minutes = n * ((JOBS - 1) * math.ceil(job / 60) + EVALUATORS * math.ceil(machine / 60))
     minutes += plan.rounds * math.ceil((STARTING + each * found.merge) / 60)
     return Costs(
         received=n * found.sent,
