@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from moshi_fl.cli import group, run
@@ -46,7 +45,3 @@ root = group(
 def main(args: Sequence[str] | None = None) -> int:
     """Run ``moshi-fl``; returns the exit status."""
     return run(root, args)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -21,7 +21,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
     """Both commands on PATH, as a plain user has them; code from this checkout."""
     commands = tmp_path / "bin"
     commands.mkdir()
-    for name, module in (("moshi-fl", "moshi_sdk.cli"), ("moshi-hub", "moshi_hub.cli")):
+    for name, module in (("moshi-fl", "moshi_sdk"), ("moshi-hub", "moshi_hub")):
         script = commands / name
         script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m {module} "$@"\n')
         script.chmod(0o755)

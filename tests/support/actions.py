@@ -70,7 +70,7 @@ class Actions:
         self._bin = folder / "bin"
         self._bin.mkdir(parents=True)
         command = self._bin / "moshi-hub"
-        command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m moshi_hub.cli "$@"\n')
+        command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m moshi_hub "$@"\n')
         command.chmod(0o755)
 
     def contribution(self, pull: Mapping[str, Any]) -> list[Run]:
