@@ -12,6 +12,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, cast
 
 from moshi_fl.errors import ConfigError
+from moshi_fl.text import suggestion
 
 if TYPE_CHECKING:
     from moshi_fl.models.family import Family, Preset
@@ -44,8 +45,8 @@ def get_family(name: str) -> Family:
         except (ImportError, AttributeError) as error:
             raise ConfigError(f"model family {name!r} ({point.value}): {error}.") from error
     raise ConfigError(
-        f"there is no model family {name!r}; known: {', '.join(known_families())}.",
-        hint="Install the package that provides it, or correct [model] family in hub.toml.",
+        f"there is no model family {name!r}; {suggestion(name, known_families())}",
+        hint="Correct its name, or install the package that provides it.",
     )
 
 

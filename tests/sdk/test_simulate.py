@@ -220,7 +220,7 @@ def test_the_command_prints_a_table_and_writes_the_chart(code, tmp_path, capsys)
     rows = [line.split() for line in out.splitlines()]
     assert rows[0][:4] == ["round", "held-out", "loss", "client"]
     assert [row[0] for row in rows[1:3]] == ["0", "1"]
-    assert "1 rounds simulated" in err
+    assert "1 round simulated" in err
     assert "held out" in err
     assert ET.parse(svg).getroot().tag == SVG + "svg"
 

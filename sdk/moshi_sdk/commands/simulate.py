@@ -205,4 +205,5 @@ def _conclude(console: Console, results: list[RoundResult], plot: Path | None) -
     facts["seconds"] = Duration(sum(result.seconds for result in results))
     if plot:
         facts["plot"] = str(plot)
-    console.done(f"{len(results) - 1} rounds simulated", **facts)
+    count = len(results) - 1
+    console.done(f"{count} round{'s' * (count != 1)} simulated", **facts)
