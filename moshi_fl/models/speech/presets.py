@@ -84,7 +84,13 @@ def presets() -> Mapping[str, Preset]:
         ),
         "small": Preset(
             model=SMALL,
-            training={"steps": 200, "batch_size": 4, "learning_rate": 3e-4, "beta2": 0.95},
+            training={
+                "steps": 200,
+                "batch_size": 4,
+                "learning_rate": 3e-4,
+                "beta2": 0.95,
+                "precision": "auto",  # twice as fast where bf16 is native
+            },
             delta={"codec": "topk"},
             evaluation={"sequences": 32, "precision": "float32"},
             tokenizer=tokenizer,
