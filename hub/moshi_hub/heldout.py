@@ -150,16 +150,14 @@ def figures_of(replica: Replica, snapshot: Snapshot) -> dict[str, float]:
     """
     import torch
 
-    from moshi_fl.models.family import Explains
+    from moshi_fl.models.common import explained
 
     pool, device = read_pool_file(replica), torch.device("cpu")
     task, module = _task_and_model(snapshot)
     losses = task.evaluate(module, pool, device)
-    found = {"loss": float(losses.mean())}
-    if isinstance(task, Explains):
-        more = task.figures(module, pool, device)
-        found |= {name.replace(" ", "_"): value for name, value in more.items()}
-    return found
+    more = explained(task, module, pool, device)
+    figures = {name.replace(" ", "_"): value for name, value in more.items()}
+    return {"loss": float(losses.mean()), **figures}
 
 
 def chart_of(replica: Replica, snapshots: Sequence[Snapshot]) -> Chart:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moshi_fl.errors import ConfigError, CorruptRecord
-from moshi_fl.models.family import ReadsWithModel, Task, TrainsInParts
+from moshi_fl.models.family import Explains, ReadsWithModel, Task, TrainsInParts
 from moshi_fl.text import shorten, suggestion
 from moshi_fl.weights import Weights
 
@@ -65,7 +65,7 @@ def load_weights(module: nn.Module, weights: Weights) -> None:
             shape, wanted = list(weights[name].shape), list(parameters[name].shape)
             problems.append(f"{name} has shape {shape} instead of {wanted}")
     if problems:
-        raise CorruptRecord(f"the weights do not fit the model: {_abridged(problems)}.")
+        raise CorruptRecord(f"the weights do not fit the model: {abridged(problems, _SHOWN)}.")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(torch.tensor(weights[name]))
@@ -82,9 +82,10 @@ def model_of(task: Task, weights: Weights) -> nn.Module:
     return module
 
 
-def _abridged(problems: list[str]) -> str:
-    more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-    return "; ".join(problems[:_SHOWN] + more)
+def abridged(problems: list[str], shown: int) -> str:
+    """The first of many problems, and how many more there are."""
+    more = [f"and {len(problems) - shown} more"] if len(problems) > shown else []
+    return "; ".join(problems[:shown] + more)
 
 
 def extract_weights(
@@ -171,6 +172,13 @@ def able_to_read(task: Task, weights: Callable[[], Weights]) -> Task:
     return task.reading_with(weights()) if isinstance(task, ReadsWithModel) else task
 
 
+def explained(
+    task: Task, module: nn.Module, pool: bytes, device: torch.device
+) -> Mapping[str, float]:
+    """What a task can tell of a module on a pool beside its loss, by name; mostly nothing."""
+    return task.figures(module, pool, device) if isinstance(task, Explains) else {}
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Where a module's parameters lie."""
     return next(module.parameters()).device
@@ -210,6 +218,11 @@ def settings_from(kind: type[Settings], table: Mapping[str, Any], *, name: str) 
 def _required(field: dataclasses.Field[Any]) -> bool:
     absent = dataclasses.MISSING
     return field.default is absent and field.default_factory is absent
+
+
+def given(config: object, *keys: str) -> tuple[str, ...]:
+    """Those of the keys that are not None."""
+    return tuple(key for key in keys if getattr(config, key) is not None)
 
 
 def require_counts(config: object, keys: Iterable[str], *, name: str) -> None:

@@ -93,7 +93,7 @@ def require_weights_of(task: Task, weights: Weights) -> None:
     Raises:
         CorruptRecord: A tensor is missing, unknown, not finite, or of another shape or type.
     """
-    from moshi_fl.models.common import shapes_of_model
+    from moshi_fl.models.common import abridged, shapes_of_model
 
     own = shapes_of_model(task.build)
     problems = [f"{name} is missing" for name in sorted(own.keys() - weights.keys())]
@@ -106,9 +106,8 @@ def require_weights_of(task: Task, weights: Weights) -> None:
     if not problems and (bad := not_finite(weights)):
         problems = [f"{bad} holds a value that is not finite"]
     if problems:
-        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise CorruptRecord(
-            f"the weights do not fit: {'; '.join(problems[:_SHOWN])}{more}.",
+            f"the weights do not fit: {abridged(problems, _SHOWN)}.",
             hint="Leave out what makes it another model, such as --set, or give another folder.",
         )
 

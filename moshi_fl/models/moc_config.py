@@ -7,8 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from moshi_fl.errors import ConfigError
-from moshi_fl.models.common import KEYS_LISTED, require_counts, require_fractions
-from moshi_fl.text import suggestion
+from moshi_fl.models.common import require_counts, require_fractions, require_known
 
 Collaboration = Literal["none", "simple", "moc"]
 CheckpointPolicy = Literal["none", "ffn", "block"]
@@ -120,10 +119,8 @@ class MocConfig:
         """
         values = {key: value for key, value in table.items() if key not in _REFERENCE_ONLY}
         kinds = {field.name: str(field.type) for field in fields(cls)}
+        require_known(values, [*kinds, *_REFERENCE_ONLY], name="model")
         for key, value in values.items():
-            if key not in kinds:
-                ending = suggestion(key, [*kinds, *_REFERENCE_ONLY], listed=KEYS_LISTED)
-                raise ConfigError(f"model: unknown key {key!r}; {ending}")
             values[key] = _as_kind(key, value, kinds[key])
         if values.get("n_kv_heads", 0) is None:
             values["n_kv_heads"] = values.get("n_heads", cls.n_heads)

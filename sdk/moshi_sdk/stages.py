@@ -21,7 +21,7 @@ from moshi_fl.feedback import Feedback, Merged
 from moshi_fl.history import HubState
 from moshi_fl.hubfile import HubConfig
 from moshi_fl.models.common import trained_part
-from moshi_fl.models.family import Corpus, Explains, Task
+from moshi_fl.models.family import Corpus, Task
 from moshi_fl.records import Contribution, Metrics, Privacy, dump
 from moshi_fl.replica import Replica, Snapshot
 from moshi_fl.rules import grown_rows
@@ -195,12 +195,11 @@ class _Measured(NamedTuple):
 def _measured(task: Task, weights: Weights, pool: bytes, device: str) -> _Measured:
     import torch
 
-    from moshi_fl.models.common import model_of
+    from moshi_fl.models.common import explained, model_of
 
     module, place = model_of(task, weights).to(device), torch.device(device)
     loss = round(float(task.evaluate(module, pool, place).mean()), 6)
-    figures = task.figures(module, pool, place) if isinstance(task, Explains) else {}
-    return _Measured(loss, figures)
+    return _Measured(loss, explained(task, module, pool, place))
 
 
 def _encode(work: Work, delta: Weights, number: int, base: str, **fields: Any) -> Contribution:

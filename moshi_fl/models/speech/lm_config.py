@@ -6,12 +6,13 @@ The keys ``ttt_*`` are ours: they turn the top layers of the temporal transforme
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from moshi_fl.errors import ConfigError
 from moshi_fl.models.common import (
+    given,
     quoted,
     require_counts,
     require_fractions,
@@ -99,11 +100,11 @@ class LMConfig:
     def __post_init__(self) -> None:
         counts = ["num_layers", "depformer_num_heads", "dim", "num_heads", "n_q", "dep_q", "card"]
         counts += ["text_card", "kv_repeat", "depformer_dim", "extra_heads_dim", "ttt_mini_batch"]
-        require_counts(self, counts + self._given(_OPTIONAL_COUNTS), name="[model]")
+        require_counts(self, [*counts, *given(self, *_OPTIONAL_COUNTS)], name="[model]")
         require_fractions(self, ("ttt_forget",), name="[model]")
-        numbers = ["positional_scale", "ttt_alpha", *self._given(_OPTIONAL_NUMBERS)]
+        numbers = ["positional_scale", "ttt_alpha", *given(self, *_OPTIONAL_NUMBERS)]
         require_numbers(self, numbers, name="[model]")
-        positive = ["hidden_scale", "max_period", *self._given(["depformer_max_period"])]
+        positive = ["hidden_scale", "max_period", *given(self, "depformer_max_period")]
         require_numbers(self, positive, name="[model]", above_zero=True)
         for key in _FLAGS:
             value = getattr(self, key)
@@ -121,9 +122,6 @@ class LMConfig:
         self._require_that_parts_fit()
         self._require_that_streams_fit()
         _ = self.temporal, self.depth, self.ttt  # each checks itself
-
-    def _given(self, keys: Iterable[str]) -> list[str]:
-        return [key for key in keys if getattr(self, key) is not None]
 
     def _require_that_parts_fit(self) -> None:
         for prefix in ("", "depformer_"):

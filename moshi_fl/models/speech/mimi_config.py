@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moshi_fl.errors import ConfigError
-from moshi_fl.models.common import require_counts, require_numbers, settings_from
+from moshi_fl.models.common import quoted, require_counts, require_numbers, settings_from
 from moshi_fl.models.speech.quantizer import QuantizerConfig
 from moshi_fl.models.speech.seanet import SeanetConfig
 from moshi_fl.models.speech.transformer import TransformerConfig
@@ -83,7 +83,7 @@ class MimiConfig:
             raise ConfigError(f"configuration: {missing[0]!r} is missing.")
         for name in sections[2:]:
             if not isinstance(table[name], Mapping):
-                raise ConfigError(f"{name} = {table[name]!r} must be a table.")
+                raise ConfigError(f"{name} = {quoted(table[name])} must be a table.")
         seanet = _without(table["seanet"], SEANET_FIXED, "seanet")
         if isinstance(seanet.get("ratios"), list):
             seanet["ratios"] = tuple(seanet["ratios"])
@@ -108,5 +108,5 @@ def _without(table: Mapping[str, Any], fixed: Mapping[str, Any], name: str) -> d
     """The table without keys that can have one value only."""
     for key, value in fixed.items():
         if key in table and table[key] != value:
-            raise ConfigError(f"{name}: {key} = {table[key]!r} must be {value!r}.")
+            raise ConfigError(f"{name}: {key} = {quoted(table[key])} must be {value!r}.")
     return {key: value for key, value in table.items() if key not in fixed}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moshi_fl.errors import ConfigError, DataError
-from moshi_fl.models.common import require_counts, require_numbers
+from moshi_fl.models.common import given, require_counts, require_numbers
 from moshi_fl.models.speech.attention import (
     SPARE,
     Block,
@@ -62,10 +62,8 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         counts = ("d_model", "num_heads", "num_layers", "dim_feedforward", "kv_repeat")
         require_counts(self, counts, name="transformer")
-        if self.context is not None:
-            require_counts(self, ("context",), name="transformer")
-        scales = ("positional_scale", *(("layer_scale",) if self.layer_scale is not None else ()))
-        require_numbers(self, scales, name="transformer")
+        require_counts(self, given(self, "context"), name="transformer")
+        require_numbers(self, given(self, "positional_scale", "layer_scale"), name="transformer")
         require_numbers(self, ("max_period",), name="transformer", above_zero=True)
         if self.d_model % self.num_heads or self.d_model // self.num_heads % 2:
             raise ConfigError(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from moshi_fl.errors import ConfigError
 from moshi_fl.models.common import (
+    given,
     require_counts,
     require_fractions,
     require_numbers,
@@ -38,7 +39,7 @@ class TttConfig:
     def __post_init__(self) -> None:
         require_counts(self, ("d_model", "n_heads", "mini_batch"), name="[model] ttt")
         require_fractions(self, ("forget",), name="[model] ttt")
-        rates = ("rope_theta", *(("base_lr",) if self.base_lr is not None else ()))
+        rates = ("rope_theta", *given(self, "base_lr"))
         require_numbers(self, rates, name="[model] ttt", above_zero=True)
         if self.kind not in {"linear", "mlp"}:
             raise ConfigError(f'[model]: ttt kind = {self.kind!r} must be "linear" or "mlp".')
