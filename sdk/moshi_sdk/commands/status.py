@@ -112,14 +112,15 @@ def _contributions(
 ) -> list[dict[str, object]]:
     """A row for each, with what became of it."""
     states = [_state(run, replica, snapshot) for run in runs]
+    places = [_place(run) for run in runs]
     filled = {
-        _place(run)
-        for run, state in zip(runs, states, strict=True)
+        place
+        for place, state in zip(places, states, strict=True)
         if state == "open" or state.startswith("in round")
     }
     return [
-        _row(run, "replaced" if state == "not taken" and _place(run) in filled else state)
-        for run, state in zip(runs, states, strict=True)
+        _row(run, "replaced" if state == "not taken" and place in filled else state)
+        for run, place, state in zip(runs, places, states, strict=True)
     ]
 
 
