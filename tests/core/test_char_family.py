@@ -48,10 +48,14 @@ def corpus(code: Path) -> CharCorpus:
     return task_of().read([code], seed=0)
 
 
-def test_an_unknown_family_is_named_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="no model family 'chat'; known: char"):
-        get_family("chat")
-    assert "char" in known_families()
+@pytest.mark.parametrize(
+    ("wrong", "help_"),
+    [("chat", "did you mean 'char'"), ("llama", "known: char, moc, speech")],
+)
+def test_an_unknown_family_is_answered_with_the_nearest_or_all(wrong: str, help_: str) -> None:
+    with pytest.raises(ConfigError, match=f"no model family '{wrong}'; {help_}"):
+        get_family(wrong)
+    assert set(known_families()) >= {"char", "moc", "speech"}
 
 
 @pytest.mark.parametrize("preset", ["tiny", "base"])

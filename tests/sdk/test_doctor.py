@@ -96,7 +96,7 @@ def test_a_machine_without_git_is_told_what_to_install(examine, monkeypatch, tmp
 
 def test_for_people_the_next_steps_follow_the_table():
     done = subprocess.run(
-        [sys.executable, "-m", "moshi_sdk.cli", "doctor"],
+        [sys.executable, "-m", "moshi_sdk", "doctor"],
         capture_output=True,
         text=True,
         check=False,
