@@ -118,7 +118,7 @@ def extract(repo: HubRepo, location: Location, folder: Path) -> None:
             raise UntrustedHub(f"{location.ref}: {file.name} is not the recorded plain file.")
         path = folder / file.name
         with path.open("wb") as out:
-            repo.stream(location.commit, file.name, out, limit=file.bytes)
+            repo.stream(location.commit, entry, out, limit=file.bytes)
         if sha256_file(path) != file.sha256:
             raise UntrustedHub(f"{location.ref}: {file.name} does not have the recorded hash.")
 

@@ -202,7 +202,7 @@ def _fetch_delta(
         plain = [(entry.path, entry.mode) for entry in entries] == [(DELTA_FILE, "100644")]
         if plain and (entries[0].size or 0) <= limit:
             with target.open("wb") as file:
-                scratch.stream(commit, DELTA_FILE, file, limit=limit)
+                scratch.stream(commit, entries[0], file, limit=limit)
             return replace(submission, delta_entries=entries, delta=target)
     except HubError as error:
         return replace(submission, unreadable=str(error))

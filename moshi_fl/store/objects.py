@@ -121,10 +121,15 @@ class ObjectStore(StoreFolder):
         )
         return list(split_batch(result.out, found))
 
-    def stream(self, commit: str, path: str, out: BinaryIO, *, limit: int) -> int:
-        """Copy one plain file of at most ``limit`` bytes to ``out``; returns its size in bytes."""
-        (entry,) = self._plain_files(commit, [path], limit)
-        size = entry.size or 0
+    def stream(self, commit: str, entry: TreeEntry, out: BinaryIO, *, limit: int) -> int:
+        """Copy a plain file of at most ``limit`` bytes to ``out``; returns its size in bytes.
+
+        ``entry`` is what ``entries`` has listed of that commit.
+
+        Raises:
+            CorruptRecord: Something else, or larger; nothing has been copied then.
+        """
+        size = usable(entry, commit, entry.path, limit).size or 0
         with disk_errors(Path(str(getattr(out, "name", "the output"))).parent):
             self._git("reading", "cat-file", "blob", entry.oid, out=out, max_output=size)
         return size
@@ -166,8 +171,8 @@ class ObjectStore(StoreFolder):
         )
         with self.lock(), self._scratch() as scratch:
             env = {"GIT_INDEX_FILE": str(scratch / "index")}
-            start = [checked_object(base)] if base else ["--empty"]
-            self._git("building a tree", "read-tree", *start, env=env)
+            if base:
+                self._git("building a tree", "read-tree", checked_object(base), env=env)
             lines = (gone + new).encode()
             self._git("building a tree", "update-index", "-z", "--index-info", stdin=lines, env=env)
             return self._git("building a tree", "write-tree", env=env).out.decode().strip()

@@ -104,7 +104,8 @@ def test_links_submodules_and_scripts_are_listed_as_what_they_are_and_never_read
     )
     oid = offer(hub, tree)
     store.fetch({MAIN: MAIN})
-    found = {entry.path: (entry.mode, entry.is_plain_file) for entry in store.entries(oid)}
+    entries = {entry.path: entry for entry in store.entries(oid)}
+    found = {path: (entry.mode, entry.is_plain_file) for path, entry in entries.items()}
     assert found == {
         ".gitattributes": ("100644", True),
         "module": ("160000", False),
@@ -115,7 +116,7 @@ def test_links_submodules_and_scripts_are_listed_as_what_they_are_and_never_read
         with pytest.raises(CorruptRecord, match="no plain file"):
             store.read(oid, path, limit=1000)
         with pytest.raises(CorruptRecord, match="no plain file"):
-            store.stream(oid, path, io.BytesIO(), limit=1000)
+            store.stream(oid, entries[path], io.BytesIO(), limit=1000)
 
 
 def test_attributes_of_the_hub_change_no_byte(hub: Path, store: HubRepo) -> None:
@@ -194,7 +195,7 @@ def test_streaming_a_bomb_stops_at_its_size_in_the_tree(hub: Path, store: HubRep
     store.fetch({MAIN: MAIN})
     out = io.BytesIO()
     with pytest.raises(CorruptRecord, match="30000000 bytes, the limit is 1000"):
-        store.stream(oid, "w", out, limit=1000)
+        store.stream(oid, *store.entries(oid), out, limit=1000)
     assert out.getvalue() == b""
 
 
@@ -204,9 +205,9 @@ def test_a_large_file_is_streamed_in_little_memory(tmp_path: Path, hub: Path) ->
     oid = commit(store, {"w": noise(100_000_000)})
     script = (
         "import sys, resource; from pathlib import Path; from moshi_fl.store import HubRepo\n"
-        "repo = HubRepo(Path(sys.argv[1]), sys.argv[2]); repo.resolve(sys.argv[3])\n"
+        "repo = HubRepo(Path(sys.argv[1]), sys.argv[2]); (w,) = repo.entries(sys.argv[3])\n"
         "used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "with open('/dev/null', 'wb') as out: repo.stream(sys.argv[3], 'w', out, limit=1 << 30)\n"
+        "with open('/dev/null', 'wb') as out: repo.stream(sys.argv[3], w, out, limit=1 << 30)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used)\n"
     )
     argv = [sys.executable, "-c", script, str(store.path), store.url, oid]

@@ -458,7 +458,7 @@ def test_a_full_disk_is_named_and_nothing_half_stays(
     reader = prepared(tmp_path / "b", address)
     reader.fetch({MAIN: MAIN})
     with (small_disk / "out").open("wb") as out, pytest.raises(MoshiError, match="No space left"):
-        reader.stream(big, "w", out, limit=8_000_000)
+        reader.stream(big, *reader.entries(big), out, limit=8_000_000)
     (small_disk / "out").unlink()
     assert repo.fetch({"refs/heads/small": "refs/kept/small"}) == {"refs/kept/small": small}
 
