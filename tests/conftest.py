@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,14 +20,11 @@ settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 ENVIRONMENT = {
-    # Git as on a machine where nobody ever configured it.
-    "GIT_CONFIG_GLOBAL": os.devnull,
+    # Git as on a machine where nobody ever configured more than their name. Not by GIT_AUTHOR_NAME:
+    # the product keeps such variables from its Git processes, with one more program for each.
+    "GIT_CONFIG_GLOBAL": str(Path(__file__).with_name("fixtures") / "gitconfig"),
     "GIT_CONFIG_NOSYSTEM": "1",
     "GIT_TERMINAL_PROMPT": "0",
-    "GIT_AUTHOR_NAME": "Test",
-    "GIT_AUTHOR_EMAIL": "test@example.org",
-    "GIT_COMMITTER_NAME": "Test",
-    "GIT_COMMITTER_EMAIL": "test@example.org",
     # Read by torch, when it is imported; also holds in the commands that tests start.
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -38,6 +36,21 @@ ENVIRONMENT = {
 for name in [n for n in os.environ if n.startswith(("MOSHI_FL_", "GIT_"))]:
     del os.environ[name]
 os.environ.update(ENVIRONMENT)
+
+# Git and we ourselves wait for the disk after each write. Nobody pulls the plug of a test, so its
+# files lie in memory where there is room and programs may lie; an own TMPDIR says otherwise.
+MEMORY = Path("/dev/shm")
+ROOM = 2 << 30  # bytes; some hundred MB are in use at a time
+
+
+def _has_room(folder: Path) -> bool:
+    if not os.access(folder, os.W_OK) or os.statvfs(folder).f_flag & os.ST_NOEXEC:
+        return False
+    return shutil.disk_usage(folder).free >= ROOM
+
+
+if "TMPDIR" not in os.environ and _has_room(MEMORY):
+    os.environ["TMPDIR"] = tempfile.tempdir = str(MEMORY)
 
 
 def pytest_configure(config: pytest.Config) -> None:
