@@ -182,6 +182,8 @@ class HubState:
     hubfile: str
     config: HubConfig
     tokenizer: bytes
+    files: Mapping[str, bytes]
+    """Those of the commit that mean something, metadata included, as they are."""
 
     @property
     def newest(self) -> Round:
@@ -255,7 +257,7 @@ def parse_state(files: Mapping[str, bytes], refs: Refs, commit: str) -> HubState
     config = parse_hubfile(hubfile)
     check_chain(manifest.rounds)
     _check_state(manifest, config, refs, tokenizer)
-    return HubState(commit, refs, manifest, hubfile, config, tokenizer)
+    return HubState(commit, refs, manifest, hubfile, config, tokenizer, files)
 
 
 def _check_state(manifest: Manifest, config: HubConfig, refs: Refs, tokenizer: bytes) -> None:
@@ -303,14 +305,15 @@ def read_rounds(repo: HubRepo, main: str, first: int, last: int) -> list[Round]:
     return rounds
 
 
-def read_contributions(repo: HubRepo, main: str, record: Round) -> dict[str, Contribution]:
-    """Records of a round's accepted contributions by id, from a commit of main.
+def read_contributions(repo: HubRepo, main: str, *records: Round) -> dict[str, Contribution]:
+    """Records of these rounds' accepted contributions by id, from a commit of main.
 
     Raises:
         UntrustedHub: A record is not the one its id names.
     """
-    ids = [merged.id for merged in record.contributions]
-    paths = [accepted_path(record.round, contribution_id) for contribution_id in ids]
+    places = [(record.round, merged.id) for record in records for merged in record.contributions]
+    ids = [contribution_id for _, contribution_id in places]
+    paths = [accepted_path(*place) for place in places]
     contributions = {}
     for path, data, wanted in zip(
         paths, repo.read_many(main, paths, limit=1 << 20), ids, strict=True

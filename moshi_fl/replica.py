@@ -280,9 +280,7 @@ class Replica:
     def scratch(self) -> Iterator[HubRepo]:
         """A throw-away store beside the replica's own."""
         with self.workspace() as folder:
-            yield HubRepo(
-                folder / "git", self.url, timeout=self.timeout, token_for=self.repo.token_for
-            )
+            yield self.repo.beside(folder / "git")
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -150,8 +150,7 @@ class Bridge:
     def contributions(self, rounds: Sequence[Round]) -> list[Contribution]:
         """What went into these rounds of this hub."""
         repo, main = self.replica.repo, self.replica.fetch_main()
-        found = (read_contributions(repo, main, record).values() for record in rounds)
-        return [entry for entries in found for entry in entries]
+        return list(read_contributions(repo, main, *rounds).values())
 
     def missing_rows(self) -> int:
         """Rows by which the other hub's vocabulary has grown since this one took a round."""

@@ -172,7 +172,7 @@ def _fetch_branch(repo: HubRepo, main: str, branch: str, commit: str) -> Submiss
 
 def _read_branch(repo: HubRepo, main: str, branch: str, commit: str) -> Submission:
     parents = repo.parents(commit)
-    if len(parents) != 1 or not repo.is_ancestor(parents[0], main):
+    if parents != [main] and (len(parents) != 1 or not repo.is_ancestor(parents[0], main)):
         return Submission(branch, "the branch is not one commit on top of main.", ())
     changes = tuple(repo.changes(parents[0], commit))
     place = branch_place(branch)
@@ -182,10 +182,10 @@ def _read_branch(repo: HubRepo, main: str, branch: str, commit: str) -> Submissi
         contribution_path(*place): MAX_CONTRIBUTION_BYTES,
         signature_path(*place): MAX_SIGNATURE_BYTES,
     }
-    sizes = {entry.path: entry.size or 0 for entry in changes if entry.is_plain_file}
-    if sizes.keys() != files.keys() or any(sizes[path] > files[path] for path in files):
+    found = {entry.path: entry for entry in changes if entry.is_plain_file}
+    if found.keys() != files.keys() or any((found[path].size or 0) > files[path] for path in files):
         return Submission(branch, "", changes)
-    record, signature = repo.read_many(commit, list(files), limit=MAX_CONTRIBUTION_BYTES)
+    record, signature = repo.contents([found[path] for path in files])
     return Submission(branch, "", changes, record, signature)
 
 
@@ -215,8 +215,7 @@ def known_keys(replica: Replica, main: str, rounds: Sequence[Round]) -> dict[tup
     """Key and base round of each contribution that these rounds took, to its id."""
     return {
         (contribution.key, contribution.round): contribution.id
-        for record in rounds
-        for contribution in read_contributions(replica.repo, main, record).values()
+        for contribution in read_contributions(replica.repo, main, *rounds).values()
     }
 
 

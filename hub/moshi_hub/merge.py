@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moshi_fl.aggregate import get_strategy
 from moshi_fl.errors import HubError, MoshiError
-from moshi_fl.history import SIGNED_FILES, HubState, read_latest, round_branch
+from moshi_fl.history import SIGNED_FILES, HubState, round_branch
 from moshi_fl.hubfile import HubConfig
 from moshi_fl.records import Contribution, Round, dump
 from moshi_fl.replica import Replica
@@ -156,8 +156,7 @@ def desk_for(
 
     All roots come from the hub: this machine may have been pinned to a later one than the first.
     """
-    files = read_latest(replica.repo, state.commit)
-    metadata = {name: data for name, data in files.items() if name not in SIGNED_FILES}
+    metadata = {name: data for name, data in state.files.items() if name not in SIGNED_FILES}
     store = KeyStore(replica.home, state.config.hub.id, passphrase=passphrase)
     return Desk(metadata, store, config.trust, utc_now())
 

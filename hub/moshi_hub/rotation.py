@@ -76,8 +76,7 @@ def open_bench(
     replica.repo.prepare()
     state = replica.look()
     config = settings_on(replica.repo, replica.fetch_main())
-    files = read_latest(replica.repo, state.commit)
-    signed = {file: files[file] for file in SIGNED_FILES}
+    signed = {file: state.files[file] for file in SIGNED_FILES}
     return Bench(replica, state, signed, desk_for(replica, state, config, passphrase), name)
 
 

@@ -93,7 +93,7 @@ class ObjectStore(StoreFolder):
 
     def read_many(self, commit: str, paths: Sequence[str], *, limit: int) -> list[bytes]:
         """The contents of several plain files of at most ``limit`` bytes each, in two processes."""
-        return self._contents(self._plain_files(commit, paths, limit)) if paths else []
+        return self.contents(self._plain_files(commit, paths, limit)) if paths else []
 
     def read_listed(
         self, commit: str, limits: Mapping[str, int], *, at_most: int
@@ -110,10 +110,15 @@ class ObjectStore(StoreFolder):
         """
         listed = [entry for entry in self.entries(commit, limit=at_most) if entry.path in limits]
         found = [usable(entry, commit, entry.path, limits[entry.path]) for entry in listed]
-        contents = self._contents(found) if found else []
+        contents = self.contents(found) if found else []
         return {entry.path: data for entry, data in zip(found, contents, strict=True)}
 
-    def _contents(self, found: Sequence[TreeEntry]) -> list[bytes]:
+    def contents(self, found: Sequence[TreeEntry]) -> list[bytes]:
+        """The contents of plain files that were listed and are not too large, in one process.
+
+        Raises:
+            CorruptRecord: One is not here.
+        """
         wanted = "".join(entry.oid + "\n" for entry in found).encode()
         total = sum((entry.size or 0) + 128 for entry in found)
         result = self._git(

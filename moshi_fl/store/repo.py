@@ -80,6 +80,12 @@ class HubRepo(ObjectStore):
         self.token_for = normalise_url(token_for) if token_for else self.url
         self._url, self._login = split_login(self.url, self.token_for)
 
+    def beside(self, path: Path) -> HubRepo:
+        """A store elsewhere for the same hub; the user's settings are not asked for again."""
+        other = HubRepo(path, self.url, timeout=self.timeout, token_for=self.token_for)
+        other._user = self._user
+        return other
+
     @property
     def shown_url(self) -> str:
         """The hub's address as it may be printed: without user name and password."""
