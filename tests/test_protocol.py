@@ -595,7 +595,7 @@ def test_canonical_json_of_the_metadata_is_as_in_the_worked_example() -> None:
 
 
 def test_signed_metadata_is_verified_by_the_book(tmp_path: Path) -> None:
-    hub = HubSimulator(tmp_path)
+    hub = HubSimulator.copied(tmp_path)
     pinned = hub.latest()["1.root.json"]
     bench = open_bench(hub.replica)
     for role in ("root", "online"):

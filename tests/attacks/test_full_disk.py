@@ -57,7 +57,7 @@ class Ballast:
 def test_every_amount_of_room_is_enough_or_said_to_be_too_little(
     tmp_path: Path, disk: Path, commands: Nursery, command: str
 ) -> None:
-    hub = HubSimulator(tmp_path)
+    hub = HubSimulator.copied(tmp_path)
     home = disk / "home"
     data = write_corpus(tmp_path / "data")
     little = ("--steps", "1", "--batch-size", "2", "--seed", "1", "--contributor", "ann")

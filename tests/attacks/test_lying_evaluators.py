@@ -26,7 +26,7 @@ def liars(court: Court) -> set[str]:
 
 @pytest.fixture
 def hub(tmp_path: Path) -> HubSimulator:
-    return HubSimulator(tmp_path, evaluation={"sequences": 12}, delta={"codec": "f32"})
+    return HubSimulator.copied(tmp_path, evaluation={"sequences": 12}, delta={"codec": "f32"})
 
 
 def test_honest_evaluators_agree_to_the_last_digit(hub: HubSimulator) -> None:

@@ -36,7 +36,7 @@ replace = msgspec.structs.replace
 @pytest.fixture
 def hub(tmp_path: Path) -> HubSimulator:
     """A hub at round 2, as the reader knows it."""
-    hub = HubSimulator(tmp_path)
+    hub = HubSimulator.copied(tmp_path)
     hub.rounds(2)
     hub.sync()
     return hub
@@ -180,7 +180,7 @@ def exchange(hub: HubSimulator, ref: str, files: dict[str, bytes]) -> str:
 
 
 def test_an_exchanged_keyframe_is_refused_by_a_newcomer(tmp_path: Path) -> None:
-    hub = HubSimulator(tmp_path)
+    hub = HubSimulator.copied(tmp_path)
     exchange(hub, "refs/moshi/keyframe/0", {"index.json": b"{}"})
     with pytest.raises(UntrustedHub, match=r"refs/moshi/keyframe/0 is .* its records promise"):
         hub.sync("newcomer")
@@ -200,7 +200,7 @@ def test_enormous_promises_take_no_disk_and_no_memory(hub: HubSimulator) -> None
 
 
 def test_a_model_of_enormous_size_is_refused_by_a_newcomer(tmp_path: Path) -> None:
-    hub = HubSimulator(tmp_path)
+    hub = HubSimulator.copied(tmp_path)
     offer_rounds(hub, replace(state_of(hub).newest, parameters=10**9))
     with pytest.raises(UntrustedHub, match="round 0") as error:
         hub.sync("newcomer")
@@ -285,7 +285,7 @@ def test_a_model_that_is_not_the_mean_is_refused_and_the_audit_names_the_round(
 
 
 def test_a_false_keyframe_convinces_a_newcomer_but_not_the_audit(tmp_path: Path) -> None:
-    hub = HubSimulator(tmp_path)
+    hub = HubSimulator.copied(tmp_path)
     hub.edit_settings('keyframes = "auto"', 'keyframes = "every-round"')
     hub.contribute("ann", seed=5)
     hub.contribute("bob", seed=6)

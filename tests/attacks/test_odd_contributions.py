@@ -28,7 +28,7 @@ EVE = Author("eve", "eve@example.org")
 @pytest.fixture
 def hub(tmp_path: Path) -> HubSimulator:
     """A new hub."""
-    return HubSimulator(tmp_path)
+    return HubSimulator.copied(tmp_path)
 
 
 def push_branch(hub: HubSimulator, record: Contribution, number: int) -> str:

@@ -85,7 +85,7 @@ def honest_file(hub: HubSimulator) -> Honest:
 
 
 def test_every_broken_file_is_refused_by_name_and_holds_up_nobody(tmp_path: Path) -> None:
-    hub = HubSimulator(tmp_path, model=MODEL, delta=KEPT)
+    hub = HubSimulator.copied(tmp_path, model=MODEL, delta=KEPT)
     ann = hub.contribute("ann")
     honest = honest_file(hub)
     sent = {}
@@ -102,7 +102,7 @@ def test_every_broken_file_is_refused_by_name_and_holds_up_nobody(tmp_path: Path
 
 
 def test_what_is_old_is_refused(tmp_path: Path) -> None:
-    hub = HubSimulator(tmp_path)
+    hub = HubSimulator.copied(tmp_path)
     first = hub.person("eve").pull()
     old = random_delta(first.load(), seed=5)
     hub.contribute("ann", delta=old)
@@ -115,7 +115,7 @@ def test_what_is_old_is_refused(tmp_path: Path) -> None:
 
 
 def test_copies_under_other_names_count_once(tmp_path: Path) -> None:
-    hub = HubSimulator(tmp_path)
+    hub = HubSimulator.copied(tmp_path)
     base = hub.person("eve").pull().load()
     work, noise = random_delta(base, seed=5), random_delta(base, seed=6, scale=1e-5)
     for number in range(3):

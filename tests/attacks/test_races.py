@@ -23,7 +23,7 @@ CROWD = 20
 
 @pytest.fixture
 def hub(tmp_path: Path) -> HubSimulator:
-    return HubSimulator(tmp_path)
+    return HubSimulator.copied(tmp_path)
 
 
 def test_twenty_contributors_push_at_the_same_moment(hub: HubSimulator) -> None:

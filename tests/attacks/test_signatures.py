@@ -25,7 +25,7 @@ EVE = Author("eve", "eve@example.org")
 @pytest.fixture
 def hub(tmp_path: Path) -> HubSimulator:
     """A new hub."""
-    return HubSimulator(tmp_path)
+    return HubSimulator.copied(tmp_path)
 
 
 def signed_by(name: str, record: Contribution, namespace: str = CONTRIBUTION_NAMESPACE) -> str:

@@ -33,7 +33,7 @@ from tests.support.simulator import HubSimulator, write_corpus
 
 @pytest.fixture
 def hub(tmp_path: Path) -> HubSimulator:
-    return HubSimulator(tmp_path, evaluation={"sequences": 12}, delta={"codec": "f32"})
+    return HubSimulator.copied(tmp_path, evaluation={"sequences": 12}, delta={"codec": "f32"})
 
 
 def merged(hub: HubSimulator, publish: bool = True, **how):

@@ -40,7 +40,7 @@ Run = Callable[..., Any]
 
 @pytest.fixture
 def hub(tmp_path: Path) -> HubSimulator:
-    return HubSimulator(tmp_path)
+    return HubSimulator.copied(tmp_path)
 
 
 @pytest.fixture

@@ -102,7 +102,7 @@ def test_the_tokenizer_of_an_earlier_round_lacks_what_was_appended() -> None:
 
 
 def test_a_submission_is_its_base_plus_its_own_delta(tmp_path: Path) -> None:
-    hub = HubSimulator(tmp_path, delta={"codec": "f32"})
+    hub = HubSimulator.copied(tmp_path, delta={"codec": "f32"})
     snapshot = hub.replica.pull()
     delta = {n: np.full(a.shape, 1e-3, np.float32) for n, a in snapshot.load().items()}
     entry = hub.contribute(delta=delta)
@@ -131,7 +131,7 @@ def test_a_submission_is_its_base_plus_its_own_delta(tmp_path: Path) -> None:
 
 
 def test_weights_that_would_be_infinite_have_the_largest_loss(tmp_path: Path) -> None:
-    hub = HubSimulator(tmp_path, delta={"codec": "f32", "max_norm": 1e30})
+    hub = HubSimulator.copied(tmp_path, delta={"codec": "f32", "max_norm": 1e30})
     snapshot = hub.replica.pull()
     shapes = {name: array.shape for name, array in snapshot.load().items()}
     entry = hub.contribute(delta={n: np.full(s, 1e26, np.float32) for n, s in shapes.items()})

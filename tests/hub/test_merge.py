@@ -26,7 +26,7 @@ def audit(hub: HubSimulator, first: int, last: int) -> list[bool | None]:
 
 
 def test_a_round_is_the_weighted_mean_of_what_was_sent(tmp_path: Path) -> None:
-    hub = HubSimulator(tmp_path, delta={"codec": "f32"})
+    hub = HubSimulator.copied(tmp_path, delta={"codec": "f32"})
     hub.edit_settings('strategy = "robust"', 'strategy = "fedavg"')
     hub.edit_settings('weighting = "equal"', 'weighting = "examples"')
     hub.edit_settings("min_owners = 3", "min_owners = 1")
@@ -253,7 +253,7 @@ def test_rounds_of_other_strategies_can_be_synced_and_audited(
 
 
 def test_many_dense_contributions_are_published_as_one_step(tmp_path: Path) -> None:
-    hub = HubSimulator(tmp_path, delta={"codec": "f32"})
+    hub = HubSimulator.copied(tmp_path, delta={"codec": "f32"})
     reader = hub.person("reader")
     reader.pull()
     for seed in (1, 2, 3):

@@ -47,7 +47,7 @@ from tests.support.simulator import HubSimulator, random_delta, write_corpus
 
 @pytest.fixture
 def upstream(tmp_path: Path) -> HubSimulator:
-    hub = HubSimulator(tmp_path / "upstream", delta={"codec": "f32"})
+    hub = HubSimulator.copied(tmp_path / "upstream", delta={"codec": "f32"})
     hub.edit_settings('strategy = "robust"', 'strategy = "fedavg"')
     return hub
 

@@ -95,7 +95,7 @@ def huge_header(data: bytes) -> bytes:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_falsified_delta_is_refused(tmp_path: Path, mutate, code: str) -> None:
-    hub = HubSimulator(tmp_path, delta={"codec": "f32"})
+    hub = HubSimulator.copied(tmp_path, delta={"codec": "f32"})
     delta = random_delta(hub.sync().load(), 1)
     del delta["embedding.weight"]  # leaves room below the size limit
     hub.contribute("eve", delta=delta, mutate=mutate)
@@ -105,7 +105,7 @@ def test_a_falsified_delta_is_refused(tmp_path: Path, mutate, code: str) -> None
 
 
 def test_a_delta_of_zeros_is_refused(tmp_path: Path) -> None:
-    hub = HubSimulator(tmp_path, delta={"codec": "f32"})
+    hub = HubSimulator.copied(tmp_path, delta={"codec": "f32"})
     zeros = {name: np.zeros_like(array) for name, array in hub.sync().load().items()}
     hub.contribute("idler", delta=zeros)
     assert hub.codes()[0] in {"empty", "zero-delta"}

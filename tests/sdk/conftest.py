@@ -10,4 +10,4 @@ from tests.support.simulator import HubSimulator
 @pytest.fixture
 def hub(tmp_path: Path) -> HubSimulator:
     """A fresh hub with a tiny char model, at round 0."""
-    return HubSimulator(tmp_path)
+    return HubSimulator.copied(tmp_path)

@@ -563,7 +563,7 @@ def test_who_replaces_their_own_takes_no_delta_from_others(hub: HubSimulator, co
 
 
 def test_the_carry_of_what_was_replaced_is_not_used(tmp_path: Path) -> None:
-    hub = HubSimulator(tmp_path / "hub", delta={"codec": "topk"})
+    hub = HubSimulator.copied(tmp_path / "hub", delta={"codec": "topk"})
     corpus, home = write_corpus(tmp_path / "code"), hub.folder / "ann"
     contribute(hub.url, [corpus], Options(seed=1), home=home)
     alone = hub.folder / "bob"

@@ -108,7 +108,7 @@ def test_without_dp_nothing_is_claimed_and_the_first_time_says_so(
 
 
 def test_a_hub_that_trains_in_bfloat16_gets_float32(tmp_path: Path, corpus: Path) -> None:
-    hub = HubSimulator(tmp_path, training={"precision": "bf16"})
+    hub = HubSimulator.copied(tmp_path, training={"precision": "bf16"})
     assert send(hub, corpus).training.precision == "fp32"
     with pytest.raises(ConfigError, match="bf16 is asked for"):
         send(hub, corpus, precision="bf16")
@@ -314,7 +314,7 @@ def test_senseless_settings_are_refused(fields: dict[str, float]) -> None:
 
 @pytest.mark.slow
 def test_killed_again_and_again_it_arrives_once_and_spends_once(tmp_path: Path) -> None:
-    hub, data = HubSimulator(tmp_path / "stage"), write_corpus(tmp_path / "data", files=12)
+    hub, data = HubSimulator.copied(tmp_path / "stage"), write_corpus(tmp_path / "data", files=12)
     words = ("moshi-fl", "contribute", "--hub", hub.url, "--data", str(data), "--json", "--dp")
     words = (*words, "--steps", "1", "--batch-size", "2", "--seed", "7", "--contributor", "ann")
     deaths = 0

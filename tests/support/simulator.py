@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import json
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -88,18 +92,40 @@ class HubSimulator:
         upstream: str | None = None,
         **tables: Mapping[str, Any],
     ):
-        self.folder = folder
-        self.path = folder / "hub.git"
-        self.url = url or str(self.path)
-        self.home = folder / "maintainer"
+        self._settle(folder, url)
         name = "test" if upstream is None else folder.name
         plan = Plan(url=self.url, family="char", preset="tiny", name=name, eval_data=())
         if upstream:
             create(begin_from(plan, upstream, self.home), self.home)
         else:
             create(plan, self.home, small_preset(**tables))
+        shutil.copytree(self.replica.folder, self._start)
+
+    def _settle(self, folder: Path, url: str | None = None) -> None:
+        self.folder = folder
+        self.path = folder / "hub.git"
+        self.url = url or str(self.path)
+        self.home = folder / "maintainer"
         self.replica = Replica(self.url, self.home)
+        self._start = folder / "as-of-round-0"
         self._seed = 1_000_000
+
+    @classmethod
+    def copied(cls, folder: Path, **tables: Mapping[str, Any]) -> HubSimulator:
+        """A hub as the constructor makes it, from a copy of one that this process has made before.
+
+        Hubs that are copied with the same tables are the same hub to all who know one of them.
+        """
+        original, hub = _original(json.dumps(tables, sort_keys=True)), cls.__new__(cls)
+        hub._settle(folder)
+        for source, target in [
+            (original.path, hub.path),
+            (original.home / "keys", hub.home / "keys"),
+            (original.replica.folder, hub.replica.folder),
+        ]:
+            shutil.copytree(source, target)
+        hub._start = original.replica.folder
+        return hub
 
     def person(self, name: str) -> Replica:
         """Someone else's copy of the hub."""
@@ -155,6 +181,8 @@ class HubSimulator:
     ) -> Contribution:
         """Submit a made-up delta; every part of it can be falsified.
 
+        Who is new has had the hub's round 0 for long.
+
         Args:
             name: The contributor.
             seed: Of the delta, when none is given.
@@ -166,6 +194,8 @@ class HubSimulator:
             fields: Fields of the record to overwrite.
         """
         replica = self.person(name)
+        if not replica.folder.exists():
+            shutil.copytree(self._start, replica.folder)
         replica.repo.prepare()
         base = on or replica.pull()
         rules = base.state.config.delta
@@ -318,3 +348,11 @@ class HubSimulator:
         tree = repo.tree(blobs, base=main, remove=remove)
         commit = repo.commit(tree, parents=(main,), message="A change\n", author=by, when=0)
         repo.push([RefUpdate(MAIN, commit, main)])
+
+
+@cache
+def _original(tables: str) -> HubSimulator:
+    """A hub to copy."""
+    folder = Path(tempfile.mkdtemp(prefix="moshi-fl-hub-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return HubSimulator(folder, **json.loads(tables))
