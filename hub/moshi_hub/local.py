@@ -127,7 +127,7 @@ def _context() -> multiprocessing.context.BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["moshi_hub.local", "moshi_fl.models"])
+    context.set_forkserver_preload(["moshi_hub.local", "torch"])
     return context
 
 
