@@ -67,9 +67,9 @@ def moshi_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return home
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def commands() -> Iterator[Nursery]:
-    """Processes that have imported our commands and wait to be given one."""
+    """Processes that have imported our commands, which takes seconds, and wait to be given one."""
     from tests.support.children import nursery
 
     with nursery() as opened:

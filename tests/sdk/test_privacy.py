@@ -19,7 +19,7 @@ from moshi_sdk.cli import main
 from moshi_sdk.contribute import Options, contribute, discard, resume
 from moshi_sdk.privacy import Account, Ledger, PrivacyOptions
 from moshi_sdk.runs import Runs
-from tests.support.children import nursery
+from tests.support.children import Nursery
 from tests.support.simulator import HubSimulator, write_corpus
 
 pytest.importorskip("opacus", reason="needs the extra dp (pip install 'moshi-fl[dp]')")
@@ -313,15 +313,16 @@ def test_senseless_settings_are_refused(fields: dict[str, float]) -> None:
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_it_arrives_once_and_spends_once(tmp_path: Path) -> None:
+def test_killed_again_and_again_it_arrives_once_and_spends_once(
+    tmp_path: Path, commands: Nursery
+) -> None:
     hub, data = HubSimulator.copied(tmp_path / "stage"), write_corpus(tmp_path / "data", files=12)
     words = ("moshi-fl", "contribute", "--hub", hub.url, "--data", str(data), "--json", "--dp")
     words = (*words, "--steps", "1", "--batch-size", "2", "--seed", "7", "--contributor", "ann")
     deaths = 0
-    with nursery() as commands:
-        for moment in (4, 8, 12, 16, 20):
-            deaths += commands.run(*words, home=hub.folder / "ann", kill_at=moment).was_killed
-        last = commands.run(*words, home=hub.folder / "ann")
+    for moment in (4, 8, 12, 16, 20):
+        deaths += commands.run(*words, home=hub.folder / "ann", kill_at=moment).was_killed
+    last = commands.run(*words, home=hub.folder / "ann")
     assert last.status == 0, last.err
     assert deaths >= 3
     assert len(ledger(hub).runs) == 1
