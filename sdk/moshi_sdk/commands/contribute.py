@@ -270,6 +270,8 @@ def _report(console: Console, outcome: Any, hub: str) -> None:
     sent = outcome.sent
     what = "The hub already had it" if sent.again else "Sent"
     facts |= {"record": Size(sent.record_bytes), "branch": sent.branch, "sent": True}
+    if outcome.withdrawn:
+        facts["withdrawn"] = outcome.withdrawn
     if outcome.url:
         facts["pull_request"] = outcome.url
     console.done(what, **facts)
