@@ -177,7 +177,7 @@ def _invoke(root: click.Command, args: list[str], console: Console) -> int:
         hint = _help_command(root, error) if isinstance(error, click.UsageError) else ""
         return _report(console, error.format_message(), hint, Exit(error.exit_code))
     except click.Abort:
-        hint = console.resume_command and f"{console.resume_command}   (continues where it stopped)"
+        hint = console.resume_command and f"{console.resume_command}   ({console.resume_note})"
         return _report(console, "interrupted.", hint, Exit.INTERRUPTED)
     except BrokenPipeError as error:
         return _output_lost(console, error)

@@ -44,6 +44,8 @@ class Console:
         self.quiet = quiet
         self.resume_command = ""
         """What continues this work after Ctrl-C; a command sets it as soon as it can be resumed."""
+        self.resume_note = "continues where it stopped"
+        """What that command then does."""
         self._out = stdout or sys.stdout or _nowhere()
         self._err = stderr or sys.stderr or _nowhere()
         self._document: dict[str, Any] = {}

@@ -14,7 +14,7 @@ from moshi_fl.hubfile import MAX_HUBFILE_BYTES, HubConfig, parse_hubfile
 from moshi_fl.records import Contribution, Manifest, Round, digest, dump, load
 from moshi_fl.signed.files import MAX_METADATA_BYTES, METADATA_FILES
 from moshi_fl.signing import CONTRIBUTION_NAMESPACE, MAX_SIGNATURE_BYTES, verify_signature
-from moshi_fl.store import HubRepo, RefMissing
+from moshi_fl.store import NO_HUB_THERE, HubRepo, RefMissing
 from moshi_fl.weights import sha256_bytes
 
 MAIN = "refs/heads/main"
@@ -213,7 +213,7 @@ def fetch_latest(repo: HubRepo, prefix: str | None = None) -> tuple[Refs, str]:
         return refs, found[LOCAL_LATEST]
     raise HubError(
         f"there is no moshi-fl hub at {repo.shown_url}: it has no {Refs(PREFIXES[0]).latest}.",
-        hint=f"moshi-hub init {repo.shown_url}   (makes it one; a maintainer does this once)",
+        hint=NO_HUB_THERE,
     )
 
 

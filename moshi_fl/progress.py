@@ -75,7 +75,9 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._stream is not None:
+        if kind is not None and self._first is None:
+            self.erase()  # what failed before it began has no progress to tell
+        elif self._stream is not None:
             self._show(last=kind is None)
             if self._live:
                 self._write("\n")

@@ -389,7 +389,7 @@ class Replica:
         if number > state.newest.round:
             raise HubError(
                 f"round {number} does not exist: the newest is {state.newest.round}.",
-                hint="moshi-fl sync   (brings the newest)",
+                hint=f"--round {state.newest.round} or less; without it, the newest",
             )
         rounds = list(state.manifest.rounds)
         if number < rounds[0].round:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,32 @@ def sent_tensors(hub: Path, home: Path, made: dict[str, Any]) -> set[str]:
     (ref,) = (r for r in repo.remote_refs() if f"/delta/{made['round']}/" in r)
     commit = repo.fetch({ref: "refs/test/delta"})["refs/test/delta"]
     return set(tensors_in(repo.read(commit, DELTA_FILE, limit=1 << 24), name=DELTA_FILE))
+
+
+class Impatient(io.StringIO):
+    """A screen whose reader presses Ctrl-C when they read that sound is encoded."""
+
+    def write(self, text: str) -> int:
+        super().write(text)
+        if "encoding sound" in text:
+            raise KeyboardInterrupt
+        return len(text)
+
+
+def test_ctrl_c_while_sound_is_encoded_says_that_what_is_done_stays(
+    hub: Path, voices: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call("maintainer", "moshi-hub", "init", hub, "--family", "speech", "--preset", "tiny")
+    first = voices / "ann" / "dialogue-0.wav"
+    argv = ["contribute", "--hub", str(hub), "--dry-run", "--steps", "1", "--data"]
+    call("ann", "moshi-fl", *argv, first)
+    screen = Impatient()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", screen)
+        assert moshi_sdk.cli.main([*argv, str(voices / "ann")]) == 130
+    assert "Hint: the same command again   (files that are encoded stay so" in screen.getvalue()
+    assert "encoding" not in call("ann", "moshi-fl", *argv, first)["said"]
+    assert "encoding" in call("ann", "moshi-fl", *argv, voices / "ann")["said"]
 
 
 @pytest.mark.slow

@@ -8,11 +8,12 @@ above sees one id, however often it comes.
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from moshi_fl.errors import HubError
+from moshi_fl.errors import CorruptRecord, HubError
 from moshi_fl.history import DELTA_FILE
 from moshi_fl.records import (
     MAX_RECORD_BYTES,
@@ -86,6 +87,19 @@ class Outbox:
         self.repo.fetch(
             {self.ref: "refs/moshi-fl/upward"}, max_bytes=MAX_WAITING, expect={self.ref: commit}
         )
+        try:
+            return self._told(commit)
+        except CorruptRecord as error:
+            message = f"{self.ref} holds nothing that a hub sends upward: {error}"
+            raise CorruptRecord(message, hint=self.removal) from error
+
+    @property
+    def removal(self) -> str:
+        """What to do about something on the ref that this hub did not put there."""
+        url = shlex.quote(self.repo.shown_url)
+        return f"delete {self.ref}, if this hub did not make it: git push {url} :{self.ref}"
+
+    def _told(self, commit: str) -> Told:
         limits = dict.fromkeys((PASSED_FILE, PREPARED_FILE), MAX_RECORD_BYTES)
         found = self.repo.read_listed(commit, limits, at_most=len(limits) + 2)
         if PREPARED_FILE in found:

@@ -259,10 +259,10 @@ def _checked(bridge: Bridge, key: str) -> Prepared:
         is_own = False
     if not is_own:
         shutil.rmtree(folder)
-        ref = bridge.below.state.refs.upward
         raise UntrustedHub(
-            f"{ref} holds no contribution that this machine's anchor key has signed, whole.",
-            hint=f"run it where that key is; or delete {ref}, if this hub did not make it",
+            f"{bridge.outbox.ref} holds no contribution that this machine's anchor key has signed, "
+            "whole.",
+            hint=f"run it where that key is; or {bridge.outbox.removal}",
         )
     return waiting
 

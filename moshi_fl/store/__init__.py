@@ -4,6 +4,7 @@
 Everything that comes from a hub is hostile until the records say otherwise.
 """
 
+from moshi_fl.store.failures import NO_HUB_THERE
 from moshi_fl.store.hub import create_hub, hub_settings, tidy_hub
 from moshi_fl.store.objects import NOREPLY, Author, ObjectStore
 from moshi_fl.store.repo import ANY, HubRepo, PushRejected, RefMissing, RefUpdate
@@ -15,6 +16,7 @@ __all__ = [
     "ANY",
     "HUB_SETTINGS",
     "NOREPLY",
+    "NO_HUB_THERE",
     "Author",
     "HubRepo",
     "ObjectStore",

@@ -12,6 +12,11 @@ from pathlib import Path
 from moshi_fl.errors import HubError, MoshiError
 from moshi_fl.store.process import Result
 
+NO_HUB_THERE = (
+    "Check the address: --hub URL, or moshi-fl config set hub URL. "
+    "Only a maintainer, to make a new hub: moshi-hub init."
+)
+"""What whoever meets no hub at an address does next."""
 _NO_ROOM = 1 << 14  # bytes
 _LAST_WORDS = 600  # characters of Git's own words that are shown
 _BOILERPLATE = re.compile(  # which Git adds to whatever else it says of a hub
@@ -41,7 +46,7 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
             r"|not valid: is this a git"
         ),
         "there is no hub at {hub}",
-        "Check the address; `moshi-hub init` creates a hub.",
+        NO_HUB_THERE,
     ),
     (
         r"dubious ownership",

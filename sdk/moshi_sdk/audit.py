@@ -95,7 +95,7 @@ class Auditor:
         if not 1 <= first <= last <= state.newest.round:
             newest = state.newest.round
             asked = f"round {first}" if first == last else f"rounds {first} to {last}"
-            raise HubError(f"{asked} cannot be audited: {_range(newest)}")
+            raise HubError(f"{asked} cannot be audited: {_range(newest)}", hint=_instead(newest))
         self._main, self._state = self._replica.fetch_main(), state
         chain = self._replica.chain(state, first - 1)
         weights: Weights | None = None
@@ -128,8 +128,9 @@ class Auditor:
         present = repo.remote_refs(branch)
         if number != state.newest.round + 1 or branch not in present:
             raise HubError(
-                f"round {number} cannot be audited: {_range(state.newest.round)}",
-                hint=f"it is not proposed either: the hub has no {branch}",
+                f"round {number} cannot be audited: {_range(state.newest.round)} "
+                f"It is not proposed either: the hub has no {branch}.",
+                hint=_instead(state.newest.round),
             )
         local = "refs/moshi-fl/proposed"
         fetched = repo.fetch({branch: local}, max_bytes=MAX_MAIN_PACK, expect=present)
@@ -297,4 +298,12 @@ def _deltas(record: Round) -> Location:
 
 
 def _range(newest: int) -> str:
-    return f"the hub has rounds 1 to {newest}." if newest else "the hub has only round 0."
+    if newest > 1:
+        return f"the hub has rounds 1 to {newest}."
+    return "the hub has round 1 and no other." if newest else "the hub has only round 0."
+
+
+def _instead(newest: int) -> str:
+    if not newest:
+        return "moshi-fl audit   (without --round; until a maintainer has published a round)"
+    return f"--round {newest} or less; --all audits every round"

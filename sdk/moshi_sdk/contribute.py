@@ -7,7 +7,7 @@ train (in a Flower ``ClientApp``), measure, encode, sign, send.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from moshi_fl.replica import Snapshot
 from moshi_fl.signing import own_signer
 from moshi_fl.submit import Sent, signature_of, submit
 from moshi_fl.weights import open_weights
-from moshi_sdk.earlier import earlier_one, first_look, make_way, said_of
+from moshi_sdk.earlier import earlier_one, first_look, lands_on, make_way, said_of
 from moshi_sdk.identity import before_sending, check_key
 from moshi_sdk.planning import Options, make_plan
 from moshi_sdk.privacy import BUDGET, Account
@@ -51,6 +51,7 @@ class Outcome:
         trained: Which part of the model was trained.
         tensors: How many tensors the delta carries; None when it is no longer on this machine.
         figures: What its family can tell beside the loss, before and after, by name.
+        withdrawn: Id of the contribution that it replaced on the hub; empty where it replaced none.
     """
 
     contribution: Contribution
@@ -62,6 +63,7 @@ class Outcome:
     trained: str = "all"
     tensors: int | None = None
     figures: Mapping[str, Change] = field(default_factory=dict)
+    withdrawn: str = ""
 
 
 def contribute(
@@ -88,6 +90,7 @@ def contribute(
         DataError: Nothing usable is in the data.
         TrainingError: Training failed; the last good checkpoint stays.
         Rejected: This key has another contribution to the same round, which is not to be replaced.
+        MoshiError: Another process makes a contribution of this key to the same round.
         SigningError: The key cannot be used; nothing was sent.
     """
     options, listener, home = options or Options(), listener or Silent(), home or default_home()
@@ -103,22 +106,24 @@ def contribute(
             hint="leave out --dp",
         )
     require_part(task, options.trains or snapshot.state.config.training.trains)
-    paths = tuple(absolute(Path(path)) for path in data)
-    corpus = task.read(paths, seed=0, max_bytes=options.max_bytes)
-    listener.stage("data", describe(corpus.summary))
-    plan = make_plan(snapshot, task, corpus, paths, options, signer.public_key)
     runs = Runs(manager.replica.folder / "runs")
-    run = runs.of(plan)
-    before = first_look(manager.replica, snapshot, runs, run, options)
-    for name, text in (*before_sending(runs.sent(), plan, signer), *said_of(before)):
-        listener.stage(name, text)
-    run = runs.start(plan, snapshot)
-    account = Account(home, snapshot.state.config.hub.id)
-    budget = options.privacy.budget if options.privacy else BUDGET
-    shared = (manager.replica, snapshot, task, run, listener, signer)
-    withdrawn = before.id if before and options.replace else ""
-    work = Work(*shared, account, budget, options.replace, withdrawn, corpus)
-    return _finish(work, options.dry_run)
+    with _alone(runs, signer.public_key, snapshot.round, options.dry_run):
+        paths = tuple(absolute(Path(path)) for path in data)
+        corpus = task.read(paths, seed=0, max_bytes=options.max_bytes)
+        listener.stage("data", describe(corpus.summary))
+        plan = make_plan(snapshot, task, corpus, paths, options, signer.public_key)
+        run = runs.of(plan)
+        before = first_look(manager.replica, snapshot, runs, run, options)
+        said = said_of(before, replace=options.replace)
+        for name, text in (*before_sending(runs.sent(), plan, signer), *said):
+            listener.stage(name, text)
+        run = runs.start(plan, snapshot)
+        account = Account(home, snapshot.state.config.hub.id)
+        budget = options.privacy.budget if options.privacy else BUDGET
+        shared = (manager.replica, snapshot, task, run, listener, signer)
+        withdrawn = before.id if before and options.replace else ""
+        work = Work(*shared, account, budget, options.replace, withdrawn, corpus)
+        return _finish(work, options.dry_run)
 
 
 def resume(  # noqa: PLR0913 - one parameter an option
@@ -149,7 +154,7 @@ def resume(  # noqa: PLR0913 - one parameter an option
         replace: Withdraw what this key has open on the same round.
 
     Raises:
-        MoshiError: There is none.
+        MoshiError: There is none, or another process makes one of this key to the same round.
         Rejected: This key has another contribution to the same round, which is not to be replaced.
         SigningError: The key cannot be used, or it is not the one that it was begun with.
     """
@@ -160,19 +165,22 @@ def resume(  # noqa: PLR0913 - one parameter an option
     signer = own_signer(home, key, interactive=interactive)
     check_key(run.plan, signer)
     snapshot = manager.pull()
-    wanted = Options(dry_run=dry_run, replace=replace)
-    before = first_look(manager.replica, snapshot, runs, run, wanted)
-    for name, text in (*before_sending(runs.sent(), run.plan, signer), *said_of(before)):
-        listener.stage(name, text)
-    listener.stage("sync", f"{_whence(snapshot)}; resuming from round {run.plan.base_round}")
-    tokenizer = run.tokenizer.read_bytes() if run.tokenizer.exists() else None
-    task = able_to_read(load_task(snapshot.state, tokenizer), lambda: open_weights(run.base))
-    task = _told_of(task, listener)
-    account = Account(home, snapshot.state.config.hub.id)
-    shared = (manager.replica, snapshot, task, run, listener, signer)
-    withdrawn = before.id if before and replace else ""
-    work = Work(*shared, account, privacy_budget, replace, withdrawn)
-    return _finish(work, dry_run)
+    number = lands_on(snapshot.state, run.plan.base_round)
+    with _alone(runs, run.plan.key, number, dry_run):
+        wanted = Options(dry_run=dry_run, replace=replace)
+        before = first_look(manager.replica, snapshot, runs, run, wanted)
+        said = said_of(before, replace=replace)
+        for name, text in (*before_sending(runs.sent(), run.plan, signer), *said):
+            listener.stage(name, text)
+        listener.stage("sync", f"{_whence(snapshot)}; resuming from round {run.plan.base_round}")
+        tokenizer = run.tokenizer.read_bytes() if run.tokenizer.exists() else None
+        task = able_to_read(load_task(snapshot.state, tokenizer), lambda: open_weights(run.base))
+        task = _told_of(task, listener)
+        account = Account(home, snapshot.state.config.hub.id)
+        shared = (manager.replica, snapshot, task, run, listener, signer)
+        withdrawn = before.id if before and replace else ""
+        work = Work(*shared, account, privacy_budget, replace, withdrawn)
+        return _finish(work, dry_run)
 
 
 def discard(hub: str, *, home: Path | None = None) -> RunPlan:
@@ -183,6 +191,11 @@ def discard(hub: str, *, home: Path | None = None) -> RunPlan:
     """
     manager = SyncManager(hub, home=home or default_home())
     return Runs(manager.replica.folder / "runs").discard().plan
+
+
+def _alone(runs: Runs, key: str, number: int, dry_run: bool) -> AbstractContextManager[None]:
+    """Nobody overtakes what is to be sent; a dry run is in nobody's way."""
+    return nullcontext() if dry_run else runs.sending(key, number)
 
 
 def _told_of(task: Task, listener: Listener) -> Task:
@@ -225,20 +238,22 @@ def _finish(work: Work, dry_run: bool) -> Outcome:
         signature = signature_of(work.run.signature, contribution, work.signer)
         forge = forge_of(work.replica)
         with _kept():
-            sent = _send(work, contribution, signature, forge)
+            sent, withdrawn = _send(work, contribution, signature, forge)
         remember(work, contribution)
         work.run.mark_sent()
     url, problem = propose(forge, contribution)
-    return replace(made, sent=sent, url=url, problem=problem)
+    return replace(made, sent=sent, url=url, problem=problem, withdrawn=withdrawn)
 
 
-def _send(work: Work, contribution: Contribution, signature: str, forge: Forge) -> Sent:
+def _send(work: Work, contribution: Contribution, signature: str, forge: Forge) -> tuple[Sent, str]:
+    """Where it went, and the id of what was withdrawn for it."""
     to = pushing_to(forge, work.replica)
     place = (work.run.plan.key, contribution.round, contribution.id)
     before = earlier_one(work.replica, work.state, to, *place)
     old = make_way(before, replace=work.replace)
     shared = (work.replica, work.state, contribution, signature, work.run.delta, to)
-    return submit(*shared, withdraw=old)
+    sent = submit(*shared, withdraw=old)
+    return sent, before.id if before else ""
 
 
 @contextmanager

@@ -195,9 +195,12 @@ def first_look(
     return found
 
 
-def said_of(before: Earlier | None) -> list[tuple[str, str]]:
+def said_of(before: Earlier | None, *, replace: bool) -> list[tuple[str, str]]:
     """What a contributor is told of it: names of stages, and texts."""
-    return [("again", before.words)] if before else []
+    if before is None:
+        return []
+    is_to_go = replace and before.taken is None
+    return [("again", before.words + "; this one is to take its place" * is_to_go)]
 
 
 def lands_on(state: HubState, base_round: int) -> int:

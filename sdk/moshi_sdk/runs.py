@@ -179,7 +179,8 @@ class Run:
         Raises:
             MoshiError: One is at work on it.
         """
-        return _only_one(self.folder)
+        hint = "wait until it has ended; if it did not send it, --resume will"
+        return _only_one(self.folder, "another process is working on this very contribution.", hint)
 
 
 class Runs:
@@ -210,14 +211,28 @@ class Runs:
             os.utime(run.folder / "run.json")
         return run
 
+    def sending(self, key: str, number: int) -> AbstractContextManager[None]:
+        """Keep other processes from making another contribution of a key to a round meanwhile.
+
+        Raises:
+            MoshiError: One is at it, whose work this one would overtake, or be overtaken by.
+        """
+        folder = self._folder / f"round-{number}-{sha256_bytes(key.encode())[:16]}"
+        return _only_one(
+            folder,
+            f"another process is working on a contribution of this key to round {number}; "
+            "a hub takes one per key and round.",
+            "wait until it has ended, or end it by Ctrl-C: its work stays, and --resume goes on",
+        )
+
     def _sweep(self) -> None:
-        """Remove weights that killed processes left: of runs never begun, and of runs sent."""
+        """Remove what killed processes left: weights of runs never begun or sent, and locks."""
         for run in self:
             if run.is_sent:
                 run.drop_weights()
         for folder in self._folder.glob("*/"):
             if not (folder / "run.json").exists():
-                with suppress(MoshiError), _only_one(folder):
+                with suppress(MoshiError), _only_one(folder, "it is at work"):
                     shutil.rmtree(folder, ignore_errors=True)
 
     def sent(self) -> list[RunPlan]:
@@ -271,15 +286,12 @@ def _plan_in(path: Path) -> RunPlan:
 
 
 @contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
+def _only_one(folder: Path, busy: str, hint: str = "") -> Iterator[None]:
     with ExitStack() as stack:
         try:
             stack.enter_context(FolderLock(folder / LOCK_FILE).held(0))
         except HubError as error:
-            raise MoshiError(
-                "another process is working on this very contribution.",
-                hint="wait until it has ended; if it did not send it, --resume will",
-            ) from error
+            raise MoshiError(busy, hint=hint) from error
         yield
 
 

@@ -219,6 +219,19 @@ def test_interrupted_progress_says_how_far_it_came():
     assert screen.err == "Training    5 %\n"
 
 
+def test_work_that_fails_before_it_began_shows_no_bar(terminal):
+    def work(console):
+        with console.progress("Auditing", 1):
+            raise KeyboardInterrupt
+
+    screen = Screen()
+    for console in (screen.console, terminal.console):
+        with pytest.raises(KeyboardInterrupt):
+            work(console)
+    assert screen.err == ""
+    assert terminal.shown().endswith("\r\x1b[K")
+
+
 def test_a_terminal_shows_one_line_that_makes_room_for_words(terminal):
     with terminal.console.progress("Training", 4, unit="steps") as bar:
         bar.update(2, loss=2.31)

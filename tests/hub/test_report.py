@@ -219,8 +219,12 @@ def test_the_command_of_a_proposed_report_recomputes_the_round(
 def test_a_round_that_nobody_proposed_cannot_be_audited(
     hub: HubSimulator, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert sdk_command(["audit", "--hub", hub.url, "--round", "1"]) == 1
-    assert "the hub has only round 0" in capsys.readouterr().err
+    for number in ("1", "5"):
+        assert sdk_command(["audit", "--hub", hub.url, "--round", number]) == 1
+        said = capsys.readouterr().err
+        assert "the hub has only round 0" in said
+        assert "Hint: moshi-fl audit " in said
+        assert "Auditing" not in said, "no bar of what has not begun"
 
 
 def test_the_command_shows_samples_of_prompts_that_are_asked_for(

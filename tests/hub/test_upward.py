@@ -841,11 +841,28 @@ def test_what_somebody_planted_is_not_sent(
     before = upstream.refs()
     with pytest.raises(MoshiError) as refused:
         up(region, upstream)
-    assert planted == "garbage" or f"delete {ref}" in refused.value.hint
+    assert f"delete {ref}" in refused.value.hint
+    assert f":{ref}" in refused.value.hint
     assert upstream.refs() == before
     repo.push([RefUpdate(ref, None, commit)])  # as the message says
     assert up(region, upstream).contribution.key == waiting.contribution.key
     assert len(upstream.look().verdicts) == 1
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "stranger"])
+def test_what_is_no_note_at_all_on_its_ref_is_named_with_the_way_out(
+    region: HubSimulator, upstream: HubSimulator, kind: str
+) -> None:
+    region.rounds(1)
+    repo, ref = region.replica.repo, "refs/moshi/upward"
+    repo.prepare()
+    blob = repo.put(b"hello")
+    tree = repo.tree({"hello.txt": blob})
+    stranger = repo.commit(tree, message="x\n", author=Author("eve", "e@x"), when=0)
+    repo.push([RefUpdate(ref, {"file": blob, "folder": tree, "stranger": stranger}[kind], None)])
+    with pytest.raises(MoshiError, match=ref) as refused:
+        up(region, upstream)
+    assert f"delete {ref}" in refused.value.hint
 
 
 # The command, and its deaths.

@@ -52,8 +52,13 @@ def test_a_round_can_be_audited_alone(hub: HubSimulator) -> None:
 
 
 def test_rounds_that_do_not_exist_are_said(hub: HubSimulator) -> None:
-    with pytest.raises(HubError, match="the hub has only round 0"):
+    with pytest.raises(HubError, match="the hub has only round 0") as early:
         audit(hub, 1, 1)
+    assert early.value.hint.startswith("moshi-fl audit ")
+    hub.rounds(1)
+    with pytest.raises(HubError, match="round 5 cannot be audited: the hub has round 1") as late:
+        audit(hub, 5, 5)
+    assert late.value.hint == "--round 1 or less; --all audits every round"
 
 
 def test_a_model_that_is_not_the_mean_is_found(

@@ -460,7 +460,9 @@ def test_the_second_takes_the_place_of_the_first_in_one_step(
     first = contribute(hub.url, [corpus], Options(seed=1), home=home).contribution
     hub.look()
     again = Options(seed=2, replace=True)
-    second = contribute(hub.url, [corpus], again, home=home).contribution
+    outcome = contribute(hub.url, [corpus], again, home=home)
+    second = outcome.contribution
+    assert outcome.withdrawn == first.id
     assert open_ids(hub) == [second.id]
     assert first.delta.ref not in hub.refs()
     assert hub.codes() == []
@@ -529,6 +531,39 @@ def test_who_sends_while_another_machine_does_is_told_and_keeps_the_work(
     assert len(open_ids(hub)) == 1
     sent = resume(hub.url, home=laptop, key=key, replace=True)
     assert open_ids(hub) == [sent.contribution.id]
+
+
+def test_two_of_one_key_on_one_machine_do_not_overtake_each_other(
+    hub: HubSimulator, corpus: Path
+) -> None:
+    home, refusals = hub.folder / "ann", []
+
+    class Impatient(Stopper):
+        def step(self, progress: Progress) -> None:
+            contribute(hub.url, [corpus], Options(seed=3, dry_run=True), home=home)
+            with pytest.raises(MoshiError, match="another process is working on") as refused:
+                contribute(hub.url, [corpus], Options(seed=2), home=home)
+            refusals.append(refused.value)
+
+    first = Options(seed=1, steps=1)
+    sent = contribute(hub.url, [corpus], first, home=home, listener=Impatient(0))
+    assert open_ids(hub) == [sent.contribution.id]
+    assert "of this key to round 0" in str(refusals[0])
+    assert "--resume" in refusals[0].hint
+
+
+def test_the_command_says_what_it_withdrew(
+    hub: HubSimulator, corpus: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    monkeypatch.setenv("MOSHI_FL_HOME", str(hub.folder / "ann"))
+    argv = ["contribute", "--hub", hub.url, "--data", str(corpus), "--steps", "1"]
+    assert main([*argv, "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert "withdrawn" not in first
+    assert main([*argv, "--seed", "2", "--replace"]) == 0
+    shown = capsys.readouterr()
+    assert re.search(rf"^withdrawn +{first['contribution']}$", shown.out, re.MULTILINE)
+    assert "this one is to take its place" in shown.err
 
 
 def test_nobody_stands_in_the_way_of_anothers_key(hub: HubSimulator, corpus: Path) -> None:

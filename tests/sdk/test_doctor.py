@@ -47,13 +47,14 @@ def test_a_missing_hub_fails_and_says_why(examine, tmp_path):
     assert status == 1
     assert checks["hub"]["status"] == "fail"
     assert "there is no hub" in checks["hub"]["found"]
-    assert checks["hub"]["next"]
+    assert "config set hub URL" in checks["hub"]["next"]
 
 
 def test_a_hub_without_rounds_is_told_from_a_missing_one(examine, tmp_path):
     create_hub(tmp_path / "hub.git")
     _, checks = examine("--hub", str(tmp_path / "hub.git"))
     assert checks["hub"]["found"] == "the hub answers, but has no main branch."
+    assert "config set hub URL" in checks["hub"]["next"]
 
 
 def test_a_home_that_others_can_read_is_a_warning(examine):

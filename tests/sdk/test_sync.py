@@ -79,8 +79,9 @@ def test_a_round_that_the_hub_no_longer_keeps_is_said(hub: HubSimulator) -> None
 
 
 def test_a_round_that_does_not_exist_is_said(hub: HubSimulator) -> None:
-    with pytest.raises(HubError, match="round 9 does not exist: the newest is 0"):
+    with pytest.raises(HubError, match="round 9 does not exist: the newest is 0") as missing:
         hub.sync(number=9)
+    assert missing.value.hint == "--round 0 or less; without it, the newest"
 
 
 def test_only_so_many_rounds_stay_on_this_machine(hub: HubSimulator) -> None:
@@ -113,8 +114,9 @@ def test_without_hub_and_cache_there_is_one_clear_error(hub: HubSimulator) -> No
 
 def test_an_empty_repository_is_no_hub(tmp_path: Path) -> None:
     subprocess.run(["git", "init", "--bare", "-q", tmp_path / "plain.git"], check=True)
-    with pytest.raises(HubError, match="no moshi-fl hub"):
+    with pytest.raises(HubError, match="no moshi-fl hub") as missing:
         SyncManager(str(tmp_path / "plain.git"), home=tmp_path / "home").pull()
+    assert missing.value.hint.startswith("Check the address: --hub URL, or moshi-fl config set hub")
 
 
 def test_a_damaged_cache_is_noticed_before_use(hub: HubSimulator) -> None:

@@ -212,7 +212,7 @@ class _Listener(AbstractContextManager["_Listener"]):
     def step(self, progress: Any) -> None:
         """Move the bar."""
         if self._bar is None:
-            self._console.resume_command = self._resume_command  # now there is something to resume
+            self._resumable(self._resume_command)  # now there is something to resume
             self._bar = self._console.progress("Training", progress.steps, unit="steps")
             self._bar.__enter__()
         self._bar.update(
@@ -224,11 +224,16 @@ class _Listener(AbstractContextManager["_Listener"]):
     def reading(self, done: float, total: float) -> None:
         """Move the bar of what is encoded."""
         if self._bar is None:
+            note = "files that are encoded stay so; it goes on with the others"
+            self._resumable("the same command again", note)
             self.stage("data", "encoding sound that is new here, which may take a while")
             bar = self._console.progress("Encoding", total, unit="s of sound", in_logs=False)
             self._bar = bar
             self._bar.__enter__()
         self._bar.update(done)
+
+    def _resumable(self, command: str, note: str = "continues where it stopped") -> None:
+        self._console.resume_command, self._console.resume_note = command, note
 
     def _close(self) -> None:
         if self._bar is not None:
@@ -270,6 +275,8 @@ def _report(console: Console, outcome: Any, hub: str) -> None:
     sent = outcome.sent
     what = "The hub already had it" if sent.again else "Sent"
     facts |= {"record": Size(sent.record_bytes), "branch": sent.branch, "sent": True}
+    if outcome.withdrawn:
+        facts["withdrawn"] = outcome.withdrawn
     if outcome.url:
         facts["pull_request"] = outcome.url
     console.done(what, **facts)

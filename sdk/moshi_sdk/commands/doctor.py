@@ -178,7 +178,7 @@ def _last_change(path: Path) -> float:
 
 
 def _hub(hub: str | None) -> Check:
-    from moshi_fl.store import HubRepo
+    from moshi_fl.store import NO_HUB_THERE, HubRepo
 
     url = load_settings(hub=hub).hub
     if not url:
@@ -187,5 +187,5 @@ def _hub(hub: str | None) -> Check:
     with tempfile.TemporaryDirectory(dir=ensure_home()) as folder:
         refs = HubRepo(Path(folder), url).remote_refs("refs/heads/main")
     if not refs:
-        raise HubError("the hub answers, but has no main branch.", hint="moshi-hub init URL")
+        raise HubError("the hub answers, but has no main branch.", hint=NO_HUB_THERE)
     return Check("hub", "ok", f"answered in {Duration(time.monotonic() - start)}")
