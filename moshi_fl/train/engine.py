@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from moshi_fl.errors import TrainingError
 from moshi_fl.models.family import Grouped, ParameterGroup
 from moshi_fl.optimizer import AdamW, clip_
+from moshi_fl.train.memory import kept_memory
 from moshi_fl.train.recipe import Recipe
 from moshi_fl.train.world import Alone, World
 
@@ -105,7 +106,7 @@ class Engine:
                 self._frozen[name].data = frozen[name].bfloat16()
         if self.recipe.compile:
             self.module.compile()  # in place: the parameters keep their names
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), kept_memory(self.recipe.device):
             try:
                 yield
             finally:

@@ -1,0 +1,74 @@
+"""Freed memory stays between the steps of a training, and goes back at its end."""
+
+import resource
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from moshi_fl.train.memory import _glibc, kept_memory
+
+pytestmark = pytest.mark.skipif(_glibc() is None, reason="the C library is not glibc")
+
+FLOATS, PAGES = 25_000_000, 24_000  # 100 MB: more than an arena of a thread can hold
+
+
+def work() -> None:
+    assert torch.ones(FLOATS)[-1] == 1
+
+
+def faults(who: int = resource.RUSAGE_SELF) -> int:
+    """Page faults of one more round of work."""
+    before = resource.getrusage(who).ru_minflt
+    work()
+    return resource.getrusage(who).ru_minflt - before
+
+
+def resident() -> int:
+    """Pages of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1])
+
+
+def test_the_second_step_finds_the_memory_of_the_first():
+    with kept_memory():
+        work()
+        assert faults() < PAGES // 10
+
+
+def test_at_the_end_the_memory_goes_back():
+    with kept_memory():
+        work()
+        kept = resident()
+    assert resident() < kept - PAGES // 2
+
+
+def test_who_is_still_inside_keeps_it():
+    with kept_memory():
+        with kept_memory():
+            work()
+        assert faults() < PAGES // 10
+
+
+def test_a_thread_gets_blocks_that_its_own_arena_cannot_hold():
+    done: list[bool] = []
+
+    def train() -> None:
+        with kept_memory():
+            work()
+            done.append(True)
+
+    threads = [threading.Thread(target=train) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert done == [True, True]
+
+
+def test_another_device_leaves_the_allocator_alone():
+    with kept_memory("cuda:0"):
+        work()
+        small = resident()
+        work()
+        assert resident() < small + PAGES // 2
