@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,7 +20,8 @@ from moshi_fl.text import clean, human, shorten, spell, width, words
 
 _BOLD, _DIM, _RED, _GREEN, _YELLOW, _CYAN = "1", "2", "31;1", "32", "33", "36"
 _GAP = "  "
-_NARROWEST = 8
+_NARROWEST = 7  # of a column that is cut
+_READABLE = 16  # columns: names, ids and settings are not cut below for the last column's sake
 
 
 class Console:
@@ -164,25 +166,38 @@ class Console:
             max(width(cell) for cell in column)
             for column in zip(list(titles.values()), *cells, strict=True)
         ]
-        self._fit(widths, right)
+        self._fit(widths, right, [width(title) for title in titles.values()])
         heading = _row(list(titles.values()), widths, right)
         yield self._paint(self._out, _BOLD, heading)
-        yield from (_row(row, widths, right) for row in cells)
+        for row in cells:
+            first, *rest = self._folded(row[-1], widths[:-1])
+            yield _row([*row[:-1], first], widths, right)
+            indent = " " * (sum(widths[:-1]) + len(_GAP) * (len(widths) - 1))
+            yield from (indent + line for line in rest)
 
-    def _fit(self, widths: list[int], right: list[bool]) -> None:
-        """Shrink the widest text columns until a row fits the terminal.
+    def _folded(self, cell: str, others: list[int]) -> list[str]:
+        """The last cell of a row, on as many lines as the terminal makes of its words."""
+        room = terminal_columns() - sum(others) - len(_GAP) * len(others)
+        if not self._out.isatty() or width(cell) <= room or room < _READABLE:
+            return [cell]
+        return textwrap.wrap(cell, room, break_long_words=False, break_on_hyphens=False) or [cell]
 
-        Numbers stay whole, and so does the last column: running over the edge does it no harm.
+    def _fit(self, widths: list[int], right: list[bool], headings: list[int]) -> None:
+        """Shrink the widest text columns until a row fits the terminal, none below its heading.
+
+        Numbers stay whole, and so does the last column: its words go on in the next line.
         """
         if not self._out.isatty():
             return
-        room = terminal_columns()
-        while sum(widths) + len(_GAP) * (len(widths) - 1) > room:
-            texts = [i for i, is_right in enumerate(right[:-1]) if not is_right]
-            widest = max(texts, key=lambda i: widths[i], default=None)
-            if widest is None or widths[widest] <= _NARROWEST:
-                return
-            widths[widest] -= 1
+        room = terminal_columns() - len(_GAP) * (len(widths) - 1)
+        texts = [i for i, is_right in enumerate(right[:-1]) if not is_right]
+        for floor, last in ((_READABLE, widths[-1]), (_NARROWEST, min(widths[-1], _READABLE))):
+            floors = {i: max(floor, headings[i]) for i in texts}
+            while sum(widths[:-1]) + last > room:
+                wide = [i for i in texts if widths[i] > floors[i]]
+                if not wide:
+                    break
+                widths[max(wide, key=lambda i: widths[i])] -= 1
 
     def _print(self, text: str) -> None:
         self._emit(self._out, text + "\n")

@@ -261,6 +261,32 @@ def test_a_table_fits_the_terminal(terminal):
     assert "168 KB" in shown
 
 
+def test_names_to_be_typed_again_are_not_cut_for_a_long_last_column(terminal):
+    row = {"setting": "min_attestations", "value": "v" * 30, "meaning": "m" * 60}
+    terminal.console.table([row])
+    shown = re.sub(r"\x1b\[[\d;]*m", "", terminal.shown())
+    assert "min_attestations  vvvvvvvvvvvvvvv…  m" in shown
+
+
+def test_no_column_of_text_is_cut_below_its_heading(terminal):
+    numbers = dict.fromkeys(("examples", "attesters", "share"), 12)
+    row = {"contribution": "c" * 12, "contributor": "n" * 40, **numbers, "verdict": "accepted"}
+    terminal.console.table([row])
+    heading, cells = re.sub(r"\x1b\[[\d;]*m", "", terminal.shown()).splitlines()
+    assert heading.startswith("contribution  contributor  examples")
+    assert cells.startswith("cccccccccccc  nnnnnnnnnn…        12")
+
+
+def test_a_long_last_cell_goes_on_below_itself(terminal):
+    terminal.console.table([{"setting": "min_attestations", "meaning": "who agrees, " * 6}])
+    lines = re.sub(r"\x1b\[[\d;]*m", "", terminal.shown()).splitlines()
+    assert lines == [
+        "setting           meaning",
+        "min_attestations  who agrees, who agrees, who agrees, who",
+        "                  agrees, who agrees, who agrees,",
+    ]
+
+
 def test_no_color_means_no_escapes(terminal, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     terminal.console.warn("careful")

@@ -173,4 +173,8 @@ def _contributions(console: Console, outcome: object) -> None:
             rows.append({"contribution": name, "verdict": finding.code})
             console.note(f"{name}: {finding.code}: {finding.message}")
     shown = ["contribution", "contributor", "base", "trained", "examples", "share", "own_loss"]
+    if all(merged.base_round == record.round - 1 for merged in record.contributions):
+        shown.remove("base")
+    if all(str(part).startswith("all:") for part in trained.values()):
+        shown.remove("trained")
     console.table(rows, [*shown, "size", "verdict"], name="table")
