@@ -104,7 +104,7 @@ def create(plan: Plan, home: Path, preset: Preset | None = None) -> Snapshot:
         HubError: The repository already holds something, or cannot be reached.
         ConfigError: Unknown family or preset.
     """
-    from moshi_fl.models import get_family, get_preset
+    from moshi_fl.models import get_preset, task_of
     from moshi_fl.models.common import require_part
     from moshi_fl.models.family import Speaks
     from moshi_fl.models.folder import read_folder, require_weights_of
@@ -120,7 +120,7 @@ def create(plan: Plan, home: Path, preset: Preset | None = None) -> Snapshot:
         preset = _with_tokenizer(plan.family, preset, plan.tokenizer)
     hubfile = render_hubfile(plan, preset)
     config = parse_hubfile(hubfile)
-    task = get_family(plan.family).load(config.model_table, preset.tokenizer)
+    task = task_of(config, preset.tokenizer)
     require_part(task, config.training.trains)
     begun = given or upstream
     if begun:

@@ -15,6 +15,7 @@ from msgspec import Meta
 from moshi_fl.errors import CorruptRecord
 from moshi_fl.history import round_folder
 from moshi_fl.hubfile import HubConfig
+from moshi_fl.models import task_of
 from moshi_fl.records import Record, load
 from moshi_fl.replica import Replica
 from moshi_fl.text import Figure
@@ -66,13 +67,12 @@ def explainer(replica: Replica) -> Explainer:
 def _measured(config: HubConfig, model: Model, pool: bytes) -> dict[str, float]:
     import torch
 
-    from moshi_fl.models import get_family
     from moshi_fl.models.common import model_of
     from moshi_fl.models.family import Explains
     from moshi_hub.measure import few_threads
 
     weights, tokenizer = model
-    task = get_family(config.family).load(config.model_table, tokenizer)
+    task = task_of(config, tokenizer)
     if not isinstance(task, Explains):
         return {}
     module = model_of(task, weights)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from moshi_fl.errors import ConfigError, DataError
 from moshi_fl.history import HubState, Refs
 from moshi_fl.hubfile import HubConfig
+from moshi_fl.models import task_of
 from moshi_fl.replica import Replica, Snapshot
 from moshi_fl.store import ANY, NOREPLY, Author, RefUpdate
 from moshi_fl.weights import Weights, sha256_bytes, write_atomic
@@ -60,10 +61,9 @@ def store_pool(
     Raises:
         DataError: Nothing usable is in the files.
     """
-    from moshi_fl.models import get_family
     from moshi_fl.models.common import able_to_read
 
-    task = get_family(config.family).load(config.model_table, tokenizer)
+    task = task_of(config, tokenizer)
     task = able_to_read(task, lambda: replica.pull().load() if weights is None else weights)
     corpus = task.read(paths, seed=POOL_SEED)
     pool = task.pool(corpus, _wanted(config), seed=POOL_SEED, held_out=False)
@@ -78,14 +78,12 @@ def _wanted(config: HubConfig) -> int:
 
 def too_few(replica: Replica, state: HubState) -> str:
     """A sentence when the pool on this machine has fewer sequences than the settings ask for."""
-    from moshi_fl.models import get_family
     from moshi_fl.models.family import CutsPools
 
-    config = state.config
-    task = get_family(config.family).load(config.model_table, state.tokenizer)
+    task = task_of(state.config, state.tokenizer)
     if not isinstance(task, CutsPools):
         return ""
-    found, wanted = task.pool_size(read_pool_file(replica)), _wanted(config)
+    found, wanted = task.pool_size(read_pool_file(replica)), _wanted(state.config)
     if found >= wanted:
         return ""
     return (
@@ -183,11 +181,10 @@ def chart_of(replica: Replica, snapshots: Sequence[Snapshot]) -> Chart:
 
 
 def _task_and_model(snapshot: Snapshot) -> tuple[Task, nn.Module]:
-    from moshi_fl.models import get_family
     from moshi_fl.models.common import model_of
 
-    config = snapshot.state.config
-    task = get_family(config.family).load(config.model_table, snapshot.state.tokenizer)
+    state = snapshot.state
+    task = task_of(state.config, state.tokenizer)
     return task, model_of(task, snapshot.load())
 
 
@@ -205,11 +202,10 @@ def _evaluator(config: HubConfig, pool: bytes) -> Evaluator:
     def evaluate(weights: Weights, tokenizer: bytes) -> tuple[float, int, str]:
         import torch
 
-        from moshi_fl.models import get_family
         from moshi_fl.models.common import model_of
         from moshi_hub.measure import few_threads
 
-        task = get_family(config.family).load(config.model_table, tokenizer)
+        task = task_of(config, tokenizer)
         module = model_of(task, weights)
         with few_threads(module):
             losses = task.evaluate(module, pool, torch.device("cpu"))

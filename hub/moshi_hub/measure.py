@@ -22,6 +22,7 @@ from moshi_fl.consensus import Referee, quantise
 from moshi_fl.errors import CorruptRecord, DataError, MoshiError
 from moshi_fl.evidence import LARGEST_LOSS, BaseLosses, Losses, Precision, Ruling, pack
 from moshi_fl.hubfile import HubConfig
+from moshi_fl.models import task_of
 from moshi_fl.records import Contribution
 from moshi_fl.rules import shapes_of
 from moshi_fl.tokenizer import CharVocabulary
@@ -142,11 +143,8 @@ class Meter:
         return self._module(entry.round, weights)
 
     def _task(self, number: int) -> Task:
-        from moshi_fl.models import get_family
-
         if number not in self._tasks:
-            config, tokenizer = self.desk.config, self.desk.bases[number].tokenizer
-            self._tasks[number] = get_family(config.family).load(config.model_table, tokenizer)
+            self._tasks[number] = task_of(self.desk.config, self.desk.bases[number].tokenizer)
         return self._tasks[number]
 
     def _module(self, base_round: int, weights: Weights) -> nn.Module:

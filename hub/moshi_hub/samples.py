@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from moshi_fl.errors import MoshiError
 from moshi_fl.hubfile import HubConfig
+from moshi_fl.models import task_of
 from moshi_fl.text import clean
 from moshi_fl.weights import Weights
 
@@ -96,10 +97,9 @@ def sampler(
 
 def _own_prompts(config: HubConfig, model: Model) -> tuple[str, ...]:
     """What a model of this family is asked; one that speaks says something by itself."""
-    from moshi_fl.models import get_family
     from moshi_fl.models.family import Speaks
 
-    task = get_family(config.family).load(config.model_table, model[1])
+    task = task_of(config, model[1])
     return ("",) if isinstance(task, Speaks) else PROMPTS
 
 
@@ -107,13 +107,12 @@ def _answers(
     config: HubConfig, model: Model, prompts: Sequence[str], late: Callable[[], bool]
 ) -> Iterator[str]:
     """The answer to each prompt, until it is late."""
-    from moshi_fl.models import get_family
     from moshi_fl.models.common import model_of
     from moshi_fl.models.family import Sampling
     from moshi_hub.measure import few_threads
 
     weights, tokenizer = model
-    task = get_family(config.family).load(config.model_table, tokenizer)
+    task = task_of(config, tokenizer)
     module = model_of(task, weights)
     sampling = Sampling(max_tokens=MAX_TOKENS, temperature=TEMPERATURE, seed=SEED)
     with few_threads(module):

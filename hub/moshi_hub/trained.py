@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 
 from moshi_fl.errors import ConfigError
 from moshi_fl.hubfile import HubConfig
+from moshi_fl.models import task_of
 
 
 def trained_parts(
@@ -22,11 +23,10 @@ def trained_parts(
     carried = {name: tensors for name, tensors in carried.items() if tensors}
     if not carried:
         return {}
-    from moshi_fl.models import get_family
     from moshi_fl.models.common import trained_part
 
     try:
-        task = get_family(config.family).load(config.model_table, tokenizer)
+        task = task_of(config, tokenizer)
     except ConfigError:  # the family is not installed here, which is no reason not to judge
         return {name: f"{len(tensors):,} tensors" for name, tensors in carried.items()}
     find = trained_part(task)

@@ -15,7 +15,8 @@ from moshi_fl.errors import ConfigError
 from moshi_fl.text import suggestion
 
 if TYPE_CHECKING:
-    from moshi_fl.models.family import Family, Preset
+    from moshi_fl.hubfile import HubConfig
+    from moshi_fl.models.family import Family, Preset, Task
 
 ENTRY_POINTS = "moshi_fl.families"
 _BUILT_IN = {
@@ -48,6 +49,15 @@ def get_family(name: str) -> Family:
         f"there is no model family {name!r}; {suggestion(name, known_families())}",
         hint="Correct its name, or install the package that provides it.",
     )
+
+
+def task_of(config: HubConfig, tokenizer: bytes) -> Task:
+    """A hub's model family, configured by its ``[model]`` table and this tokenizer file.
+
+    Raises:
+        ConfigError: The family is not installed here, or refuses a key of the table.
+    """
+    return get_family(config.family).load(config.model_table, tokenizer)
 
 
 def get_preset(family: str, name: str) -> Preset:

@@ -17,6 +17,7 @@ from moshi_fl.data import told_left_out
 from moshi_fl.errors import ConfigError, HubError
 from moshi_fl.forge.base import Forge
 from moshi_fl.history import HubState
+from moshi_fl.models import task_of
 from moshi_fl.models.common import able_to_read, require_part
 from moshi_fl.models.family import DataSummary, Task, TellsOfReading, Windowed
 from moshi_fl.policy import NO_DEMANDS, Policy
@@ -211,10 +212,7 @@ def _whence(snapshot: Snapshot) -> str:
 
 def load_task(state: HubState, tokenizer: bytes | None = None) -> Task:
     """The hub's model family, configured; with the newest tokenizer unless another is given."""
-    from moshi_fl.models import get_family
-
-    tokenizer = state.tokenizer if tokenizer is None else tokenizer
-    return get_family(state.config.family).load(state.config.model_table, tokenizer)
+    return task_of(state.config, state.tokenizer if tokenizer is None else tokenizer)
 
 
 def describe(summary: DataSummary) -> str:

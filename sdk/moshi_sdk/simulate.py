@@ -21,7 +21,7 @@ import torch
 from moshi_fl.aggregate import apply_step
 from moshi_fl.codec import get_codec
 from moshi_fl.errors import DataError
-from moshi_fl.models import get_family
+from moshi_fl.models import task_of
 from moshi_fl.models.common import able_to_read, model_of, require_part
 from moshi_fl.models.family import Corpus, FindsFiles, Task
 from moshi_fl.plot import Chart, Line
@@ -192,7 +192,7 @@ class Federation:
         self.config, self._tokenizer = settle(start.config, self.options), start.tokenizer
         self._recipe = recipe(self.config, self.options)
         self._codec = get_codec(self.config.delta.codec, self.config.delta.options)
-        self._task = get_family(self.config.family).load(self.config.model_table, start.tokenizer)
+        self._task = task_of(self.config, start.tokenizer)
         require_part(self._task, self._recipe.trains)
         self.weights: Weights = start.weights or self._task.initial_weights(self.options.seed)
         """The global weights as they are now."""
