@@ -27,7 +27,8 @@ def kept_memory(device: str = "cpu") -> Iterator[None]:
     """Inside, freed memory stays with this process; at the end it goes back to the system.
 
     Does nothing where the C library is not glibc, or for another device than a CPU. May be entered
-    again inside, and by several threads: the last to leave gives the memory back.
+    again inside, and by several threads: the last to leave gives the memory back. Blocks above
+    64 MB are kept for the main thread alone; other threads get them from the system each time.
     """
     library = _glibc() if device == "cpu" else None
     if library is None:
