@@ -57,7 +57,7 @@ def test_the_same_contribution_twice_at_once_is_one(
     ended = sorted((child.wait() for child in both), key=lambda child: child.status)
     assert ended[0].status == 0, ended[0].err
     if ended[1].status:  # it came while the other was at work
-        assert "another process is working on" in ended[1].err
+        assert "another process is working on a contribution of this key" in ended[1].err
         assert "--resume" in ended[1].err
     assert len([ref for ref in hub.refs() if "/contribute/" in ref]) == 1
     after = commands.run(*argv, home=tmp_path / "ann")
